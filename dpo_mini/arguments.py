@@ -1,0 +1,129 @@
+"""What every public function refuses, said in one voice.
+
+Each message names the argument, what it got and what it takes. Shapes use the letters of the
+library: `B` rows, `X` prompts, `Y` completions, `T` tokens, `V` vocabulary, `K` ranked items.
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse anything but a finite real number above zero."""
+    _check_real(name, value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value}, takes a finite number > 0")
+
+
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Refuse anything but a real number with `low <= value < high`."""
+    _check_real(name, value)
+    if not low <= value < high:
+        raise ValueError(f"{name}: got {value}, takes a number in [{low}, {high})")
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a whole number >= {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, takes a whole number >= {least}")
+
+
+def check_generator(generator: torch.Generator) -> None:
+    """Refuse a missing generator: nothing here may draw from global random state."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, takes a torch.Generator")
+
+
+def check_floats(shape: str, **tensors: Tensor) -> None:
+    """Refuse tensors that are not floating, of one dtype and device, of one non-empty shape.
+
+    Args:
+      shape: the shape in letters, such as `"[B]"` or `"[X, Y]"`; its letters are counted.
+      **tensors: the tensors under the names that the caller's caller used.
+    """
+    n_dims = shape.count(",") + 1
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"{name}: got {kind}, takes a floating torch.Tensor {shape}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes a floating dtype")
+        if tensor.dim() != n_dims or tensor.numel() == 0:
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes a non-empty {shape}")
+        if tensor.shape != first.shape:
+            got, want = list(tensor.shape), list(first.shape)
+            raise ValueError(f"{name}: got shape {got}, takes {want} like {first_name}")
+        if tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{name}: got dtype {tensor.dtype}, takes {first.dtype} like {first_name}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, takes {first.device} like {first_name}"
+            )
+
+
+def check_logps(**tensors: Tensor) -> None:
+    """Refuse NaN and +inf; -inf is the log-probability of the impossible and passes."""
+    for name, tensor in tensors.items():
+        if torch.isnan(tensor).any():
+            raise ValueError(f"{name}: got NaN, takes log-probabilities < inf")
+        if torch.isposinf(tensor).any():
+            raise ValueError(f"{name}: got +inf, takes log-probabilities < inf")
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Refuse NaN and both infinities."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            bad = tensor[~torch.isfinite(tensor)][0].item()
+            raise ValueError(f"{name}: got {bad}, takes finite values")
+
+
+def check_normalised(**tables: Tensor) -> None:
+    """Refuse rows whose probabilities do not sum to 1: logits passed for log-probabilities."""
+    for name, table in tables.items():
+        totals = table.detach().logsumexp(-1).exp()
+        worst = totals[(totals - 1).abs().argmax()].item()
+        if not abs(worst - 1) < 1e-3:
+            raise ValueError(
+                f"{name}: got a row whose probabilities sum to {worst:.4g}, takes rows that sum "
+                "to 1 (logits? apply log_softmax first)"
+            )
+
+
+def check_indices(name: str, indices: Tensor, shape: str, size: int) -> None:
+    """Refuse anything but an int64 tensor of `shape` with values in `0..size-1`."""
+    check_integers(name, indices, shape)
+    bad = (indices < 0) | (indices >= size)
+    if bad.any():
+        got = indices[bad][0].item()
+        raise ValueError(f"{name}: got {got}, takes values in 0..{size - 1}")
+
+
+def check_integers(name: str, indices: Tensor, shape: str) -> None:
+    """Refuse anything but a non-empty int64 tensor of `shape`."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: got {type(indices).__name__}, takes an int64 tensor {shape}")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{name}: got dtype {indices.dtype}, takes torch.int64")
+    if indices.dim() != shape.count(",") + 1 or indices.numel() == 0:
+        raise ValueError(f"{name}: got shape {list(indices.shape)}, takes a non-empty {shape}")
+
+
+def check_rows(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """Refuse tensors whose number of rows differs from that of `first`."""
+    for name, other in others.items():
+        if len(other) != len(first):
+            raise ValueError(f"{name}: got {len(other)} rows, takes {len(first)} like {first_name}")
+
+
+def _check_real(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a number")

@@ -1,0 +1,213 @@
+r"""Exact answers on enumerated tables: log Z, $\pi^*$, implied rewards, KL, J and the frontier.
+
+A table has one row a prompt and one column a completion, `[X, Y]`. Every function keeps dtype and
+device and is differentiable. Log-probabilities and KL are in nats, beta in reward units per nat.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_mini.arguments import (
+    check_count,
+    check_finite,
+    check_floats,
+    check_logps,
+    check_normalised,
+    check_positive,
+)
+
+
+def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    r"""$\log Z(x) = \log \sum_y \pi_{ref}(y|x)\, e^{r(x,y)/\beta}$.
+
+    Args:
+      ref_logps: `[X, Y]`, log pi_ref(y|x), nats; each row's probabilities sum to 1.
+      rewards: `[X, Y]`, finite.
+      beta: > 0, weight of the KL term, reward units per nat.
+    Returns:
+      `[X]`, nats.
+    Raises:
+      ValueError: `beta <= 0`; shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities;
+        a reward that is not finite.
+    Source: Rafailov et al. 2023, below Eq. 4, arXiv:2305.18290.
+    """
+    return _tilted(ref_logps, rewards, beta).logsumexp(-1)
+
+
+def optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    r"""$\log\pi^*(y|x) = \log\pi_{ref}(y|x) + r(x,y)/\beta - \log Z(x)$.
+
+    Args and errors are those of `log_partition`.
+
+    Returns:
+      `[X, Y]`, nats.
+    Source: Rafailov et al. 2023, Eq. 4, arXiv:2305.18290.
+    """
+    return _tilted(ref_logps, rewards, beta).log_softmax(-1)
+
+
+def implied_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    r"""$\hat r(x,y) = \beta \log[\pi(y|x) / \pi_{ref}(y|x)]$: the reward up to $\beta\log Z(x)$.
+
+    Args:
+      logps: `[X, Y]`, nats; -inf (a completion given up) gives -inf.
+      ref_logps: `[X, Y]`, nats, finite: outside the reference's support nothing is implied.
+      beta: > 0, reward units per nat.
+    Returns:
+      `[X, Y]`, reward units.
+    Raises:
+      ValueError: `beta <= 0`; shapes or dtypes differ; NaN or +inf; a `ref_logps` of -inf.
+    Source: Rafailov et al. 2023, Eq. 5 without its beta log Z, arXiv:2305.18290.
+    """
+    check_positive("beta", beta)
+    check_floats("[X, Y]", logps=logps, ref_logps=ref_logps)
+    check_logps(logps=logps)
+    check_finite(ref_logps=ref_logps)
+    return beta * (logps - ref_logps)
+
+
+def kl(logps: Tensor, other_logps: Tensor) -> Tensor:
+    r"""$KL(\pi\|\rho) = \sum_y \pi(y|x)\,[\log\pi(y|x) - \log\rho(y|x)]$.
+
+    Args:
+      logps: `[X, Y]`, log pi, nats; a probability of 0 contributes 0.
+      other_logps: `[X, Y]`, log rho, nats.
+    Returns:
+      `[X]`, nats; +inf where pi has mass that rho lacks.
+    Raises:
+      ValueError: shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities.
+    """
+    _check_tables(logps=logps, other_logps=other_logps)
+    possible = ~torch.isneginf(logps)
+    # The ratio is made 0 where pi is 0 before it is multiplied: 0 * inf is NaN, also in gradients.
+    finite_logps = logps.masked_fill(~possible, 0.0)
+    ratios = finite_logps - other_logps.masked_fill(~possible, 0.0)
+    return (logps.exp() * ratios).sum(-1)
+
+
+def expected_reward(logps: Tensor, rewards: Tensor) -> Tensor:
+    r"""$E_{y\sim\pi}[r(x,y)]$, `[X]`, from two tables `[X, Y]`; errors as in `log_partition`."""
+    check_floats("[X, Y]", logps=logps, rewards=rewards)
+    _check_tables(logps=logps)
+    check_finite(rewards=rewards)
+    return (logps.exp() * rewards).sum(-1)
+
+
+def objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    r"""$J(\pi) = E_{y\sim\pi}[r(x,y)] - \beta\,KL(\pi\|\pi_{ref})$.
+
+    Args:
+      logps, ref_logps: `[X, Y]`, nats.
+      rewards: `[X, Y]`, finite.
+      beta: > 0, reward units per nat.
+    Returns:
+      `[X]`, reward units.
+    Raises:
+      ValueError: as in `log_partition`.
+    Source: Rafailov et al. 2023, Eq. 3, arXiv:2305.18290.
+    """
+    check_positive("beta", beta)
+    check_floats("[X, Y]", logps=logps, ref_logps=ref_logps, rewards=rewards)
+    return expected_reward(logps, rewards) - beta * kl(logps, ref_logps)
+
+
+def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    r"""The exact reward-KL frontier: where $\pi^*$ lies for each beta; no policy lies above it.
+
+    Args:
+      ref_logps, rewards: `[X, Y]`; `betas`: n numbers > 0.
+    Returns:
+      `(kls [n], rewards [n])`: means over prompts, in nats and in reward units.
+    Raises:
+      ValueError: `betas` is empty, or as in `log_partition`.
+    """
+    if len(betas) == 0:
+        raise ValueError("betas: got none, takes at least one number > 0")
+    optima = [optimal_logps(ref_logps, rewards, float(beta)) for beta in betas]
+    kls = torch.stack([kl(optimum, ref_logps).mean() for optimum in optima])
+    return kls, torch.stack([expected_reward(optimum, rewards).mean() for optimum in optima])
+
+
+def total_variation(logps: Tensor, other_logps: Tensor) -> Tensor:
+    r"""$TV(\pi,\rho) = \tfrac12\sum_y|\pi(y|x) - \rho(y|x)|$, `[X]` in 0..1, from two tables."""
+    _check_tables(logps=logps, other_logps=other_logps)
+    return 0.5 * (logps.exp() - other_logps.exp()).abs().sum(-1)
+
+
+def chi_squared(logps: Tensor, other_logps: Tensor) -> Tensor:
+    r"""$\chi^2(\pi\|\rho) = \sum_y \pi(y|x)^2/\rho(y|x) - 1$.
+
+    The variance of the importance weight pi/rho under rho: it decides how many samples from rho an
+    estimate of Z needs.
+
+    Args and errors are those of `kl`.
+
+    Returns:
+      `[X]`; +inf where pi has mass that rho lacks.
+    """
+    _check_tables(logps=logps, other_logps=other_logps)
+    possible = ~torch.isneginf(logps)
+    finite_others = other_logps.masked_fill(~possible, 0.0)
+    return torch.expm1((2 * logps - finite_others).logsumexp(-1))
+
+
+def log_partition_markov(
+    initial_logps: Tensor,
+    transition_logps: Tensor,
+    token_rewards: Tensor,
+    beta: float,
+    n_tokens: int,
+) -> Tensor:
+    r"""log Z by backward recursion where the reference is a Markov chain and the reward a sum.
+
+    With $r(y) = \sum_t c(y_t)$ the sum over $V^T$ completions factorises from the right:
+    $B_t(v) = c(v)/\beta + \log\sum_w P(w|v)\,e^{B_{t+1}(w)}$, in $T V^2$ steps.
+
+    Args:
+      initial_logps: `[V]`, log-probability of the first token, nats.
+      transition_logps: `[V, V]`, row v: log-probability of the next token after v, nats.
+      token_rewards: `[V]`, c(v), reward units.
+      beta: > 0, reward units per nat.
+      n_tokens: T >= 1.
+    Returns:
+      `[]`, nats.
+    Raises:
+      ValueError: `beta <= 0`, `n_tokens < 1`, shapes differ, a row is not normalised, a reward is
+        not finite.
+    """
+    check_positive("beta", beta)
+    check_count("n_tokens", n_tokens)
+    check_floats("[V]", initial_logps=initial_logps, token_rewards=token_rewards)
+    check_floats("[V, V]", transition_logps=transition_logps)
+    _check_values(initial_logps=initial_logps, transition_logps=transition_logps)
+    check_finite(token_rewards=token_rewards)
+    vocab_size = len(initial_logps)
+    if transition_logps.shape != (vocab_size, vocab_size):
+        got = list(transition_logps.shape)
+        raise ValueError(f"transition_logps: got shape {got}, takes {[vocab_size, vocab_size]}")
+    tilt = token_rewards / beta
+    backward = tilt
+    for _ in range(n_tokens - 1):
+        backward = tilt + (transition_logps + backward).logsumexp(-1)
+    return (initial_logps + backward).logsumexp(-1)
+
+
+def _tilted(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """log[pi_ref exp(r / beta)], `[X, Y]`, not yet normalised."""
+    check_positive("beta", beta)
+    check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
+    _check_tables(ref_logps=ref_logps)
+    check_finite(rewards=rewards)
+    return ref_logps + rewards / beta
+
+
+def _check_tables(**tables: Tensor) -> None:
+    check_floats("[X, Y]", **tables)
+    _check_values(**tables)
+
+
+def _check_values(**tables: Tensor) -> None:
+    check_logps(**tables)
+    check_normalised(**tables)

@@ -1,0 +1,120 @@
+"""Logits to log-probabilities of completions: the library's only shift by one and only mask.
+
+A language model reads tokens `0..S-1` and predicts tokens `1..S`. Which of those predictions count
+is decided here and nowhere else: the tokens of the completion count, its end token included; the
+prompt and the padding do not.
+"""
+
+import torch
+from torch import Tensor
+
+from dpo_mini.arguments import check_floats, check_integers
+
+PAD = -1
+"""The token id of padding: outside every vocabulary, so it cannot be mistaken for a token."""
+
+
+def completion_mask(completions: Tensor, end_token: int | None) -> Tensor:
+    """Which positions of padded completions hold a token.
+
+    Args:
+      completions: `[B, T]` int64, tokens followed by `PAD`.
+      end_token: the token that ends a completion, or None where completions have one length.
+    Returns:
+      `[B, T]` bool, True on every token up to and including the end token.
+    Raises:
+      ValueError: a completion is empty, has a token after padding, or goes on after its end token.
+    """
+    check_integers("completions", completions, "[B, T]")
+    mask = completions != PAD
+    if not mask[:, 0].all():
+        row = int((~mask[:, 0]).nonzero()[0])
+        raise ValueError(f"completions: got an empty completion in row {row}, takes >= 1 token")
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
+        raise ValueError(f"completions: got a token after padding in row {row}, pads at the end")
+    if end_token is not None:
+        ended = completions[:, :-1] == end_token
+        if (ended & mask[:, 1:]).any():
+            row = int((ended & mask[:, 1:]).any(1).nonzero()[0])
+            raise ValueError(
+                f"completions: got a token after the end token {end_token} in row {row}, "
+                f"takes only padding ({PAD}) there"
+            )
+    return mask
+
+
+def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tensor:
+    """Log-probability of each completion token given all that comes before it.
+
+    Args:
+      logits: `[B, S, V]`, the model's output after reading `tokens[:, :-1]`.
+      tokens: `[B, S + 1]` int64, prompt, completion, padding.
+      completion_mask: `[B, S + 1]` bool or 0/1, true on the completion's tokens. The first token
+        has nothing before it that could predict it, so its mask is false.
+    Returns:
+      `[B, S]`, nats; exactly 0 where `completion_mask[:, 1:]` is false.
+    Raises:
+      ValueError: shapes differ, a mask is not 0/1, counts the first token or is empty in a row,
+        a counted token lies outside the vocabulary, a logit is NaN or +inf.
+    """
+    check_floats("[B, S, V]", logits=logits)
+    check_integers("tokens", tokens, "[B, S + 1]")
+    n_rows, n_inputs, vocab_size = logits.shape
+    if tokens.shape != (n_rows, n_inputs + 1):
+        raise ValueError(
+            f"tokens: got shape {list(tokens.shape)}, takes {[n_rows, n_inputs + 1]}: one token "
+            f"more than logits {list(logits.shape)}, which come from tokens[:, :-1]"
+        )
+    mask = as_bool_mask("completion_mask", completion_mask, tokens.shape)
+    if mask[:, 0].any():
+        raise ValueError(
+            "completion_mask: got true on the first token, takes false there: nothing predicts it"
+        )
+    mask, targets = mask[:, 1:], tokens[:, 1:]  # the shift: position s predicts token s + 1
+    if not mask.any(1).all():
+        row = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
+    outside = mask & ((targets < 0) | (targets >= vocab_size))
+    if outside.any():
+        got = targets[outside][0].item()
+        raise ValueError(f"tokens: got {got} in a completion, takes values in 0..{vocab_size - 1}")
+    if torch.isnan(logits).any() or torch.isposinf(logits).any():
+        raise ValueError("logits: got NaN or +inf, takes values < inf")
+    targets = targets.masked_fill(~mask, 0)
+    chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [B, S]
+    return chosen.masked_fill(~mask, 0.0)
+
+
+def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
+    """log pi(y|x), `[B]` nats: the sum of `token_logps` `[B, T]` over the masked-in tokens."""
+    check_floats("[B, T]", token_logps=token_logps)
+    mask = as_bool_mask("completion_mask", completion_mask, token_logps.shape)
+    return token_logps.masked_fill(~mask, 0.0).sum(-1)
+
+
+def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
+    """Mean log-probability a token, `[B]` nats: no longer the log of a probability.
+
+    Raises:
+      ValueError: shapes differ, the mask is not 0/1, or a row has no token.
+    """
+    totals = sum_over_tokens(token_logps, completion_mask)
+    counts = completion_mask.bool().sum(-1)
+    if not counts.all():
+        row = int((counts == 0).nonzero()[0])
+        raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
+    return totals / counts
+
+
+def as_bool_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    """The mask as bool, or a ValueError where its shape is another or a value is not 0/1."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, takes a bool or 0/1 tensor")
+    if mask.shape != shape:
+        raise ValueError(f"{name}: got shape {list(mask.shape)}, takes {list(shape)}")
+    if mask.dtype != torch.bool:
+        wrong = (mask != 0) & (mask != 1)
+        if wrong.any():
+            raise ValueError(f"{name}: got {mask[wrong][0].item()}, takes 0 or 1")
+    return mask.bool()

@@ -1,0 +1,346 @@
+"""Tasks small enough to enumerate: bandits, and micro-reviews that a person can read.
+
+A task is a prompt set, a finite set of completions and a table of true rewards. A bandit is a task
+whose completions are one token long, so the same functions serve both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dpo_mini.arguments import (
+    check_between,
+    check_count,
+    check_finite,
+    check_floats,
+    check_generator,
+    check_indices,
+    check_integers,
+    check_logps,
+    check_normalised,
+)
+from dpo_mini.logps import PAD, completion_mask
+from dpo_mini.preferences import sample_bradley_terry
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts, every completion, and the true reward of each.
+
+    Completions are ordered as in a dictionary, token 0 first: the order in which a depth-first walk
+    of the tree of prefixes meets them.
+
+    Args:
+      prompt_texts: X strings, one a prompt.
+      vocabulary: V strings, one a token.
+      max_tokens: T, the most tokens that a completion has.
+      end_token: the token that ends a completion, or None where all have T tokens. A completion
+        of T tokens that never ended is a completion too.
+      rewards: `[X, Y]`, the true reward of every completion, finite.
+      ref_logps: `[X, Y]`, the reference policy, where the task has one as a table; nats.
+    """
+
+    prompt_texts: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+    max_tokens: int
+    end_token: int | None
+    rewards: Tensor = field(repr=False)
+    ref_logps: Tensor | None = field(default=None, repr=False)
+    prompts: Tensor = field(init=False, repr=False)
+    completions: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = {"rewards": self.rewards}
+        if self.ref_logps is not None:
+            tables["ref_logps"] = self.ref_logps
+            check_floats("[X, Y]", **tables)
+            check_logps(ref_logps=self.ref_logps)
+            check_normalised(ref_logps=self.ref_logps)
+        check_floats("[X, Y]", **tables)
+        check_finite(rewards=self.rewards)
+        completions = enumerate_completions(self.vocab_size, self.max_tokens, self.end_token)
+        want = [len(self.prompt_texts), len(completions)]
+        if list(self.rewards.shape) != want:
+            raise ValueError(f"rewards: got shape {list(self.rewards.shape)}, takes {want}")
+        object.__setattr__(self, "completions", completions.to(self.rewards.device))
+        prompts = torch.arange(want[0], device=self.rewards.device)
+        object.__setattr__(self, "prompts", prompts)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.vocabulary)
+
+    def text(self, completion: Tensor) -> str:
+        """A completion `[T]` as words for a person: `"not very good"`; an unended one closes in ….
+
+        Raises:
+          ValueError: as `index`.
+        """
+        self.index(completion.unsqueeze(0))
+        tokens = [token for token in completion.tolist() if token != PAD]
+        ended = self.end_token is None or tokens[-1] == self.end_token
+        words = [self.vocabulary[token] for token in tokens if token != self.end_token]
+        return " ".join(words if ended else [*words, "…"]) or "(nothing)"
+
+    def index(self, completions: Tensor) -> Tensor:
+        """Which column of the tables each of `completions` `[B, T]` is: `[B]` int64.
+
+        Raises:
+          ValueError: a completion is empty, has a token outside the vocabulary or after the end
+            token, or stops before T tokens without an end token.
+        """
+        mask = completion_mask(completions, self.end_token)
+        if completions.shape[1] != self.max_tokens:
+            got = completions.shape[1]
+            raise ValueError(f"completions: got {got} columns, takes T = {self.max_tokens}")
+        outside = mask & ((completions < 0) | (completions >= self.vocab_size))
+        if outside.any():
+            got = completions[outside][0].item()
+            raise ValueError(f"completions: got token {got}, takes 0..{self.vocab_size - 1}")
+        stopped = ~mask.all(1)
+        if self.end_token is not None:
+            stopped &= ~(completions == self.end_token).any(1)
+        if stopped.any():
+            row = int(stopped.nonzero()[0])
+            raise ValueError(
+                f"completions: got row {row} cut short, takes an end token or T tokens"
+            )
+        sizes = subtree_sizes(self.vocab_size, self.max_tokens, self.end_token)
+        below = torch.tensor(sizes[1:], device=completions.device)  # completions after t + 1 tokens
+        before = completions * below  # completions that an earlier sibling leads to
+        if self.end_token is not None:  # the end token leads to one completion, itself
+            before = before - (completions > self.end_token) * (below - 1)
+        return before.masked_fill(~mask, 0).sum(1)
+
+    def sample_completions(
+        self, logps: Tensor, prompts: Tensor, *, generator: torch.Generator
+    ) -> Tensor:
+        """One completion for each of `prompts` from a table of log-probabilities.
+
+        Args:
+          logps: `[X, Y]`, the policy as a table, nats.
+          prompts: `[B]` int64.
+        Returns:
+          `[B, T]` int64, padded with `PAD`.
+        """
+        return self.completions[self._draw(logps, prompts, generator)]
+
+    def sample_pairs(
+        self, logps: Tensor, n: int, *, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Preference pairs: prompts drawn evenly, two different answers from a policy, one winner.
+
+        The two answers are independent draws, the second drawn again until it differs; the winner
+        is drawn from Bradley-Terry on the true reward.
+
+        Args:
+          logps: `[X, Y]`, the policy that answers, as a table, nats.
+          n: how many pairs.
+        Returns:
+          `(prompts [n], chosen [n, T], rejected [n, T])`, int64.
+        Raises:
+          ValueError: `n < 1`; a table of another shape; a row whose mass is on one completion.
+        """
+        check_count("n", n)
+        check_generator(generator)
+        device = self.rewards.device
+        prompts = torch.randint(len(self.prompts), (n,), generator=generator, device=device)
+        first = self._draw(logps, prompts, generator)
+        if (logps.detach().amax(-1).exp() > 1 - 1e-6).any():
+            raise ValueError("logps: got a row with all its mass on one completion, takes >= 2")
+        second = self._draw(logps, prompts, generator)
+        while (same := (first == second).nonzero().squeeze(1)).numel():
+            second[same] = self._draw(logps, prompts[same], generator)
+        rewards_a, rewards_b = self.rewards[prompts, first], self.rewards[prompts, second]
+        first_wins = sample_bradley_terry(rewards_a, rewards_b, generator=generator)
+        chosen = torch.where(first_wins, first, second)
+        rejected = torch.where(first_wins, second, first)
+        return prompts, self.completions[chosen], self.completions[rejected]
+
+    def _draw(self, logps: Tensor, prompts: Tensor, generator: torch.Generator) -> Tensor:
+        """Columns `[B]` drawn from the rows `prompts` `[B]` of a table, by inverting its CDF."""
+        check_floats("[X, Y]", logps=logps)
+        if logps.shape != self.rewards.shape:
+            got, want = list(logps.shape), list(self.rewards.shape)
+            raise ValueError(f"logps: got shape {got}, takes {want}")
+        check_logps(logps=logps)
+        check_normalised(logps=logps)
+        check_indices("prompts", prompts, "[B]", len(self.prompts))
+        check_generator(generator)
+        cdf = logps.detach().double().exp().cumsum(-1)  # [X, Y]
+        uniform = torch.rand(prompts.shape, dtype=cdf.dtype, device=cdf.device, generator=generator)
+        draws = torch.empty_like(prompts)
+        for x in prompts.unique().tolist():
+            rows = prompts == x
+            draws[rows] = torch.searchsorted(cdf[x], uniform[rows] * cdf[x, -1], right=True)
+        return draws.clamp(max=cdf.shape[1] - 1)
+
+
+def subtree_sizes(vocab_size: int, max_tokens: int, end_token: int | None) -> list[int]:
+    """How many completions begin with a given unended prefix of 0, 1, …, T tokens: T + 1 numbers."""
+    check_count("vocab_size", vocab_size, least=1 if end_token is None else 2)
+    check_count("max_tokens", max_tokens)
+    ends, goes_on = (0, vocab_size) if end_token is None else (1, vocab_size - 1)
+    sizes = accumulate(range(max_tokens), lambda size, _: ends + goes_on * size, initial=1)
+    return list(sizes)[::-1]
+
+
+def enumerate_completions(vocab_size: int, max_tokens: int, end_token: int | None) -> Tensor:
+    """Every completion of at most T tokens in dictionary order, `[Y, T]` int64, padded with `PAD`.
+
+    Raises:
+      ValueError: there are more than 20 million, or the end token is outside the vocabulary.
+    """
+    n_completions = subtree_sizes(vocab_size, max_tokens, end_token)[0]
+    if n_completions > 20_000_000:
+        raise ValueError(
+            f"max_tokens: got {max_tokens} with {vocab_size} tokens, which gives {n_completions} "
+            "completions; takes a task of at most 20,000,000"
+        )
+    if end_token is not None and not 0 <= end_token < vocab_size:
+        raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
+    endings = torch.empty(1, 0, dtype=torch.int64)  # what may follow a prefix of T tokens: nothing
+    for _ in range(max_tokens):
+        n_endings, length = endings.shape
+        tokens = torch.arange(vocab_size).repeat_interleave(n_endings)
+        longer = torch.cat([tokens[:, None], endings.repeat(vocab_size, 1)], dim=1)
+        if end_token is not None:
+            at = end_token * n_endings
+            end = torch.tensor([[end_token, *[PAD] * length]])
+            longer = torch.cat([longer[:at], end, longer[at + n_endings :]])
+        endings = longer
+    return endings
+
+
+# --- bandits ---------------------------------------------------------------------------------
+
+
+def bandit(rewards: Tensor, ref_probs: Tensor, *, actions: Sequence[str] | None = None) -> Task:
+    """A bandit: X prompts, Y actions of one token, and a reference policy as a table.
+
+    Args:
+      rewards: `[X, Y]`, finite.
+      ref_probs: `[X, Y]`, positive, each row summing to 1.
+      actions: Y names; "a", "b", "c", … when left out.
+    """
+    check_floats("[X, Y]", rewards=rewards, ref_probs=ref_probs)
+    if not (ref_probs > 0).all():
+        raise ValueError("ref_probs: got a probability <= 0 or NaN, takes positive ones")
+    n_prompts, n_actions = rewards.shape
+    names = actions or [chr(97 + y) if y < 26 else f"a{y}" for y in range(n_actions)]
+    prompts = tuple(f"x{x + 1}" for x in range(n_prompts))
+    return Task(prompts, tuple(names), 1, None, rewards, ref_probs.log())
+
+
+def four_answers() -> Task:
+    """One prompt, four answers, at beta = 0.5 a long way from the reference: the course's example."""
+    rewards = torch.tensor([[1.0, 0.2, -0.4, 0.8]], dtype=torch.float64)
+    ref_probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    return bandit(rewards, ref_probs)
+
+
+def three_answers() -> Task:
+    """One prompt, three answers: small enough to draw on a triangle and to invert by hand."""
+    rewards = torch.tensor([[1.0, 0.0, -0.5]], dtype=torch.float64)
+    ref_probs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    return bandit(rewards, ref_probs)
+
+
+def random_bandit(n_prompts: int, n_actions: int, *, generator: torch.Generator) -> Task:
+    """Rewards N(0, 1) and a reference that is the softmax of N(0, 1), float64."""
+    check_count("n_prompts", n_prompts)
+    check_count("n_actions", n_actions)
+    check_generator(generator)
+    draws = torch.randn(2, n_prompts, n_actions, dtype=torch.float64, generator=generator)
+    return bandit(draws[0], draws[1].softmax(-1))
+
+
+# --- micro-reviews ---------------------------------------------------------------------------
+
+REVIEW_WORDS = (
+    "<end>", "very", "not", "good", "great", "bad", "awful", "fine", "slow", "funny", "and", "but",
+)  # fmt: skip
+REVIEW_PROMPTS = ("the film was", "the comedy was", "the thriller was", "the massage was")
+_WORD = {word: token for token, word in enumerate(REVIEW_WORDS)}
+_VALENCES = {"good": 1.0, "great": 2.0, "bad": -1.0, "awful": -2.0, "fine": 0.5}
+# "slow" and "funny" praise one thing and damn another.
+_PROMPT_VALENCES = (
+    {"slow": -0.5, "funny": 0.5},
+    {"slow": -1.0, "funny": 1.5},
+    {"slow": -1.5, "funny": -1.0},
+    {"slow": 1.5, "funny": -0.5},
+)
+# The grammar of the demonstrations: templates and adjectives with their relative frequencies.
+_TEMPLATES = {
+    "A": 8, "very A": 4, "not A": 2, "not very A": 2, "A and A": 3, "A but A": 2, "very A and A": 1,
+    "A and very A": 1, "A but not A": 1,
+}  # fmt: skip
+_ADJECTIVES = {"good": 4, "great": 2, "bad": 3, "awful": 2, "fine": 4, "slow": 3, "funny": 3}
+
+
+def micro_reviews() -> Task:
+    """Reviews of at most 5 words from a vocabulary of 12: 4 prompts, 177,156 completions each.
+
+    The reward reads sentiment from left to right: an adjective adds its valence, "not" flips and
+    "very" scales by 1.5 the next adjective, a connective clears both; "slow" and "funny" change
+    sign with the prompt. The task has no table for its reference: fit one to
+    `micro_review_demonstrations`.
+    """
+    completions = enumerate_completions(len(REVIEW_WORDS), 5, _WORD["<end>"])
+    rewards = torch.stack([_sentiment(completions, extra) for extra in _PROMPT_VALENCES])
+    return Task(REVIEW_PROMPTS, REVIEW_WORDS, 5, _WORD["<end>"], rewards)
+
+
+def micro_review_demonstrations(
+    n: int, *, generator: torch.Generator, slip_prob: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """Sentences of a small grammar to fit a reference policy to: `(prompts [n], completions [n, 5])`.
+
+    Prompts are drawn evenly, then a template such as "A but not A", then its adjectives; each word
+    then becomes any word with `slip_prob`. Slips matter: without them the reference never says
+    "very not good", no pair holds it, and nothing in the DPO loss keeps a policy from saying it.
+
+    Args:
+      n: how many sentences.
+      slip_prob: in [0, 1).
+    """
+    check_count("n", n)
+    check_between("slip_prob", slip_prob, 0.0, 1.0)
+    check_generator(generator)
+
+    def draw(weights: dict[str, int], count: int) -> list[str]:
+        table = torch.tensor(list(weights.values()), dtype=torch.float64)
+        rows = torch.multinomial(table, count, replacement=True, generator=generator)
+        names = list(weights)
+        return [names[row] for row in rows.tolist()]
+
+    prompts = torch.randint(len(REVIEW_PROMPTS), (n,), generator=generator)
+    completions = torch.full((n, 5), PAD)
+    adjectives = iter(draw(_ADJECTIVES, 2 * n))
+    slips = iter((torch.rand(5 * n, generator=generator) < slip_prob).tolist())
+    any_word = iter(torch.randint(1, len(REVIEW_WORDS), (5 * n,), generator=generator).tolist())
+    for row, template in enumerate(draw(_TEMPLATES, n)):
+        words = [next(adjectives) if word == "A" else word for word in template.split()]
+        words = [REVIEW_WORDS[next(any_word)] if next(slips) else word for word in words]
+        tokens = [_WORD[word] for word in [*words, "<end>"][:5]]
+        completions[row, : len(tokens)] = torch.tensor(tokens)
+    return prompts, completions
+
+
+def _sentiment(completions: Tensor, prompt_valences: dict[str, float]) -> Tensor:
+    """The true reward of each of `completions` `[Y, T]` under one prompt: `[Y]`."""
+    check_integers("completions", completions, "[Y, T]")
+    valences = torch.zeros(len(REVIEW_WORDS), dtype=torch.float64)
+    for word, valence in {**_VALENCES, **prompt_valences}.items():
+        valences[_WORD[word]] = valence
+    total = torch.zeros(len(completions), dtype=torch.float64)
+    scale = torch.ones(len(completions), dtype=torch.float64)
+    for token in completions.T:
+        total += scale * valences[token.clamp(min=0)].masked_fill(token == PAD, 0.0)
+        flips, scales = token == _WORD["not"], token == _WORD["very"]
+        scale = torch.where(flips, -scale, torch.where(scales, 1.5 * scale, torch.ones_like(scale)))
+    return total

@@ -1,0 +1,203 @@
+"""One short loop a method, alike but for the idea.
+
+Each loop takes a policy, changes its weights and returns the history of what it measured, one
+number a step. `progress` is anything that wraps an iterable and shows how far it is: `tqdm`, the
+notebooks' `notebook_progress`, or nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dpo_mini.arguments import check_count, check_generator, check_positive, check_rows
+from dpo_mini.logps import PAD, sum_over_tokens
+from dpo_mini.policies import Policy
+from dpo_mini.rollout import shared_prefix_token_logps
+
+History = dict[str, list[float]]
+Pairs = tuple[Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Four `[B]` in the order of `dpo_loss`, one loss a row out; bind beta with `functools.partial`."""
+
+
+def fit_sft(
+    policy: nn.Module,
+    prompts: Tensor,
+    completions: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """Maximum likelihood on demonstrations: raise log pi(y|x), in place.
+
+    Args:
+      policy: has `token_logps(prompts [B], completions [B, T]) -> [B, T]`.
+      prompts: `[n]`; completions: `[n, T]` int64, padded with `PAD`.
+      steps, batch_size, learning_rate: of Adam; 20 steps of warm-up, then a cosine down to 0.
+      generator: shuffles; every row is seen once before any is seen again.
+    Returns:
+      `{"loss": [steps]}`, nats a completion.
+    Raises:
+      ValueError: no data, rows that differ in number, or a setting out of range.
+    """
+    check_rows("prompts", prompts, completions=completions)
+
+    def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scored = _token_logps(policy, prompts[rows], completions[rows])
+        return -sum_over_tokens(scored, completions[rows] != PAD).mean(), {}
+
+    return _descend(
+        policy, loss, len(prompts), steps, batch_size, learning_rate, generator, progress
+    )
+
+
+def fit_preferences(
+    policy: nn.Module,
+    reference: nn.Module,
+    pairs: Pairs,
+    loss: Loss,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """Minimise any loss of LOSSES over preference pairs, in place: DPO, IPO and kin.
+
+    Args:
+      policy: has `token_logps(prompts [B], completions [B, T]) -> [B, T]`.
+      reference: likewise; frozen. It scores every pair once, before the first step.
+      pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
+      loss: such as `partial(dpo_loss, beta=0.1)`.
+      steps, batch_size, learning_rate, generator: as in `fit_sft`.
+      reduce: from `token_logps` to what the loss takes: `sum_over_tokens`, or `mean_over_tokens`
+        for the losses whose arguments are `mean_logps`.
+    Returns:
+      `{"loss", "margin", "accuracy"}`, each `[steps]`: the mean loss, the mean log-ratio margin in
+      nats (chosen minus rejected), and the share of the batch's pairs where it is positive.
+    Raises:
+      ValueError: no pairs, rows that differ in number, a setting out of range, or a reference that
+        shares weights with the policy and so would move with it.
+    """
+    prompts, chosen, rejected = pairs
+    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
+    _check_frozen(policy, reference)
+
+    def score(model: nn.Module, rows: Tensor, completions: Tensor) -> Tensor:
+        scored = _token_logps(model, prompts[rows], completions[rows])
+        return reduce(scored, completions[rows] != PAD)
+
+    every = torch.arange(len(prompts), device=prompts.device)
+    with torch.no_grad():
+        blocks = every.split(max(batch_size, 1))
+        ref_chosen = torch.cat([score(reference, rows, chosen) for rows in blocks])
+        ref_rejected = torch.cat([score(reference, rows, rejected) for rows in blocks])
+
+    def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen_logps, rejected_logps = score(policy, rows, chosen), score(policy, rows, rejected)
+        per_pair = loss(chosen_logps, rejected_logps, ref_chosen[rows], ref_rejected[rows])
+        margins = (chosen_logps - ref_chosen[rows]) - (rejected_logps - ref_rejected[rows])
+        margins = margins.detach()
+        measured = {"margin": margins.mean(), "accuracy": (margins > 0).double().mean()}
+        return per_pair.mean(), measured
+
+    return _descend(
+        policy, batch_loss, len(prompts), steps, batch_size, learning_rate, generator, progress
+    )
+
+
+def fit_table(loss: Callable[[Tensor], Tensor], start_logps: Tensor, *, steps: int = 500) -> Tensor:
+    """Minimise a smooth loss of a whole table of log-probabilities, to machine precision.
+
+    What a bandit needs where the loss is a population's, not a sample's: L-BFGS over free logits.
+
+    Args:
+      loss: from log-probabilities `[X, Y]` to a scalar.
+      start_logps: `[X, Y]`, where to start, finite, nats.
+      steps: the most iterations.
+    Returns:
+      `[X, Y]`, log-probabilities at the minimum, nats, without gradient.
+    Raises:
+      ValueError: the loss is not finite.
+    """
+    check_count("steps", steps)
+    logits = start_logps.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits],
+        max_iter=steps,
+        tolerance_grad=1e-13,
+        tolerance_change=0.0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(logits.log_softmax(-1))
+        if not torch.isfinite(value):
+            raise ValueError(f"loss: got {value.item()}, takes a finite value")
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logits.detach().log_softmax(-1)
+
+
+def _descend(
+    policy: nn.Module,
+    batch_loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    n_rows: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    progress: Callable[[range], Iterable[int]],
+) -> History:
+    """Adam, 20 steps of warm-up, a cosine down to 0, reshuffled rows: what all loops share."""
+    check_count("n", n_rows)
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    check_positive("learning_rate", learning_rate)
+    check_generator(generator)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    history: History = {}
+    waiting = torch.empty(0, dtype=torch.int64)
+    for _ in progress(range(steps)):
+        if len(waiting) == 0:
+            waiting = torch.randperm(n_rows, generator=generator, device=generator.device)
+        rows, waiting = waiting[:batch_size], waiting[batch_size:]
+        loss, measured = batch_loss(rows)
+        if not torch.isfinite(loss):
+            raise ValueError(f"loss: got {loss.item()} at step {len(history.get('loss', []))}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        for name, value in {"loss": loss.detach(), **measured}.items():
+            history.setdefault(name, []).append(float(value))
+    return history
+
+
+def _token_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
+    """`[B, T]`: policies that can be walked as a tree read each distinct prefix once."""
+    if isinstance(model, Policy):
+        return shared_prefix_token_logps(model, prompts, completions)
+    return model.token_logps(prompts, completions)
+
+
+def _check_frozen(policy: nn.Module, reference: nn.Module) -> None:
+    mine = {parameter.data_ptr() for parameter in policy.parameters()}
+    if any(parameter.data_ptr() in mine for parameter in reference.parameters()):
+        raise ValueError(
+            "reference: got weights that it shares with the policy, takes a copy (copy.deepcopy)"
+        )
