@@ -43,10 +43,11 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
     """Refuse tensors that are not floating, of one dtype and device, of one non-empty shape.
 
     Args:
-      shape: the shape in letters, such as `"[B]"` or `"[X, Y]"`; its letters are counted.
+      shape: the shape in letters, such as `"[B]"` or `"[X, Y]"`, whose letters are counted; or
+        `"[...]"`, any shape.
       **tensors: the tensors under the names that the caller's caller used.
     """
-    n_dims = shape.count(",") + 1
+    n_dims = None if shape == "[...]" else shape.count(",") + 1
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -54,19 +55,21 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
             raise TypeError(f"{name}: got {kind}, takes a floating torch.Tensor {shape}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: got dtype {tensor.dtype}, takes a floating dtype")
-        if tensor.dim() != n_dims or tensor.numel() == 0:
+        if n_dims not in (None, tensor.dim()) or tensor.numel() == 0:
             raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes a non-empty {shape}")
         if tensor.shape != first.shape:
             got, want = list(tensor.shape), list(first.shape)
             raise ValueError(f"{name}: got shape {got}, takes {want} like {first_name}")
-        if tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{name}: got dtype {tensor.dtype}, takes {first.dtype} like {first_name}"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, takes {first.device} like {first_name}"
-            )
+        check_alike(first_name, first, **{name: tensor})
+
+
+def check_alike(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """Refuse tensors whose dtype or device differs from that of `first`."""
+    for name, other in others.items():
+        for what in ("dtype", "device"):
+            got, want = getattr(other, what), getattr(first, what)
+            if got != want:
+                raise ValueError(f"{name}: got {what} {got}, takes {want} like {first_name}")
 
 
 def check_logps(**tensors: Tensor) -> None:
@@ -118,7 +121,12 @@ def check_integers(name: str, indices: Tensor, shape: str) -> None:
 
 
 def check_rows(first_name: str, first: Tensor, **others: Tensor) -> None:
-    """Refuse tensors whose number of rows differs from that of `first`."""
+    """Refuse tensors whose number of rows is 0 or differs from that of `first`."""
+    for name, tensor in {first_name: first, **others}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, takes a torch.Tensor")
+        if tensor.dim() == 0 or len(tensor) == 0:
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes at least one row")
     for name, other in others.items():
         if len(other) != len(first):
             raise ValueError(f"{name}: got {len(other)} rows, takes {len(first)} like {first_name}")

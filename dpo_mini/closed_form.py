@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini.arguments import (
+    check_alike,
     check_count,
     check_finite,
     check_floats,
@@ -80,11 +81,13 @@ def kl(logps: Tensor, other_logps: Tensor) -> Tensor:
       ValueError: shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities.
     """
     _check_tables(logps=logps, other_logps=other_logps)
-    possible = ~torch.isneginf(logps)
-    # The ratio is made 0 where pi is 0 before it is multiplied: 0 * inf is NaN, also in gradients.
-    finite_logps = logps.masked_fill(~possible, 0.0)
-    ratios = finite_logps - other_logps.masked_fill(~possible, 0.0)
-    return (logps.exp() * ratios).sum(-1)
+    impossible = torch.isneginf(logps)
+    lacking = torch.isneginf(other_logps) & ~impossible  # pi has mass here, rho has none
+    # Infinities become 0 before they are multiplied: 0 * inf is NaN, also in gradients.
+    finite_logps = logps.masked_fill(impossible, 0.0)
+    finite_others = other_logps.masked_fill(impossible | lacking, 0.0)
+    finite = (logps.exp() * (finite_logps - finite_others)).sum(-1)
+    return finite.masked_fill(lacking.any(-1), torch.inf)
 
 
 def expected_reward(logps: Tensor, rewards: Tensor) -> Tensor:
@@ -123,15 +126,20 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> tupl
     Raises:
       ValueError: `betas` is empty, or as in `log_partition`.
     """
-    if len(betas) == 0:
+    try:
+        values = [float(beta) for beta in betas]
+    except TypeError:
+        kind = type(betas).__name__
+        raise TypeError(f"betas: got {kind}, takes a sequence of numbers > 0") from None
+    if not values:
         raise ValueError("betas: got none, takes at least one number > 0")
-    optima = [optimal_logps(ref_logps, rewards, float(beta)) for beta in betas]
+    optima = [optimal_logps(ref_logps, rewards, beta) for beta in values]
     kls = torch.stack([kl(optimum, ref_logps).mean() for optimum in optima])
     return kls, torch.stack([expected_reward(optimum, rewards).mean() for optimum in optima])
 
 
 def total_variation(logps: Tensor, other_logps: Tensor) -> Tensor:
-    r"""$TV(\pi,\rho) = \tfrac12\sum_y|\pi(y|x) - \rho(y|x)|$, `[X]` in 0..1, from two tables."""
+    r"""$TV(\pi,\rho) = \tfrac12\sum_y|\pi(y|x) - \rho(y|x)|$, `[X]` in 0..1; errors as in `kl`."""
     _check_tables(logps=logps, other_logps=other_logps)
     return 0.5 * (logps.exp() - other_logps.exp()).abs().sum(-1)
 
@@ -174,19 +182,20 @@ def log_partition_markov(
     Returns:
       `[]`, nats.
     Raises:
-      ValueError: `beta <= 0`, `n_tokens < 1`, shapes differ, a row is not normalised, a reward is
-        not finite.
+      ValueError: `beta <= 0`, `n_tokens < 1`, shapes or dtypes differ, a row is not normalised, a
+        reward is not finite.
     """
     check_positive("beta", beta)
     check_count("n_tokens", n_tokens)
     check_floats("[V]", initial_logps=initial_logps, token_rewards=token_rewards)
     check_floats("[V, V]", transition_logps=transition_logps)
-    _check_values(initial_logps=initial_logps, transition_logps=transition_logps)
-    check_finite(token_rewards=token_rewards)
+    check_alike("initial_logps", initial_logps, transition_logps=transition_logps)
     vocab_size = len(initial_logps)
     if transition_logps.shape != (vocab_size, vocab_size):
         got = list(transition_logps.shape)
         raise ValueError(f"transition_logps: got shape {got}, takes {[vocab_size, vocab_size]}")
+    _check_values(initial_logps=initial_logps, transition_logps=transition_logps)
+    check_finite(token_rewards=token_rewards)
     tilt = token_rewards / beta
     backward = tilt
     for _ in range(n_tokens - 1):

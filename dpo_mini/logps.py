@@ -8,7 +8,7 @@ prompt and the padding do not.
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_floats, check_integers
+from dpo_mini.arguments import check_count, check_floats, check_integers, check_logps
 
 PAD = -1
 """The token id of padding: outside every vocabulary, so it cannot be mistaken for a token."""
@@ -34,6 +34,7 @@ def completion_mask(completions: Tensor, end_token: int | None) -> Tensor:
         row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
         raise ValueError(f"completions: got a token after padding in row {row}, pads at the end")
     if end_token is not None:
+        check_count("end_token", end_token, least=0)
         ended = completions[:, :-1] == end_token
         if (ended & mask[:, 1:]).any():
             row = int((ended & mask[:, 1:]).any(1).nonzero()[0])
@@ -56,7 +57,8 @@ def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tens
       `[B, S]`, nats; exactly 0 where `completion_mask[:, 1:]` is false.
     Raises:
       ValueError: shapes differ, a mask is not 0/1, counts the first token or is empty in a row,
-        a counted token lies outside the vocabulary, a logit is NaN or +inf.
+        a counted token lies outside the vocabulary, a logit is NaN or +inf, or all V logits of a
+        position are -inf.
     """
     check_floats("[B, S, V]", logits=logits)
     check_integers("tokens", tokens, "[B, S + 1]")
@@ -81,23 +83,31 @@ def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tens
         raise ValueError(f"tokens: got {got} in a completion, takes values in 0..{vocab_size - 1}")
     if torch.isnan(logits).any() or torch.isposinf(logits).any():
         raise ValueError("logits: got NaN or +inf, takes values < inf")
+    if torch.isneginf(logits.amax(-1)).any():
+        raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
     targets = targets.masked_fill(~mask, 0)
     chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [B, S]
     return chosen.masked_fill(~mask, 0.0)
 
 
 def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
-    """log pi(y|x), `[B]` nats: the sum of `token_logps` `[B, T]` over the masked-in tokens."""
+    """log pi(y|x), `[B]` nats: the sum of `token_logps` `[B, T]` over the masked-in tokens.
+
+    Raises:
+      ValueError: shapes differ, the mask is not 0/1, or a masked-in value is NaN or +inf.
+    """
     check_floats("[B, T]", token_logps=token_logps)
     mask = as_bool_mask("completion_mask", completion_mask, token_logps.shape)
-    return token_logps.masked_fill(~mask, 0.0).sum(-1)
+    counted = token_logps.masked_fill(~mask, 0.0)
+    check_logps(token_logps=counted)
+    return counted.sum(-1)
 
 
 def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
     """Mean log-probability a token, `[B]` nats: no longer the log of a probability.
 
     Raises:
-      ValueError: shapes differ, the mask is not 0/1, or a row has no token.
+      ValueError: as in `sum_over_tokens`, or a row has no token.
     """
     totals = sum_over_tokens(token_logps, completion_mask)
     counts = completion_mask.bool().sum(-1)

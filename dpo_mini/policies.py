@@ -4,6 +4,7 @@ Both answer the same questions. `token_logps` and `logps` score given completion
 `extend` read a tree of prefixes one token at a time and are what `rollout` walks and samples with.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -116,10 +117,10 @@ class SelfAttention(nn.Module):
         """Attention of C siblings `x` `[P, C, D]`, each to the shared path before it and itself."""
         q, k, v = self.heads(x)  # each [P, H, C, D/H]
         path_k, path_v = path  # each [P, H, S, D/H]
-        q = q / q.shape[-1] ** 0.5
-        scores = torch.cat([q @ path_k.mT, (q * k).sum(-1, keepdim=True)], -1)  # [P, H, C, S + 1]
-        weights = scores.softmax(-1)
-        mixed = weights[..., :-1] @ path_v + weights[..., -1:] * v
+        own = (q * k).sum(-1).unsqueeze(2)  # [P, H, 1, C]
+        scores = torch.cat([path_k @ q.mT, own], 2) * q.shape[-1] ** -0.5  # [P, H, S + 1, C]
+        weights = scores.softmax(2).mT  # [P, H, C, S + 1]; C innermost is what keeps softmax fast
+        mixed = torch.addcmul(weights[..., :-1] @ path_v, weights[..., -1:], v)  # [P, H, C, D/H]
         return self.merge(mixed), k, v
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -129,6 +130,12 @@ class SelfAttention(nn.Module):
 
     def merge(self, mixed: Tensor) -> Tensor:
         return self.c_proj(mixed.transpose(1, 2).flatten(2))  # [B, S, D]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, 0.5 x (1 + tanh u), as x sigmoid(2u): its exp is far cheaper than a tanh."""
+    slope = (8 / math.pi) ** 0.5  # 2u = slope * (x + 0.044715 x^3)
+    return x * (x * torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope)).sigmoid()
 
 
 class Block(nn.Module):
@@ -148,7 +155,7 @@ class Block(nn.Module):
         return self.feed(x + attended), k, v
 
     def feed(self, x: Tensor) -> Tensor:
-        return x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+        return x + self.c_proj(gelu(self.c_fc(self.ln_2(x))))
 
 
 class TinyTransformer(Policy):

@@ -68,16 +68,13 @@ def plackett_luce_logp(rewards: Tensor, ranking: Tensor) -> Tensor:
       ValueError: shapes differ, K < 2, a row is not a permutation, or a reward is not finite.
     Source: Plackett 1975; Rafailov et al. 2023, Eq. 18, arXiv:2305.18290.
     """
-    check_floats("[B, K]", rewards=rewards)
-    check_finite(rewards=rewards)
+    _check_listed(rewards)
     check_integers("ranking", ranking, "[B, K]")
     if ranking.shape != rewards.shape:
         raise ValueError(
             f"ranking: got shape {list(ranking.shape)}, takes {list(rewards.shape)} like rewards"
         )
     n_items = rewards.shape[1]
-    if n_items < 2:
-        raise ValueError(f"rewards: got {n_items} item a row, takes >= 2")
     in_order = torch.arange(n_items, device=ranking.device)
     if (ranking.sort(-1).values != in_order).any():
         raise ValueError(f"ranking: got a row that is not a permutation of 0..{n_items - 1}")
@@ -104,28 +101,27 @@ def sample_plackett_luce(rewards: Tensor, *, generator: torch.Generator) -> Tens
     """Draw a ranking of each row of `rewards` `[B, K]`: int64 `[B, K]`, best to worst.
 
     Sorting rewards plus standard Gumbel noise is a draw from Plackett-Luce (Yellott 1977).
+
+    Raises:
+      ValueError: K < 2, or a reward is not finite.
     """
-    check_floats("[B, K]", rewards=rewards)
-    check_finite(rewards=rewards)
+    _check_listed(rewards)
     check_generator(generator)
     exponential = torch.empty_like(rewards).exponential_(generator=generator)
     return (rewards - exponential.log()).argsort(-1, descending=True)
 
 
 def _margins(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
-    for name, rewards in {"rewards_a": rewards_a, "rewards_b": rewards_b}.items():
-        if not isinstance(rewards, Tensor):
-            raise TypeError(f"{name}: got {type(rewards).__name__}, takes a torch.Tensor")
-    flat_a, flat_b = rewards_a.reshape(-1), rewards_b.reshape(-1)
-    check_floats("[B]", rewards_a=flat_a)
-    check_floats("[B]", rewards_a=flat_a, rewards_b=flat_b)
-    if rewards_a.shape != rewards_b.shape:
-        raise ValueError(
-            f"rewards_b: got shape {list(rewards_b.shape)}, takes {list(rewards_a.shape)} "
-            "like rewards_a"
-        )
+    check_floats("[...]", rewards_a=rewards_a, rewards_b=rewards_b)
     check_finite(rewards_a=rewards_a, rewards_b=rewards_b)
     return rewards_a - rewards_b
+
+
+def _check_listed(rewards: Tensor) -> None:
+    check_floats("[B, K]", rewards=rewards)
+    check_finite(rewards=rewards)
+    if rewards.shape[1] < 2:
+        raise ValueError(f"rewards: got {rewards.shape[1]} item a row, takes >= 2")
 
 
 def _bernoulli(probs: Tensor, generator: torch.Generator) -> Tensor:

@@ -80,6 +80,7 @@ class Task:
         Raises:
           ValueError: as `index`.
         """
+        check_integers("completion", completion, "[T]")
         self.index(completion.unsqueeze(0))
         tokens = [token for token in completion.tolist() if token != PAD]
         ended = self.end_token is None or tokens[-1] == self.end_token
@@ -201,8 +202,10 @@ def enumerate_completions(vocab_size: int, max_tokens: int, end_token: int | Non
             f"max_tokens: got {max_tokens} with {vocab_size} tokens, which gives {n_completions} "
             "completions; takes a task of at most 20,000,000"
         )
-    if end_token is not None and not 0 <= end_token < vocab_size:
-        raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
+    if end_token is not None:
+        check_count("end_token", end_token, least=0)
+        if end_token >= vocab_size:
+            raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
     endings = torch.empty(1, 0, dtype=torch.int64)  # what may follow a prefix of T tokens: nothing
     for _ in range(max_tokens):
         n_endings, length = endings.shape
@@ -226,11 +229,20 @@ def bandit(rewards: Tensor, ref_probs: Tensor, *, actions: Sequence[str] | None 
       rewards: `[X, Y]`, finite.
       ref_probs: `[X, Y]`, positive, each row summing to 1.
       actions: Y names; "a", "b", "c", … when left out.
+    Raises:
+      ValueError: shapes or dtypes differ, a reward is not finite, a probability is <= 0 or NaN, a
+        row does not sum to 1, or the names are not Y.
     """
     check_floats("[X, Y]", rewards=rewards, ref_probs=ref_probs)
     if not (ref_probs > 0).all():
         raise ValueError("ref_probs: got a probability <= 0 or NaN, takes positive ones")
+    totals = ref_probs.sum(-1)
+    if ((totals - 1).abs() > 1e-3).any():
+        worst = totals[(totals - 1).abs().argmax()].item()
+        raise ValueError(f"ref_probs: got a row that sums to {worst:.4g}, takes rows that sum to 1")
     n_prompts, n_actions = rewards.shape
+    if actions is not None and len(actions) != n_actions:
+        raise ValueError(f"actions: got {len(actions)} names, takes {n_actions}, one a column")
     names = actions or [chr(97 + y) if y < 26 else f"a{y}" for y in range(n_actions)]
     prompts = tuple(f"x{x + 1}" for x in range(n_prompts))
     return Task(prompts, tuple(names), 1, None, rewards, ref_probs.log())

@@ -11,9 +11,18 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.arguments import check_count, check_generator, check_positive, check_rows
+from dpo_mini.arguments import (
+    check_count,
+    check_finite,
+    check_floats,
+    check_generator,
+    check_integers,
+    check_positive,
+    check_rows,
+)
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Policy
+from dpo_mini.preferences import bradley_terry_prob
 from dpo_mini.rollout import shared_prefix_token_logps
 
 History = dict[str, list[float]]
@@ -46,6 +55,8 @@ def fit_sft(
       ValueError: no data, rows that differ in number, or a setting out of range.
     """
     check_rows("prompts", prompts, completions=completions)
+    check_integers("completions", completions, "[n, T]")
+    _check_settings(steps, batch_size, learning_rate, generator)
 
     def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scored = _token_logps(policy, prompts[rows], completions[rows])
@@ -86,8 +97,13 @@ def fit_preferences(
       ValueError: no pairs, rows that differ in number, a setting out of range, or a reference that
         shares weights with the policy and so would move with it.
     """
+    if len(pairs) != 3:
+        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
     prompts, chosen, rejected = pairs
     check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
+    check_integers("chosen", chosen, "[n, T]")
+    check_integers("rejected", rejected, "[n, T]")
+    _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
     def score(model: nn.Module, rows: Tensor, completions: Tensor) -> Tensor:
@@ -96,7 +112,7 @@ def fit_preferences(
 
     every = torch.arange(len(prompts), device=prompts.device)
     with torch.no_grad():
-        blocks = every.split(max(batch_size, 1))
+        blocks = every.split(batch_size)
         ref_chosen = torch.cat([score(reference, rows, chosen) for rows in blocks])
         ref_rejected = torch.cat([score(reference, rows, rejected) for rows in blocks])
 
@@ -113,6 +129,28 @@ def fit_preferences(
     )
 
 
+def population_loss(loss: Loss, logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
+    """What the mean loss tends to with ever more data: every pair, each outcome by its probability.
+
+    Pairs of different answers are compared equally often; labels are Bradley-Terry on the rewards.
+
+    Args:
+      loss: such as `partial(dpo_loss, beta=0.1)`.
+      logps, ref_logps, rewards: `[X, Y]`, Y >= 2.
+    Returns:
+      `[]`, the mean over prompts and pairs; differentiable.
+    """
+    n_completions = rewards.shape[1]
+    a, b = torch.triu_indices(n_completions, n_completions, 1, device=rewards.device)
+    first, second = (
+        [table[:, columns].flatten() for table in (logps, ref_logps, rewards)] for columns in (a, b)
+    )
+    first_wins = bradley_terry_prob(first[2], second[2])
+    if_first = loss(first[0], second[0], first[1], second[1])
+    if_second = loss(second[0], first[0], second[1], first[1])
+    return (first_wins * if_first + (1 - first_wins) * if_second).mean()
+
+
 def fit_table(loss: Callable[[Tensor], Tensor], start_logps: Tensor, *, steps: int = 500) -> Tensor:
     """Minimise a smooth loss of a whole table of log-probabilities, to machine precision.
 
@@ -125,9 +163,11 @@ def fit_table(loss: Callable[[Tensor], Tensor], start_logps: Tensor, *, steps: i
     Returns:
       `[X, Y]`, log-probabilities at the minimum, nats, without gradient.
     Raises:
-      ValueError: the loss is not finite.
+      ValueError: the loss is not a finite scalar, or `start_logps` is not finite.
     """
     check_count("steps", steps)
+    check_floats("[X, Y]", start_logps=start_logps)
+    check_finite(start_logps=start_logps)
     logits = start_logps.detach().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits],
@@ -141,6 +181,8 @@ def fit_table(loss: Callable[[Tensor], Tensor], start_logps: Tensor, *, steps: i
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = loss(logits.log_softmax(-1))
+        if value.dim() > 0:
+            raise ValueError(f"loss: got shape {list(value.shape)}, takes a scalar")
         if not torch.isfinite(value):
             raise ValueError(f"loss: got {value.item()}, takes a finite value")
         value.backward()
@@ -161,11 +203,6 @@ def _descend(
     progress: Callable[[range], Iterable[int]],
 ) -> History:
     """Adam, 20 steps of warm-up, a cosine down to 0, reshuffled rows: what all loops share."""
-    check_count("n", n_rows)
-    check_count("steps", steps)
-    check_count("batch_size", batch_size)
-    check_positive("learning_rate", learning_rate)
-    check_generator(generator)
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -186,6 +223,15 @@ def _descend(
         for name, value in {"loss": loss.detach(), **measured}.items():
             history.setdefault(name, []).append(float(value))
     return history
+
+
+def _check_settings(
+    steps: int, batch_size: int, learning_rate: float, generator: torch.Generator
+) -> None:
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    check_positive("learning_rate", learning_rate)
+    check_generator(generator)
 
 
 def _token_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:

@@ -1,0 +1,239 @@
+"""Figures that read the same everywhere: one colour and line style a method, and a text receipt.
+
+A notebook test compares text and never looks at a picture. So a figure is shown as a picture and
+as text: its description and a receipt read back from what was drawn.
+"""
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+
+STYLES: dict[str, dict] = {
+    "optimal": {"color": "black", "linestyle": "--", "label": "π* (exact)"},
+    "reference": {"color": "#CC79A7", "linestyle": ":", "label": "π_ref"},
+    "dpo": {"color": "#0072B2", "linestyle": "-", "label": "DPO"},
+    "ppo": {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "PPO"},
+    "reinforce": {"color": "#E69F00", "linestyle": "-", "label": "REINFORCE"},
+    "ipo": {"color": "#009E73", "linestyle": "-", "label": "IPO"},
+    "sft": {"color": "#56B4E9", "linestyle": "-.", "label": "SFT"},
+}
+"""One colour (Okabe-Ito) and one line style a method, in every figure of the course."""
+
+_FONT = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def style(method: str, **changes: object) -> dict:
+    """Keyword arguments for `Axes.plot` that draw `method` as everywhere else in the course.
+
+    Raises:
+      ValueError: `method` has no style; `STYLES` has those that do.
+    """
+    if method not in STYLES:
+        raise ValueError(f"method: got {method!r}, takes one of {sorted(STYLES)}")
+    return {**STYLES[method], **changes}
+
+
+def axes(
+    title: str, x_label: str, y_label: str, *, width: float = 6.4, height: float = 3.6
+) -> tuple[Figure, Axes]:
+    """One set of axes whose title is the finding and whose labels carry units."""
+    fig, (ax,) = panels([title], [x_label], [y_label], width=width, height=height)
+    return fig, ax
+
+
+def panels(
+    titles: Sequence[str],
+    x_labels: Sequence[str],
+    y_labels: Sequence[str],
+    *,
+    width: float = 9.6,
+    height: float = 3.6,
+) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, each with its own title and labels."""
+    if not len(titles) == len(x_labels) == len(y_labels):
+        got = (len(titles), len(x_labels), len(y_labels))
+        raise ValueError(f"titles, x_labels, y_labels: got {got} of them, takes one number")
+    with matplotlib.rc_context(_FONT):
+        fig = Figure(figsize=(width, height), dpi=100, layout="constrained")
+        FigureCanvasAgg(fig)
+        axs = list(fig.subplots(1, len(titles), squeeze=False)[0])
+        for ax, title, x_label, y_label in zip(axs, titles, x_labels, y_labels, strict=True):
+            ax.set(title=title, xlabel=x_label, ylabel=y_label)
+    return fig, axs
+
+
+def grouped_bars(ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
+    """Bars side by side over `names`, one group a policy; method names take their colour.
+
+    Args:
+      ax: where to draw.
+      names: Y labels along the x axis.
+      groups: a method of `STYLES`, or any other name, to its Y heights.
+    """
+    step = 0.8 / len(groups)
+    hatches = {"optimal": "///", "reference": "..."}
+    for i, (method, heights) in enumerate(groups.items()):
+        look = STYLES.get(method, {"color": f"C{i}", "label": method})
+        offsets = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * step
+        face = "white" if method in hatches else look["color"]
+        ax.bar(
+            offsets, np.asarray(heights, dtype=float), 0.9 * step, label=look["label"],
+            facecolor=face, edgecolor=look["color"], hatch=hatches.get(method),
+        )  # fmt: skip
+    ax.set_xticks(np.arange(len(names)), names)
+    ax.legend(frameon=False)
+
+
+def label_lines(ax: Axes, *, gap: float = 0.06) -> None:
+    """Write each line's label at its right end, in its colour, moved apart where they would meet.
+
+    Args:
+      ax: axes whose lines carry labels (names that begin with an underscore are left out).
+      gap: least distance between two labels, as a share of the axis height.
+    """
+    lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+    ax.autoscale_view()
+    to_axes = ax.transData + ax.transAxes.inverted()
+    ends = []
+    for line in lines:
+        x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+        seen = np.isfinite(x) & np.isfinite(y)
+        at = np.flatnonzero(seen)[np.argmax(x[seen])]
+        ends.append([*to_axes.transform((x[at], y[at])), line])
+    ends.sort(key=lambda end: end[1])
+    heights = np.array([end[1] for end in ends])
+    for _ in range(200):  # push neighbours apart until all keep their distance
+        close = np.maximum(0.0, gap - np.diff(heights)) / 2
+        if not (close > 1e-9).any():
+            break
+        heights[:-1] -= close
+        heights[1:] += close
+    for (x, _, line), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            str(line.get_label()), (x, height), xycoords="axes fraction", xytext=(6, 0),
+            textcoords="offset points", va="center", color=line.get_color(), annotation_clip=False,
+        )  # fmt: skip
+
+
+def show(fig: Figure, *, alt: str) -> None:
+    """Show a figure in a notebook as a picture with alt text and, in text form, its receipt.
+
+    Args:
+      fig: what to show.
+      alt: one or two sentences for someone who cannot see it: what is drawn and what it says.
+    Raises:
+      ValueError: `alt` is empty.
+    """
+    from IPython.display import display  # heavy, and only notebooks have it
+
+    if not alt.strip():
+        raise ValueError("alt: got an empty text, takes a description of the figure")
+    data = {"image/png": _png(fig), "text/plain": f"{alt}\n{receipt(fig)}"}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def save(fig: Figure, name: str, *, alt: str, folder: str | Path = "../figures") -> None:
+    """Show a headline figure and write it to `folder/name.png`, whole or not at all.
+
+    Nothing is written where `folder` does not exist, so that a chapter opened on its own still
+    runs.
+
+    Args:
+      fig: what to show.
+      name: the file's name without its ending.
+      alt: as in `show`.
+      folder: where figures live, seen from the notebooks.
+    """
+    show(fig, alt=alt)
+    if Path(folder).is_dir():
+        write_whole(Path(folder) / f"{name}.png", _png(fig))
+
+
+def receipt(fig: Figure) -> str:
+    """What was drawn, as text: of every series its label, number of points and ranges."""
+    rows = []
+    for ax in fig.axes:
+        if ax.get_label() == "<colorbar>":
+            continue
+        title = ax.get_title(loc="left") or ax.get_title()
+        rows.append(f"[{title}] x: {ax.get_xlabel()} | y: {ax.get_ylabel()}")
+        bars = [c for c in ax.containers if isinstance(c, BarContainer)]
+        for line in ax.lines:
+            points = np.column_stack([line.get_xdata(), line.get_ydata()])
+            rows.append(f"  line {_name(line)}: {_ranges(points)}")
+        for bar in bars:
+            heights = " ".join(_number(patch.get_height()) for patch in bar.patches)
+            rows.append(f"  bars {_name(bar)}: {heights}")
+        for drawn in ax.collections:
+            if isinstance(drawn, PathCollection) and len(drawn.get_offsets()):
+                rows.append(f"  points {_name(drawn)}: {_ranges(drawn.get_offsets())}")
+            elif drawn.get_array() is not None:
+                rows.append(f"  field {_name(drawn)}: {_span(drawn.get_array())}")
+        for image in ax.images:
+            shape = "x".join(str(n) for n in image.get_array().shape)
+            rows.append(f"  image {shape}: {_span(image.get_array())}")
+        texts = [text.get_text().strip() for text in ax.texts if text.get_text().strip()]
+        if texts:
+            rows.append("  text: " + " | ".join(texts))
+    return "\n".join(rows)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or, after a failure, as it was before."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _png(fig: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No software version in the file: it changes when the picture does.
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _name(artist: object) -> str:
+    label = str(artist.get_label())
+    return "(no label)" if label.startswith("_") else repr(label)
+
+
+def _ranges(points: np.ndarray) -> str:
+    points = np.ma.filled(np.ma.asarray(points, dtype=float), np.nan)
+    return f"{len(points)} points, x {_span(points[:, 0])}, y {_span(points[:, 1])}"
+
+
+def _span(values: np.ndarray) -> str:
+    values = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return "nothing finite"
+    return f"{_number(finite.min())}..{_number(finite.max())}"
+
+
+def _number(value: float) -> str:
+    """At most 4 decimals and 4 digits, never -0: the same on every machine."""
+    return f"{round(float(value), 4) + 0.0:.4g}"

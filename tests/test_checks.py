@@ -1,0 +1,89 @@
+"""Every exercise: its solution passes, and plausible mistakes each get a sentence of their own."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_mini.checks import check, diagnose, exercises
+
+ROOT = Path(__file__).resolve().parent.parent
+EXERCISES = exercises()
+
+
+def gather(folder: Path, pattern: str, name: str) -> dict:
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        found.update(runpy.run_path(str(path))[name])
+    return found
+
+
+SOLUTIONS = gather(ROOT / "notebooks" / "solutions", "[0-9][0-9]_*.py", "SOLUTIONS")
+MISTAKES = gather(ROOT / "tests" / "mistakes", "chapter_*.py", "MISTAKES")
+
+
+def test_every_exercise_has_a_solution_and_three_mistakes():
+    assert set(SOLUTIONS) == set(EXERCISES) == set(MISTAKES)
+    assert all(len(mistakes) >= 3 for mistakes in MISTAKES.values())
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_solution_passes(number):
+    passed, sentence = diagnose(number, SOLUTIONS[number])
+    assert passed, sentence
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(n, words) for n, found in MISTAKES.items() for words in found]
+)
+def test_a_mistake_gets_its_own_sentence(number, words):
+    passed, sentence = diagnose(number, MISTAKES[number][words])
+    assert not passed
+    assert words in sentence
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_sentences_of_an_exercise_differ(number):
+    sentences = [diagnose(number, mistake)[1] for mistake in MISTAKES[number].values()]
+    assert len(set(sentences)) == len(sentences)
+
+
+def test_an_unfinished_stub_is_told_so():
+    passed, sentence = diagnose("0.1", lambda ref_probs, rewards, beta: None)
+    assert not passed
+    assert "returned None" in sentence
+
+
+def test_what_is_not_a_number_is_told_so():
+    assert "takes a function" in diagnose("0.1", 3)[1]
+    assert "not numbers" in diagnose("0.1", lambda *arguments: "a")[1]
+    assert "raised ZeroDivisionError" in diagnose("0.1", lambda *arguments: 1 / 0)[1]
+    assert "shape [2] where [4]" in diagnose("0.1", lambda *arguments: torch.ones(2))[1]
+
+
+def test_an_unknown_mistake_is_shown_its_number():
+    passed, sentence = diagnose("0.1", lambda ref_probs, rewards, beta: ref_probs)
+    assert not passed
+    assert "0.4000 where 0.7411 is wanted" in sentence
+
+
+def test_a_candidate_cannot_harm_the_cases():
+    def greedy(ref_probs, rewards, beta):
+        rewards.fill_(0.0)
+        return ref_probs
+
+    diagnose("0.1", greedy)
+    assert diagnose("0.1", SOLUTIONS["0.1"])[0]
+
+
+def test_check_prints_one_line(capsys):
+    check("0.1", SOLUTIONS["0.1"])
+    assert capsys.readouterr().out == (
+        "Exercise 0.1 passed: your answer agrees with ours on every case.\n"
+    )
+
+
+def test_an_unknown_number_is_refused():
+    with pytest.raises(ValueError, match="number: got '99.9'"):
+        diagnose("99.9", print)
