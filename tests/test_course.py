@@ -1,0 +1,168 @@
+"""The chapters as files: run in order, stable, described, linked, and true to their own outputs."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
+NUMBER = re.compile(r"(?<![\w.,:/-])-?(?:\d+)?\.\d+(?:e-?\d+)?(?![\w./]\d)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+pytestmark = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def prose(path: Path) -> str:
+    return "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+
+
+def shown(path: Path) -> str:
+    """All that the chapter's code says and prints: where a number in its prose must come from."""
+    texts = []
+    for cell in code_cells(path):
+        texts.append(cell.source)
+        for output in cell.outputs:
+            texts.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+    return "\n".join(texts)
+
+
+def test_every_code_cell_was_run_in_order(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_the_file_is_valid_and_its_ids_are_unique(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata
+
+
+def test_nothing_went_wrong_on_the_way(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert output.output_type != "execute_result", "print it: a bare value is a repr"
+
+
+def test_every_figure_has_alt_text_and_a_receipt(path):
+    figures = 0
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "image/png" in data:
+                figures += 1
+                alt = output.metadata["image/png"]["alt"]
+                assert len(alt) > 40, alt
+                assert data["text/plain"].startswith(alt)
+                assert " x: " in data["text/plain"]
+    assert figures >= 1
+
+
+def test_the_file_is_small(path):
+    assert path.stat().st_size < 400_000
+
+
+def test_outputs_hold_nothing_that_varies(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            for sign in ("tensor(", "np.float64(", " at 0x", "Warning", "-0.0000", "/home/", "nan"):
+                assert sign not in text, text
+
+
+def test_a_cell_holds_one_idea(path):
+    lengths = []
+    for cell in code_cells(path):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        lengths.append(len(lines))
+        assert len(lines) <= 20, cell.source
+        assert max(len(line) for line in lines) <= 79, cell.source
+        assert not cell.source.rstrip().endswith(";")
+        assert "NBVAL_IGNORE" not in cell.source
+        assert "NBVAL_SKIP" not in cell.source
+    assert lengths[0] <= 8, "the set-up"
+    assert sorted(lengths)[len(lengths) // 2] <= 10
+    assert "set_num_threads(1)" in code_cells(path)[0].source
+    assert "set_default_dtype(torch.float64)" in code_cells(path)[0].source
+
+
+def test_text_and_code_take_turns(path):
+    kinds = "".join(cell.cell_type[0] for cell in read(path).cells)
+    assert kinds.startswith("mc")
+    assert kinds.endswith("m")
+    assert "ccc" not in kinds
+
+
+def test_the_rhythm_of_a_chapter(path):
+    text = prose(path)
+    for part in ("**Claim.**", "**You'll do**", "**You'll learn**", "**You'll need**", "minutes"):
+        assert part in text.split("\n## ")[0], part
+    for part in ("## Two routes meet", "## Where it breaks", "## Exercises", "## Summary"):
+        assert part in text, part
+    assert "**References.**" in text
+    assert 2 <= len(re.findall(r"^check\(", shown(path), re.M)) <= 3
+
+
+def test_links_lead_somewhere(path):
+    for link in LINK.findall(prose(path)):
+        if not link.startswith("http"):
+            assert (NOTEBOOKS / link).exists(), link
+
+
+def test_chapters_lead_to_one_another(path):
+    at = CHAPTERS.index(path)
+    links = set(LINK.findall(prose(path)))
+    if at > 0:
+        assert CHAPTERS[at - 1].name in links
+    if at + 1 < len(CHAPTERS):
+        assert CHAPTERS[at + 1].name in links
+
+
+def test_decimal_numbers_in_prose_occur_in_the_chapter(path):
+    """`.74` in the text must be a number of the chapter's code or output, perhaps rounded."""
+    sources = [float(number) for number in NUMBER.findall(shown(path))]
+    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$|`[^`\n]*`|\]\([^)]*\)", " ", prose(path), flags=re.S)
+    text = re.sub(r"arXiv:\d+\.\d+", " ", text)
+    for number in NUMBER.findall(text):
+        decimals = len(number.split("e")[0].split(".")[1])
+        value = float(number)
+        slack = 0.5 * 10.0**-decimals + 1e-9 if "e" not in number else abs(value) * 1e-6
+        close = any(abs(abs(source) - abs(value)) <= slack for source in sources)
+        assert close, f"{number} is in the text and in no output"
+
+
+def test_the_chapter_has_solutions(path):
+    solutions = NOTEBOOKS / "solutions" / f"{path.stem}.py"
+    assert solutions.exists()
+
+
+def test_the_code_of_a_chapter_uses_what_it_imports_from_the_package(path):
+    """A chapter imports the library and never pastes it."""
+    source = "\n".join(cell.source for cell in code_cells(path))
+    assert "from dpo_mini" in source
+    for name in ("def log_softmax(", "class TinyTransformer", "def enumerate_logps("):
+        assert name not in source
+
+
+def test_the_run_tool_wrote_the_file(path):
+    """Keys sorted, one space of indent, no odd metadata: a change shows as a small difference."""
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert text == json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"])

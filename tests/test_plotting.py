@@ -1,0 +1,111 @@
+"""Figures: the styles of the methods, and receipts that tell what was drawn."""
+
+import matplotlib
+import numpy as np
+import pytest
+
+from dpo_mini import plotting
+from dpo_mini.plotting import STYLES, axes, grouped_bars, label_lines, panels, receipt, style
+
+
+def test_methods_differ_in_colour_and_drawn_lines_do_not_share_both():
+    looks = [(s["color"], s["linestyle"], s.get("marker")) for s in STYLES.values()]
+    assert len(set(looks)) == len(looks)
+    assert len({s["color"] for s in STYLES.values()}) == len(STYLES)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"method: got 'a2c', takes one of \['dpo'"):
+        style("a2c")
+
+
+def test_the_receipt_tells_swapped_data():
+    texts = []
+    for heights in ([1.0, 2.0], [2.0, 1.0]):
+        fig, ax = axes("a finding", "steps", "nats")
+        ax.plot([0, 1], [0.0, heights[0]], **style("dpo"))
+        ax.plot([0, 1], [0.0, heights[1]], **style("ipo"))
+        texts.append(receipt(fig))
+    assert texts[0] != texts[1]
+    assert "[a finding] x: steps | y: nats" in texts[0]
+    assert "line 'DPO': 2 points, x 0..1, y 0..1" in texts[0]
+
+
+def test_the_receipt_reads_bars_points_images_and_texts():
+    fig, (left, right) = panels(["bars", "rest"], ["x", "x"], ["y", "y"])
+    grouped_bars(left, ["a", "b"], {"optimal": [0.25, 0.75], "mine": [0.5, -1e-17]})
+    right.scatter([1, 2], [3, 4], label="seen")
+    right.imshow(np.array([[0.0, 0.5]]))
+    right.text(0, 0, "a remark")
+    text = receipt(fig)
+    assert "bars 'π* (exact)': 0.25 0.75" in text
+    assert "bars 'mine': 0.5 0" in text
+    assert "points 'seen': 2 points, x 1..2, y 3..4" in text
+    assert "image 1x2: 0..0.5" in text
+    assert "text: a remark" in text
+
+
+def test_the_receipt_leaves_out_what_is_not_finite():
+    fig, ax = axes("t", "x", "y")
+    ax.plot([0, 1, 2], [np.nan, np.inf, -1e-18])
+    assert "line (no label): 3 points, x 0..2, y 0..0" in receipt(fig)
+
+
+def test_labels_at_line_ends_keep_their_distance():
+    _, ax = axes("t", "x", "y")
+    for i in range(4):
+        ax.plot([0, 1], [0, 1 + 1e-3 * i], label=f"line {i}")
+    ax.plot([0, 1], [0, 0], label="_left out")
+    label_lines(ax, gap=0.06)
+    heights = sorted(note.xy[1] for note in ax.texts)
+    assert len(heights) == 4
+    assert min(np.diff(heights)) > 0.0599
+
+
+def test_show_gives_a_picture_alt_text_and_a_receipt(monkeypatch):
+    seen = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **kw: seen.append((data, kw)))
+    fig, ax = axes("t", "x", "y")
+    ax.plot([0, 1], [0, 1], **style("dpo"))
+    plotting.show(fig, alt="a rising line")
+    ((data, options),) = seen
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert data["text/plain"] == "a rising line\n" + receipt(fig)
+    assert options["metadata"] == {"image/png": {"alt": "a rising line"}}
+    with pytest.raises(ValueError, match="alt: got an empty text"):
+        plotting.show(fig, alt=" ")
+
+
+def test_save_writes_whole_files_and_only_where_the_folder_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("IPython.display.display", lambda data, **kw: None)
+    fig, ax = axes("t", "x", "y")
+    ax.plot([0, 1], [0, 1])
+    plotting.save(fig, "line", alt="a line", folder=tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+    plotting.save(fig, "line", alt="a line", folder=tmp_path)
+    first = (tmp_path / "line.png").read_bytes()
+    plotting.save(fig, "line", alt="a line", folder=tmp_path)
+    assert (tmp_path / "line.png").read_bytes() == first  # the same picture, the same bytes
+
+
+def test_a_failed_write_leaves_the_old_file(monkeypatch, tmp_path):
+    path = tmp_path / "line.png"
+    path.write_bytes(b"old")
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plotting.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_panels_need_one_label_each():
+    with pytest.raises(ValueError, match=r"got \(2, 1, 2\) of them"):
+        panels(["a", "b"], ["x"], ["y", "y"])
+
+
+def test_importing_plotting_leaves_the_settings_alone():
+    assert matplotlib.rcParams["axes.spines.top"] == matplotlib.rcParamsDefault["axes.spines.top"]

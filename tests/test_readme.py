@@ -1,0 +1,66 @@
+"""README: its example prints what it says, its tables agree with the course, its links work."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+
+
+def tables_with(heading: str, text: str) -> list[str]:
+    lines, found = text.splitlines(), []
+    for at, line in enumerate(lines):
+        if line.startswith(heading):
+            end = next((i for i in range(at, len(lines)) if not lines[i].startswith("|")), None)
+            found.append("\n".join(lines[at:end]))
+    return found
+
+
+def test_the_example_prints_the_numbers_in_its_comments():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(EXAMPLE, "README example", "exec"), {})
+    promised = re.findall(r"print\(.*\)  # (.*)", EXAMPLE)
+    assert printed.getvalue().splitlines() == promised
+    assert len(promised) == 3
+
+
+def test_the_example_has_at_most_15_lines():
+    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 15
+
+
+def test_the_notation_is_that_of_chapter_00():
+    notebook = nbformat.read(ROOT / "notebooks" / "00_take_the_tour.ipynb", as_version=4)
+    chapter = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    (mine,), (theirs,) = tables_with("| symbol |", README), tables_with("| symbol |", chapter)
+    assert mine == theirs
+    assert len(mine.splitlines()) > 10
+
+
+def test_the_chapter_table_names_every_chapter_in_order():
+    (table,) = tables_with("| chapter |", README)
+    listed = re.findall(r"\[(\d\d [^\]]+)\]\(notebooks/(\S+?)\) \|.*\| (\d+) \|", table)
+    chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert [name for _, name, _ in listed] == [path.name for path in chapters]
+    for (title, _, minutes), path in zip(listed, chapters, strict=True):
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert first.startswith(f"# {title}\n")
+        assert re.search(rf"\b{minutes}\s+minutes\b", first), f"{path.name}: {minutes} minutes"
+
+
+def test_links_and_pictures_are_there():
+    for link in re.findall(r"\]\(([^)\s]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_every_figure_file_is_written_by_a_chapter():
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")
+    )
+    for figure in (ROOT / "figures").iterdir():
+        assert f'\\"{figure.stem}\\"' in code, figure.name
