@@ -92,7 +92,7 @@ def check_finite(**tensors: Tensor) -> None:
 def check_normalised(**tables: Tensor) -> None:
     """Refuse rows whose probabilities do not sum to 1: logits passed for log-probabilities."""
     for name, table in tables.items():
-        totals = table.detach().logsumexp(-1).exp()
+        totals = table.detach().logsumexp(-1).exp().flatten()
         worst = totals[(totals - 1).abs().argmax()].item()
         if not abs(worst - 1) < 1e-3:
             raise ValueError(

@@ -112,7 +112,7 @@ def objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) ->
     Source: Rafailov et al. 2023, Eq. 3, arXiv:2305.18290.
     """
     check_positive("beta", beta)
-    check_floats("[X, Y]", logps=logps, ref_logps=ref_logps, rewards=rewards)
+    _check_tables(logps=logps, ref_logps=ref_logps)
     return expected_reward(logps, rewards) - beta * kl(logps, ref_logps)
 
 

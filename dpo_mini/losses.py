@@ -1,8 +1,9 @@
 r"""Preference losses: log-probabilities of a batch in, one loss a row out.
 
-Every loss is pure and leaves the reduction to its caller. In the formulas
-$d = \log\frac{\pi_\theta(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}$,
-with y_w the chosen and y_l the rejected completion of one prompt x.
+Every loss is pure and leaves the reduction to its caller. In the formulas $d = a - b$ with
+$a = \log\frac{\pi_\theta(y_w|x)}{\pi_{ref}(y_w|x)}$ and
+$b = \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}$, where y_w is the chosen and y_l the rejected
+completion of one prompt x.
 """
 
 import torch
@@ -127,9 +128,10 @@ def ipo_mean_loss(
     *,
     beta: float,
 ) -> Tensor:
-    r"""IPO on means over tokens: $(a/n_w - b/n_l - \frac{1}{2\beta})^2$, as several libraries have it.
+    r"""IPO on means over tokens: $(a/n_w - b/n_l - \frac{1}{2\beta})^2$.
 
-    With unequal lengths this fits another target than `ipo_loss`.
+    Several libraries have it in the place of `ipo_loss`; with unequal lengths n_w and n_l it fits
+    another target.
 
     Args:
       chosen_mean_logps: `[B]`, log pi_theta(y_w|x) divided by its number of tokens, nats a token.
@@ -179,7 +181,9 @@ def hinge_loss(
 
 
 def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
-    r"""DPO for rankings: $-\sum_k [s_k - \log\sum_{j\ge k} e^{s_j}]$, $s = \beta\log(\pi_\theta/\pi_{ref})$.
+    r"""DPO for rankings: $-\sum_k [s_k - \log\sum_{j\ge k} e^{s_j}]$.
+
+    $s_k = \beta\log[\pi_\theta(y_k|x) / \pi_{ref}(y_k|x)]$ is the implied reward of rank k.
 
     Args:
       logps: `[B, K]`, log pi_theta of K >= 2 completions of one prompt, best first, nats.
@@ -193,13 +197,13 @@ def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tens
     """
     scores = _listwise_scores(logps, ref_logps, beta)
     n_items = scores.shape[1]
-    earlier = torch.ones(n_items, n_items, dtype=torch.bool, device=scores.device).tril(-1)
+    earlier = scores.new_ones(n_items, n_items).tril(-1) > 0  # row k: the items before k
     remaining = scores.unsqueeze(1).expand(-1, n_items, -1).masked_fill(earlier, -torch.inf)
     return (remaining.logsumexp(-1) - scores).sum(-1)
 
 
 def best_of_k_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
-    r"""The best of K against all: $-[s_1 - \log\sum_j e^{s_j}]$, $s = \beta\log(\pi_\theta/\pi_{ref})$.
+    r"""The best of K against all: $-[s_1 - \log\sum_j e^{s_j}]$, with s as in `plackett_luce_loss`.
 
     Args:
       logps: `[B, K]`, log pi_theta of K >= 2 completions of one prompt, the best in column 0, nats.

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from PIL import Image
 
 STYLES: dict[str, dict] = {
     "optimal": {"color": "black", "linestyle": "--", "label": "π* (exact)"},
@@ -133,6 +134,118 @@ def label_lines(ax: Axes, *, gap: float = 0.06) -> None:
         )  # fmt: skip
 
 
+def named_points(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """One row a name, from top to bottom in the order given: a point, and beside it name and value.
+
+    Args:
+      ax: where to draw; loses its y ticks.
+      groups: a label, shown in the legend with a colour and marker of its own, to its names and
+        their finite values; at most 6 labels.
+    Raises:
+      ValueError: no names, more than 6 labels, or a value that is not finite.
+    """
+    looks = list(
+        zip(("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "black"), "os^vDP", strict=True)
+    )
+    values = np.array([value for group in groups.values() for value in group.values()], float)
+    if not values.size:
+        raise ValueError("groups: got no names, takes at least one")
+    if len(groups) > len(looks):
+        raise ValueError(f"groups: got {len(groups)} labels, takes at most {len(looks)}")
+    if not np.isfinite(values).all():
+        bad = values[~np.isfinite(values)][0]
+        raise ValueError(f"groups: got {bad}, takes finite values")
+    row = 0
+    for (label, group), (color, marker) in zip(groups.items(), looks, strict=False):
+        rows = row + np.arange(len(group))
+        ax.plot(list(group.values()), rows, marker, color=color, label=label)
+        for place, (name, value) in zip(rows, group.items(), strict=True):
+            ax.annotate(
+                f"{name}  {_number(value)}", (value, place), xytext=(8, 0),
+                textcoords="offset points", va="center", color=color, fontsize=9,
+            )  # fmt: skip
+        row += len(group)
+    ax.set(yticks=[], ylim=(row - 0.4, -0.6))
+    low, high = values.min(), values.max()
+    span = (high - low) or 1.0
+    ax.set_xlim(low - 0.05 * span, high + 0.5 * span)  # room for the names beside the points
+    ax.legend(frameon=False, loc="upper right")
+
+
+def ternary(ax: Axes, corners: Sequence[str]) -> None:
+    """Turn axes into a triangle whose points are the distributions over three actions.
+
+    A corner is an action taken for certain, an edge a mixture of two, the centre all alike.
+
+    Args:
+      ax: where to draw; keeps its title and x label, loses ticks and spines.
+      corners: three names: left, right, top.
+    Raises:
+      ValueError: the names are not three.
+    """
+    if len(corners) != 3:
+        raise ValueError(f"corners: got {len(corners)} names, takes 3")
+    x, y = ternary_xy(np.eye(3)[[0, 1, 2, 0]])
+    ax.plot(x, y, color="black", linewidth=0.8, label="_frame")
+    for i, (name, shift) in enumerate(zip(corners, [(-8, -4), (8, -4), (0, 8)], strict=True)):
+        ax.annotate(
+            name, (x[i], y[i]), xytext=shift, textcoords="offset points", ha="center", va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+    ax.set(aspect="equal", xticks=[], yticks=[], ylim=(-0.06, 1.02))
+    ax.spines[:].set_visible(False)
+
+
+def ternary_xy(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where distributions over three actions lie in `ternary` axes (barycentric coordinates).
+
+    Args:
+      probs: `[n, 3]` or `[3]`, each row summing to 1; a tensor will do.
+    Returns:
+      x and y, `[n]` or `[]` each; the sides are 1 long, the left corner is at (0, 0).
+    Raises:
+      ValueError: the last dimension is not 3, or a row does not sum to 1.
+    """
+    table = np.asarray(probs, dtype=float)
+    if table.ndim == 0 or table.shape[-1] != 3:
+        raise ValueError(f"probs: got shape {list(table.shape)}, takes [n, 3]")
+    totals = table.sum(-1)
+    if not np.allclose(totals, 1.0, atol=1e-6):
+        worst = totals.flat[np.abs(totals - 1).argmax()]
+        raise ValueError(f"probs: got a row that sums to {worst:.4g}, takes rows that sum to 1")
+    return table[..., 1] + 0.5 * table[..., 2], np.sqrt(0.75) * table[..., 2]
+
+
+def ternary_grid(n_steps: int) -> np.ndarray:
+    """Every distribution over three actions in steps of 1/n: `[(n + 1)(n + 2) / 2, 3]`."""
+    if n_steps < 1:
+        raise ValueError(f"n_steps: got {n_steps}, takes at least 1")
+    a, b = np.meshgrid(np.arange(n_steps + 1), np.arange(n_steps + 1), indexing="ij")
+    inside = a + b <= n_steps
+    a, b = a[inside], b[inside]
+    return np.column_stack([a, b, n_steps - a - b]) / n_steps
+
+
+def ternary_contours(
+    ax: Axes, probs: np.ndarray, heights: np.ndarray, levels: Sequence[float]
+) -> None:
+    """Shade a function over the triangle, darker is higher, with a contour at each of `levels`.
+
+    Args:
+      ax: axes that `ternary` has prepared.
+      probs: `[n, 3]`, such as `ternary_grid(60)`.
+      heights: `[n]`, finite, the function's value at each row.
+      levels: increasing.
+    """
+    x, y = ternary_xy(probs)
+    heights = np.asarray(heights, dtype=float)
+    low, high = heights.min(), heights.max()
+    inside = [level for level in levels if low < level < high]
+    darkest = high + 0.6 * (high - low)  # pale enough for what is drawn on top
+    ax.tricontourf(x, y, heights, levels=[low, *inside, high], cmap="Blues", vmax=darkest)
+    ax.tricontour(x, y, heights, levels=inside, colors="white", linewidths=0.8, linestyles="solid")
+
+
 def show(fig: Figure, *, alt: str) -> None:
     """Show a figure in a notebook as a picture with alt text and, in text form, its receipt.
 
@@ -210,10 +323,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _png(fig: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # No software version in the file: it changes when the picture does.
-    fig.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png")
+    # A palette of 256 makes the file a third of the size. It also drops matplotlib's version, so
+    # that the file changes only when the picture does.
+    picture = Image.open(drawn).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 def _name(artist: object) -> str:

@@ -191,17 +191,20 @@ class TinyTransformer(Policy):
         check_generator(generator)
         if width % n_heads:
             raise ValueError(f"width: got {width}, takes a multiple of n_heads = {n_heads}")
-        if end_token is not None and not 0 <= end_token < vocab_size:
-            raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
+        if end_token is not None:
+            check_count("end_token", end_token, least=0)
+            if end_token >= vocab_size:
+                raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
         self.n_prompts, self.vocab_size = n_prompts, vocab_size
         self.max_tokens, self.end_token = max_tokens, end_token
-        self.wte = nn.Embedding(vocab_size + n_prompts, width)
-        self.wpe = nn.Embedding(max_tokens, width)
-        self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
-        self.ln_f = nn.LayerNorm(width)
+        with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
+            self.wte = nn.Embedding(vocab_size + n_prompts, width)
+            self.wpe = nn.Embedding(max_tokens, width)
+            self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
+            self.ln_f = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # GPT-2 shrinks what each layer adds to the stream by the square root of their number.
+                # GPT-2 shrinks what each layer adds by the square root of how many add.
                 scale = (2 * n_layers) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
             elif name.endswith("bias"):

@@ -39,7 +39,7 @@ def thurstone_prob(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
 
 
 def davidson_probs(rewards_a: Tensor, rewards_b: Tensor, *, tie_weight: float) -> Tensor:
-    r"""Bradley-Terry with ties: a wins, tie, b wins in proportion $e^{r_a}:\nu e^{(r_a+r_b)/2}:e^{r_b}$.
+    r"""Bradley-Terry with ties, in the proportion $e^{r_a} : \nu e^{(r_a+r_b)/2} : e^{r_b}$.
 
     Args:
       rewards_a, rewards_b: the same shape, finite.

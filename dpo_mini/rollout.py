@@ -1,7 +1,10 @@
 """Every completion as a tree of prefixes, or a few of them by sampling."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dpo_mini.arguments import check_count, check_generator, check_indices
 from dpo_mini.logps import PAD
@@ -9,17 +12,21 @@ from dpo_mini.policies import Path, Policy
 from dpo_mini.tasks import Task, subtree_sizes
 
 
-def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 64) -> Tensor:
+def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tensor:
     """log pi(y|x) of every completion of every prompt, each distinct prefix read once.
 
     The walk is depth first over chunks of `n_parents` prefixes of one length, whose children go
     through the policy together; keys and values are kept along the current path only, so the
-    memory beside the result is bounded (without gradients).
+    memory beside the result is bounded. With gradients, what the last chunks computed is dropped
+    and computed again in the backward pass, so the weights must stay as they are until then; on a
+    million completions this takes 1.3 times as long and under a third of the memory (measured in
+    `benchmarks/RESULTS.md`).
 
     Args:
       policy: a `Policy` of the sizes of `task`.
       task: its `completions` `[Y, T]` name the columns of the result.
-      n_parents: prefixes in a chunk; more is more memory and, up to a point, more speed.
+      n_parents: prefixes in a chunk; more is more memory and, up to a point, more speed. Changes
+        the result by rounding alone.
     Returns:
       `[X, Y]`, nats, of the policy's dtype; differentiable.
     Raises:
@@ -42,11 +49,8 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 64) -> Tenso
         next_logps = prefix_logps[:, None] + logits.log_softmax(-1)  # [P, V]
         if depth == max_tokens - 1:
             return next_logps
-        chunks = []
-        for start in range(0, len(next_logps), n_parents):
-            rows = slice(start, start + n_parents)
-            chunks.append(children(next_logps[rows], take(path, rows), depth))
-        return torch.cat(chunks)
+        walk = children if depth + 1 < max_tokens - 1 else last_children
+        return torch.cat([walk(*chunk, depth) for chunk in chunks(next_logps, path, n_parents)])
 
     def children(next_logps: Tensor, path: Path, depth: int) -> Tensor:
         n_rows = len(next_logps)
@@ -59,6 +63,11 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 64) -> Tenso
             return rest
         at = end * sizes[depth + 1]  # completions before the end token, in dictionary order
         return torch.cat([rest[:, :at], next_logps[:, end : end + 1], rest[:, at:]], dim=1)
+
+    def last_children(next_logps: Tensor, path: Path, depth: int) -> Tensor:
+        """`children` at the depth where nearly every prefix is: with gradients, forget and redo."""
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(children, next_logps, path, depth, **options)
 
     tables = []
     for prompt in task.prompts.split(1):
@@ -138,9 +147,17 @@ def _step(policy: Policy, path: Path, node: Tensor, tokens: Tensor) -> tuple[Ten
     return logits[:, 0], lengthen(path, own), node
 
 
-def take(path: Path, rows: Tensor | slice) -> Path:
+def take(path: Path, rows: Tensor) -> Path:
     """The paths of some of the prefixes."""
     return [(keys[rows], values[rows]) for keys, values in path]
+
+
+def chunks(next_logps: Tensor, path: Path, size: int) -> Iterator[tuple[Tensor, Path]]:
+    """Prefixes, `next_logps` `[P, V]` and their paths, `size` at a time."""
+    # `split`, not slices: the gradient of a slice is a whole tensor, nearly all of it zeros.
+    layers = [zip(keys.split(size), values.split(size), strict=True) for keys, values in path]
+    for rows, *layer_rows in zip(next_logps.split(size), *layers, strict=True):
+        yield rows, layer_rows
 
 
 def lengthen(path: Path, own: Path) -> Path:

@@ -182,7 +182,7 @@ class Task:
 
 
 def subtree_sizes(vocab_size: int, max_tokens: int, end_token: int | None) -> list[int]:
-    """How many completions begin with a given unended prefix of 0, 1, …, T tokens: T + 1 numbers."""
+    """How many completions begin with an unended prefix of 0, 1, …, T tokens: T + 1 numbers."""
     check_count("vocab_size", vocab_size, least=1 if end_token is None else 2)
     check_count("max_tokens", max_tokens)
     ends, goes_on = (0, vocab_size) if end_token is None else (1, vocab_size - 1)
@@ -249,7 +249,7 @@ def bandit(rewards: Tensor, ref_probs: Tensor, *, actions: Sequence[str] | None 
 
 
 def four_answers() -> Task:
-    """One prompt, four answers, at beta = 0.5 a long way from the reference: the course's example."""
+    """One prompt, four answers: the course's example, at beta = 0.5 far from its reference."""
     rewards = torch.tensor([[1.0, 0.2, -0.4, 0.8]], dtype=torch.float64)
     ref_probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
     return bandit(rewards, ref_probs)
@@ -310,7 +310,7 @@ def micro_reviews() -> Task:
 def micro_review_demonstrations(
     n: int, *, generator: torch.Generator, slip_prob: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """Sentences of a small grammar to fit a reference policy to: `(prompts [n], completions [n, 5])`.
+    """Sentences of a small grammar to fit a reference policy to.
 
     Prompts are drawn evenly, then a template such as "A but not A", then its adjectives; each word
     then becomes any word with `slip_prob`. Slips matter: without them the reference never says
@@ -319,6 +319,8 @@ def micro_review_demonstrations(
     Args:
       n: how many sentences.
       slip_prob: in [0, 1).
+    Returns:
+      `(prompts [n], completions [n, 5])`, int64, padded with `PAD`.
     """
     check_count("n", n)
     check_between("slip_prob", slip_prob, 0.0, 1.0)

@@ -139,8 +139,14 @@ def population_loss(loss: Loss, logps: Tensor, ref_logps: Tensor, rewards: Tenso
       logps, ref_logps, rewards: `[X, Y]`, Y >= 2.
     Returns:
       `[]`, the mean over prompts and pairs; differentiable.
+    Raises:
+      ValueError: shapes or dtypes differ, Y < 2, or a value is not finite.
     """
+    check_floats("[X, Y]", logps=logps, ref_logps=ref_logps, rewards=rewards)
+    check_finite(logps=logps, ref_logps=ref_logps, rewards=rewards)
     n_completions = rewards.shape[1]
+    if n_completions < 2:
+        raise ValueError("rewards: got 1 completion a prompt, takes >= 2")
     a, b = torch.triu_indices(n_completions, n_completions, 1, device=rewards.device)
     first, second = (
         [table[:, columns].flatten() for table in (logps, ref_logps, rewards)] for columns in (a, b)

@@ -109,3 +109,65 @@ def test_panels_need_one_label_each():
 
 def test_importing_plotting_leaves_the_settings_alone():
     assert matplotlib.rcParams["axes.spines.top"] == matplotlib.rcParamsDefault["axes.spines.top"]
+
+
+def test_a_triangle_puts_each_action_in_its_corner_and_mixtures_between():
+    corners = np.column_stack(plotting.ternary_xy(np.eye(3)))
+    sides = np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1)
+    np.testing.assert_allclose(sides, 1.0, atol=1e-12)  # equilateral
+    probs = np.random.default_rng(0).dirichlet([1, 1, 1], size=50)
+    x, y = plotting.ternary_xy(probs)
+    np.testing.assert_allclose(np.column_stack([x, y]), probs @ corners, atol=1e-12)
+    assert np.allclose(plotting.ternary_xy([1 / 3, 1 / 3, 1 / 3]), corners.mean(0))
+
+
+def test_the_grid_of_a_triangle_has_every_distribution_once():
+    grid = plotting.ternary_grid(4)
+    assert grid.shape == (15, 3)
+    assert len({tuple(row) for row in grid.tolist()}) == 15
+    np.testing.assert_array_equal(grid.sum(1), 1.0)
+    assert (grid >= 0).all()
+
+
+def test_a_triangle_draws_its_frame_its_corners_and_the_heights():
+    fig, ax = axes("a hill", "", "")
+    plotting.ternary(ax, ["left", "right", "top"])
+    grid = plotting.ternary_grid(10)
+    plotting.ternary_contours(ax, grid, 2.0 * grid[:, 2] - 1.0, [-0.5, 0.0, 0.5])
+    text = receipt(fig)
+    assert "text: left | right | top" in text
+    assert "4 points, x 0..1, y 0..0.866" in text
+    assert "field (no label): -0.75..0.75" in text  # the middles of the outer bands
+    assert [note.xy for note in ax.texts] == [(0, 0), (1, 0), (0.5, np.sqrt(0.75))]
+
+
+def test_what_is_no_triangle_is_refused():
+    _, ax = axes("t", "", "")
+    with pytest.raises(ValueError, match="corners: got 2 names, takes 3"):
+        plotting.ternary(ax, ["a", "b"])
+    with pytest.raises(ValueError, match=r"probs: got shape \[2\], takes \[n, 3\]"):
+        plotting.ternary_xy([0.5, 0.5])
+    with pytest.raises(ValueError, match="probs: got a row that sums to 0.9, takes rows"):
+        plotting.ternary_xy([[0.5, 0.3, 0.2], [0.5, 0.3, 0.1]])
+    with pytest.raises(ValueError, match="n_steps: got 0, takes at least 1"):
+        plotting.ternary_grid(0)
+
+
+def test_named_points_say_each_name_and_value_once():
+    fig, ax = axes("bias", "TV", "")
+    plotting.named_points(ax, {"right": {"pairs": 0.0}, "wrong": {"best": 0.25, "next": 1e-9}})
+    text = receipt(fig)
+    assert "text: pairs  0 | best  0.25 | next  0" in text
+    assert "line 'wrong': 2 points, x 0..0.25, y 1..2" in text
+    assert [line.get_color() for line in ax.lines] == ["#0072B2", "#009E73"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["right", "wrong"]
+
+
+def test_named_points_refuse_what_they_cannot_draw():
+    _, ax = axes("t", "", "")
+    with pytest.raises(ValueError, match="groups: got no names"):
+        plotting.named_points(ax, {"empty": {}})
+    with pytest.raises(ValueError, match="groups: got nan, takes finite"):
+        plotting.named_points(ax, {"g": {"a": float("nan")}})
+    with pytest.raises(ValueError, match="groups: got 7 labels, takes at most 6"):
+        plotting.named_points(ax, {str(i): {"a": 0.0} for i in range(7)})

@@ -113,7 +113,7 @@ def _copies(case: tuple) -> tuple:
 
 
 def _tensor(result: Any) -> torch.Tensor:
-    return torch.as_tensor(result).detach().to(torch.float64)
+    return torch.as_tensor(result, dtype=torch.float64).detach()
 
 
 def _equal(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> torch.Tensor:

@@ -1,0 +1,277 @@
+"""How fast a table of every completion can be made: one by one, or as a tree of prefixes.
+
+Run `python benchmarks/enumeration.py` from the repository's root. It takes about ten minutes on one
+thread, needs `transformers` and `tqdm`, and prints the tables of RESULTS.md. Memory is read from
+/proc, so that part needs Linux.
+
+Every contender scores in float32 with the same weights. Each round times all of them in turn; a
+ratio is the median over rounds of the ratio within a round, so that a slow minute slows both sides.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from dpo_mini import rollout
+from dpo_mini.policies import TinyTransformer
+from dpo_mini.tasks import Task, enumerate_completions
+
+SIZES = [(16, 5), (32, 4)]  # V, T: 1,048,576 completions each, none ends early
+LAYERS, HEADS, WIDTH = 2, 4, 64
+BATCH, BATCHES = 2048, 4  # of the 512 batches, how many a round times; the time is scaled by 128
+ROUNDS = 9
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{cpu_model()}, one thread; torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}; float32, {ROUNDS} rounds\n")
+    for vocab_size, max_tokens in SIZES:
+        report_speed(vocab_size, max_tokens)
+    for vocab_size, max_tokens in SIZES:
+        report_gradient(vocab_size, max_tokens)
+
+
+def report_speed(vocab_size: int, max_tokens: int) -> None:
+    task, policy = make(vocab_size, max_tokens)
+    rows = sample_of_rows(task)
+    scale = len(task.completions) / len(rows)
+    contenders = {
+        f"(a) transformers, {attention}, {activation}": over_batches(gpt2, rows)
+        for attention in ("eager", "sdpa")
+        for activation in ("gelu_new", "gelu_pytorch_tanh")  # one function, written twice
+        for gpt2 in [gpt2_logps(policy, attention, activation)]
+    }
+    contenders["(b) TinyTransformer"] = over_batches(tiny_logps(policy), rows)
+    contenders["(c) prefix tree"] = lambda: rollout.enumerate_logps(policy, task)[0]
+    with torch.no_grad():
+        check_agreement(contenders, task, rows)
+        seconds = time_in_rounds({**contenders, "peak": multiply_large_matrices})
+    for name in contenders:
+        if not name.startswith("(c)"):
+            seconds[name] = [scale * second for second in seconds[name]]
+    fastest = min(
+        (name for name in contenders if name.startswith("(a)")),
+        key=lambda name: statistics.median(seconds[name]),
+    )
+    print(f"V = {vocab_size}, T = {max_tokens}: {len(task.completions):,} completions\n")
+    print("| scored by | completions a second | times the fastest (a) |\n|---|---|---|")
+    for name in contenders:
+        rate = len(task.completions) / statistics.median(seconds[name])
+        print(f"| {name} | {rate:,.0f} | {ratio(seconds[fastest], seconds[name]):.1f} |")
+    flops, peak_flops = tree_flops(vocab_size, max_tokens), 2 * 2048**3
+    share = flops / peak_flops * ratio(seconds["peak"], seconds["(c) prefix tree"])
+    peak = peak_flops / statistics.median(seconds["peak"]) / 1e9
+    print(f"\nThe tree's matrix products are {flops / 1e9:.2f} Gflop: {share:.0%} of the measured ")
+    print(f"peak, {peak:.0f} Gflop/s. Extra memory of (c): ", end="")
+    print(f"{extra_memory(vocab_size, max_tokens, 'table'):.0f} MB.\n")
+
+
+def report_gradient(vocab_size: int, max_tokens: int) -> None:
+    """One exact gradient of J: through the tree, the tree without recomputing, and row by row."""
+    task, policy = make(vocab_size, max_tokens)
+    rows = sample_of_rows(task)
+    scale = len(task.completions) / len(rows)
+    gpt2 = gpt2_logps(policy, "sdpa", "gelu_pytorch_tanh")
+    contenders = {
+        "tree, last chunks computed again": lambda: descend(tree_table(policy, task)),
+        "tree, everything kept": lambda: keep_everything(policy, task),
+        "TinyTransformer, each completion": lambda: [
+            descend(tiny_logps(policy)(batch)) for batch in rows.split(BATCH)
+        ],
+        "transformers, each completion": lambda: [
+            descend(gpt2(batch)) for batch in rows.split(BATCH)
+        ],
+    }
+    seconds = time_in_rounds(contenders)
+    for name in contenders:
+        if name.endswith("each completion"):
+            seconds[name] = [scale * second for second in seconds[name]]
+    print(f"One gradient of J, V = {vocab_size}, T = {max_tokens}\n")
+    print("| through | seconds | times the first | extra memory, MB |\n|---|---|---|---|")
+    tree, kept = list(contenders)[:2]
+    memory = {tree: "gradient", kept: "kept gradient"}
+    for name in contenders:
+        slower = ratio(seconds[name], seconds[tree])
+        extra = "one batch's"
+        if name in memory:
+            extra = f"{extra_memory(vocab_size, max_tokens, memory[name]):.0f}"
+        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {slower:.2f} | {extra} |")
+    print()
+
+
+def make(vocab_size: int, max_tokens: int) -> tuple[Task, TinyTransformer]:
+    words = tuple(map(str, range(vocab_size)))
+    n_completions = len(enumerate_completions(vocab_size, max_tokens, None))
+    task = Task(("a prompt",), words, max_tokens, None, torch.zeros(1, n_completions))
+    generator = torch.Generator().manual_seed(0)
+    shape = {"n_layers": LAYERS, "n_heads": HEADS, "width": WIDTH}
+    return task, TinyTransformer.for_task(task, generator=generator, **shape)
+
+
+def sample_of_rows(task: Task) -> Tensor:
+    """Completions `[BATCHES * BATCH, T]`, spread evenly over all of them."""
+    n_completions = len(task.completions)
+    return task.completions[:: n_completions // (BATCHES * BATCH)]
+
+
+Scorer = Callable[[Tensor], Tensor]  # completions [B, T] to log-probabilities [B]
+
+
+def tiny_logps(policy: TinyTransformer) -> Scorer:
+    return lambda completions: policy.logps(completions.new_zeros(len(completions)), completions)
+
+
+def gpt2_logps(policy: TinyTransformer, attention: str, activation: str) -> Scorer:
+    """The same through `transformers`, whose Conv1D keeps its weights transposed."""
+    config = transformers.GPT2Config(
+        vocab_size=policy.vocab_size + 1,
+        n_positions=policy.max_tokens,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        activation_function=activation,
+        attn_implementation=attention,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    weights = {}
+    for name, weight in policy.state_dict().items():
+        name = name.replace("blocks.", "transformer.h.").replace(".c_fc.", ".mlp.c_fc.")
+        if ".attn." not in name:
+            name = name.replace(".c_proj.", ".mlp.c_proj.")
+        if not name.startswith("transformer."):
+            name = "transformer." + name
+        weights[name] = weight.T if ".c_" in name and weight.dim() == 2 else weight
+    left_out = model.load_state_dict(weights, strict=False)
+    assert left_out.missing_keys == ["lm_head.weight"], left_out  # tied to the embedding
+    assert not left_out.unexpected_keys, left_out
+
+    def score(completions: Tensor) -> Tensor:
+        prompt = torch.full_like(completions[:, :1], policy.vocab_size)
+        logits = model(torch.cat([prompt, completions[:, :-1]], dim=1)).logits
+        logps = logits[..., : policy.vocab_size].log_softmax(-1)
+        return logps.gather(-1, completions.unsqueeze(-1)).squeeze(-1).sum(1)
+
+    return score
+
+
+def over_batches(score: Scorer, rows: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.cat([score(batch) for batch in rows.split(BATCH)])
+
+
+def check_agreement(contenders: dict[str, Callable[[], Tensor]], task: Task, rows: Tensor) -> None:
+    want = contenders["(c) prefix tree"]()[task.index(rows)]
+    for name, run in contenders.items():
+        got = run()
+        if len(got) == len(want) and (got - want).abs().max() > 1e-4:
+            raise SystemExit(f"{name} and the tree disagree by {(got - want).abs().max():.1e}")
+
+
+def tree_table(policy: TinyTransformer, task: Task) -> Tensor:
+    return rollout.enumerate_logps(policy, task)[0]
+
+
+def descend(logps: Tensor) -> None:
+    """Backward through J's terms of these completions: E[r] - KL, with made-up rewards."""
+    rewards = torch.linspace(-1, 1, len(logps))
+    (logps.exp() * (rewards - logps)).sum().backward()
+
+
+def keep_everything(policy: TinyTransformer, task: Task) -> None:
+    with mock.patch.object(rollout, "checkpoint", lambda run, *args, **options: run(*args)):
+        descend(tree_table(policy, task))
+
+
+def multiply_large_matrices() -> None:
+    matrix = torch.ones(2048, 2048)
+    matrix @ matrix
+
+
+def time_in_rounds(contenders: dict[str, Callable]) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; a round before the first warms up."""
+    seconds = {name: [] for name in contenders}
+    for number in tqdm(range(ROUNDS + 1), desc="rounds", leave=False):
+        for name, run in contenders.items():
+            start = time.process_time()
+            run()
+            if number > 0:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def tree_flops(vocab_size: int, max_tokens: int) -> int:
+    """Two flops for each multiply-add of a matrix product, over the V^d prefixes of each length d.
+
+    Counted: the four linear maps of a layer (12 D^2), the d earlier tokens that attention looks at
+    (2 D d), the output (D V). Left out: a token's attention to itself, which is element-wise, and
+    norms, softmax, GELU and all else.
+    """
+    per_prefix = [
+        LAYERS * (12 * WIDTH**2 + 2 * WIDTH * (depth + (depth > 0))) + WIDTH * vocab_size
+        for depth in range(max_tokens)
+    ]
+    return sum(2 * vocab_size**depth * per_prefix[depth] for depth in range(max_tokens))
+
+
+# --- memory, in a process of its own ---------------------------------------------------------
+
+
+def extra_memory(vocab_size: int, max_tokens: int, what: str) -> float:
+    """MB by which the peak of a fresh process rises, the result itself not counted."""
+    command = [sys.executable, __file__, json.dumps([vocab_size, max_tokens, what])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(vocab_size: int, max_tokens: int, what: str) -> float:
+    torch.set_num_threads(1)
+    task, policy = make(vocab_size, max_tokens)
+    runs = {
+        "table": lambda policy, task: tree_table(policy.requires_grad_(False), task),
+        "gradient": lambda policy, task: descend(tree_table(policy, task)),
+        "kept gradient": keep_everything,
+    }
+    small_task, small_policy = make(vocab_size, 3)
+    runs[what](small_policy, small_task)  # loads code and makes the libraries' own buffers
+    before = process_status("VmRSS")
+    table = runs[what](policy, task)
+    peak = process_status("VmHWM")
+    result = table.nbytes if table is not None else 4 * vocab_size**max_tokens
+    return (peak - before - result) / 1e6
+
+
+def process_status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise SystemExit(f"no {field} here: memory is measured on Linux")
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(measure_memory(*json.loads(sys.argv[1])))
+    else:
+        main()

@@ -1,0 +1,119 @@
+"""Chapter 04: the reward read off the policy."""
+
+import torch
+
+from dpo_mini.checks import Exercise
+
+REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+REWARDS = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
+POLICY = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+WIDER_REF = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+WIDER_REWARDS = torch.tensor([2.0, 1.0, 0.0, 0.3], dtype=torch.float64)
+WIDER_POLICY = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+WIDER_EVEN = torch.full((4,), 0.25, dtype=torch.float64)
+
+
+def representative(rewards, ref_probs, beta):
+    """4.1: the reward of the same class whose log Z is 0."""
+    return rewards - beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
+
+
+def _without_beta(rewards, ref_probs, beta):
+    """log Z is in nats: multiply it by beta before it is taken off a reward."""
+    return rewards - torch.log((ref_probs * torch.exp(rewards / beta)).sum())
+
+
+def _mean_taken_off(rewards, ref_probs, beta):
+    """This reward has mean 0 under the reference; the one that is wanted has Z = 1."""
+    return rewards - (ref_probs * rewards).sum()
+
+
+def _best_taken_off(rewards, ref_probs, beta):
+    """This reward has maximum 0; the one that is wanted has Z = 1."""
+    return rewards - rewards.max()
+
+
+def _plain_sum(rewards, ref_probs, beta):
+    """The sum lacks the reference: Z weighs each completion by its probability."""
+    return rewards - beta * torch.logsumexp(rewards / beta, 0)
+
+
+def _added(rewards, ref_probs, beta):
+    """The sign is turned round: beta log Z is added, so log Z doubles where it should vanish."""
+    return 2 * rewards - representative(rewards, ref_probs, beta)
+
+
+def anchored_rewards(probs, ref_probs, beta, reward_of_first):
+    """4.2: every reward, from an optimal policy and the reward of answer 0."""
+    odds = (probs / ref_probs) / (probs[0] / ref_probs[0])
+    return reward_of_first + beta * torch.log(odds)
+
+
+def _not_anchored(probs, ref_probs, beta, reward_of_first):
+    """These are implied rewards: the one that is known fixes the number beta log Z still to add."""
+    return beta * torch.log(probs / ref_probs)
+
+
+def _first_stays(probs, ref_probs, beta, reward_of_first):
+    """The known reward is added on top: take the implied reward of answer 0 off first."""
+    return beta * torch.log(probs / ref_probs) + reward_of_first
+
+
+def _reference_forgotten(probs, ref_probs, beta, reward_of_first):
+    """The reference is missing: what it liked already would look rewarded."""
+    return reward_of_first + beta * torch.log(probs / probs[0])
+
+
+def _in_nats(probs, ref_probs, beta, reward_of_first):
+    """Beta is missing: the differences are in nats, not in units of reward."""
+    return anchored_rewards(probs, ref_probs, 1.0, reward_of_first)
+
+
+def move_to_reference(probs, old_ref_probs, new_ref_probs):
+    """4.3: the optimum of the same reward and beta at another reference."""
+    weights = probs * new_ref_probs / old_ref_probs
+    return weights / weights.sum()
+
+
+def _old_kept(probs, old_ref_probs, new_ref_probs):
+    """The old reference is still inside: divide it out before the new one comes in."""
+    weights = probs * new_ref_probs
+    return weights / weights.sum()
+
+
+def _no_new(probs, old_ref_probs, new_ref_probs):
+    """This is e^(r/beta) made to sum to 1: the new reference has not come in."""
+    weights = probs / old_ref_probs
+    return weights / weights.sum()
+
+
+def _no_sum(probs, old_ref_probs, new_ref_probs):
+    """The weights are right but do not sum to 1: a new reference has a new Z."""
+    return probs * new_ref_probs / old_ref_probs
+
+
+def _turned_round(probs, old_ref_probs, new_ref_probs):
+    """The references have changed places: this moves from the new one to the old."""
+    return move_to_reference(probs, new_ref_probs, old_ref_probs)
+
+
+EXERCISES = (
+    Exercise(
+        "4.1",
+        cases=((REWARDS, REF, 0.5), (WIDER_REWARDS, WIDER_REF, 2.0)),
+        answer=representative,
+        mistakes=(_without_beta, _mean_taken_off, _best_taken_off, _plain_sum, _added),
+    ),
+    Exercise(
+        "4.2",
+        cases=((POLICY, REF, 0.5, 3.0), (WIDER_POLICY, WIDER_REF, 2.0, -1.0)),
+        answer=anchored_rewards,
+        mistakes=(_not_anchored, _first_stays, _reference_forgotten, _in_nats),
+    ),
+    Exercise(
+        "4.3",
+        cases=((POLICY, REF, REF.flip(0)), (WIDER_POLICY, WIDER_REF, WIDER_EVEN)),
+        answer=move_to_reference,
+        mistakes=(_old_kept, _no_new, _no_sum, _turned_round),
+    ),
+)

@@ -1,0 +1,22 @@
+"""What every test shares: one thread, and a generator of its own."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20260101)
+
+
+@pytest.fixture
+def random_logps(generator):
+    """A maker of random tables of log-probabilities, float64."""
+
+    def make(*shape):
+        draws = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return (1.5 * draws).log_softmax(-1)
+
+    return make

@@ -1,0 +1,88 @@
+"""Plausible wrong answers to the exercises of chapter 03, and what each must be told."""
+
+import math
+
+import torch
+
+
+def log_z_of_one_token_repeated(token_probs, token_rewards, beta, n_tokens):
+    return (token_probs.log() + token_rewards * n_tokens / beta).logsumexp(0)
+
+
+def log_z_without_the_length(token_probs, token_rewards, beta, n_tokens):
+    return (token_probs.log() + token_rewards / beta).logsumexp(0)
+
+
+def log_z_by_the_mean_reward(token_probs, token_rewards, beta, n_tokens):
+    return token_probs @ token_rewards * n_tokens / beta
+
+
+def log_z_of_a_uniform_count(token_probs, token_rewards, beta, n_tokens):
+    return n_tokens * (token_rewards / beta).exp().sum().log()
+
+
+def chi_squared(ref_probs, rewards, beta):
+    optimum = (ref_probs.log() + rewards / beta).softmax(0)
+    return (optimum.square() / ref_probs).sum() - 1
+
+
+def draws_by_the_plain_error(ref_probs, rewards, beta, error):
+    return chi_squared(ref_probs, rewards, beta) / error
+
+
+def draws_for_an_absolute_error(ref_probs, rewards, beta, error):
+    tilts = (rewards / beta).exp()
+    mean = ref_probs @ tilts
+    return (ref_probs @ tilts**2 - mean**2) / error**2
+
+
+def draws_by_the_second_moment(ref_probs, rewards, beta, error):
+    return (1 + chi_squared(ref_probs, rewards, beta)) / error**2
+
+
+def draws_by_the_kl(ref_probs, rewards, beta, error):
+    optimum = (ref_probs.log() + rewards / beta).softmax(0)
+    return torch.sum(optimum * (optimum.log() - ref_probs.log())) / error**2
+
+
+def count_that_gives_failures_nothing(log_z, beta, n_bits):
+    return 2**n_bits * math.exp(log_z - 1 / beta)
+
+
+def count_as_a_share(log_z, beta, n_bits):
+    return (math.exp(log_z) - 1) / (math.exp(1 / beta) - 1)
+
+
+def count_from_the_logarithm(log_z, beta, n_bits):
+    return 2**n_bits * log_z / math.expm1(1 / beta)
+
+
+def count_with_beta_upside_down(log_z, beta, n_bits):
+    return 2**n_bits * math.expm1(log_z) / math.expm1(beta)
+
+
+def count_that_weighs_a_solution_in_full(log_z, beta, n_bits):
+    return 2**n_bits * math.expm1(log_z) * math.exp(-1 / beta)
+
+
+MISTAKES = {
+    "3.1": {
+        "one token said n times over": log_z_of_one_token_repeated,
+        "a single token": log_z_without_the_length,
+        "Jensen": log_z_by_the_mean_reward,
+        "token probabilities are missing": log_z_of_a_uniform_count,
+    },
+    "3.2": {
+        "four times the draws": draws_by_the_plain_error,
+        "divide it by Z squared": draws_for_an_absolute_error,
+        "mean is not taken off": draws_by_the_second_moment,
+        "KL stands where": draws_by_the_kl,
+    },
+    "3.3": {
+        "reward 0 are forgotten": count_that_gives_failures_nothing,
+        "share of solutions": count_as_a_share,
+        "used where Z belongs": count_from_the_logarithm,
+        "upside down": count_with_beta_upside_down,
+        "their difference only": count_that_weighs_a_solution_in_full,
+    },
+}

@@ -1,0 +1,100 @@
+"""Plausible wrong answers to the exercises of chapter 06, and words of the sentence each gets."""
+
+import math
+
+import torch
+from torch.nn.functional import logsigmoid, softplus
+
+
+def dpo_on_probabilities_alone(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def dpo_in_nats(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return softplus((ref_chosen - chosen) - (ref_rejected - rejected))
+
+
+def dpo_that_prefers_the_loser(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return softplus(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+def dpo_without_a_logarithm(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return torch.sigmoid(beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected))
+
+
+def dpo_by_the_formula(chosen, rejected, ref_chosen, ref_rejected, beta):
+    logit = beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected)
+    return (1 / (1 + (-logit).exp())).log().neg()
+
+
+def dpo_with_the_reference_added(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return softplus(-beta * (chosen + ref_chosen - rejected - ref_rejected))
+
+
+def sum_up_to_the_end(token_logps, tokens, end_token):
+    return torch.where(tokens == end_token, 0.0, token_logps).sum(-1)
+
+
+def sum_of_everything(token_logps, tokens, end_token):
+    return torch.stack([row.sum() for row in token_logps])
+
+
+def mean_of_what_counts(token_logps, tokens, end_token):
+    means = []
+    for logps, row in zip(token_logps, tokens.tolist(), strict=True):
+        length = row.index(end_token) + 1 if end_token in row else len(row)
+        means.append(logps[:length].mean())
+    return torch.stack(means)
+
+
+def sum_of_one_too_many(token_logps, tokens, end_token):
+    sums = []
+    for logps, row in zip(token_logps, tokens.tolist(), strict=True):
+        length = row.index(end_token) + 2 if end_token in row else len(row)
+        sums.append(logps[:length].sum())
+    return torch.stack(sums)
+
+
+def error_of_a_proportion(share, n, beta):
+    return math.sqrt(share * (1 - share)) / math.sqrt(n)
+
+
+def error_without_beta(share, n, beta):
+    return 1 / math.sqrt(n * share * (1 - share))
+
+
+def variance_of_the_margin(share, n, beta):
+    return 1 / (n * beta * beta * share * (1 - share))
+
+
+def error_of_a_single_label(share, n, beta):
+    return 1 / (beta * math.sqrt(share - share**2))
+
+
+def error_times_beta(share, n, beta):
+    return beta / math.sqrt(n * share * (1 - share))
+
+
+MISTAKES = {
+    "6.1": {
+        "reference is missing": dpo_on_probabilities_alone,
+        "Beta is missing": dpo_in_nats,
+        "turned round": dpo_that_prefers_the_loser,
+        "negative logarithm": dpo_without_a_logarithm,
+        "logsigmoid or softplus": dpo_by_the_formula,
+        "wrong sign": dpo_with_the_reference_added,
+    },
+    "6.2": {
+        "never learns to stop": sum_up_to_the_end,
+        "padding is counted": sum_of_everything,
+        "mean over tokens": mean_of_what_counts,
+        "one place too far": sum_of_one_too_many,
+    },
+    "6.3": {
+        "share of wins": error_of_a_proportion,
+        "reward margin": error_without_beta,
+        "variance": variance_of_the_margin,
+        "number of labels": error_of_a_single_label,
+        "wrong side": error_times_beta,
+    },
+}

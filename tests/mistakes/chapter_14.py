@@ -1,0 +1,96 @@
+"""Chapter 14: what learners write, each with the words of the sentence they should read."""
+
+import torch
+
+
+def mask_that_drops_every_end(tokens, n_prompt, end):
+    mask = (tokens != end).double()
+    mask[:n_prompt] = 0
+    return mask
+
+
+def mask_to_the_end_of_the_row(tokens, n_prompt, end):
+    mask = torch.ones(len(tokens))
+    mask[:n_prompt] = 0
+    return mask
+
+
+def first_end(tokens, n_prompt, end):
+    return n_prompt + tokens[n_prompt:].tolist().index(end)
+
+
+def mask_with_the_prompt(tokens, n_prompt, end):
+    return torch.arange(len(tokens)).le(first_end(tokens, n_prompt, end)).double()
+
+
+def mask_after_n_prompt(tokens, n_prompt, end):
+    at = torch.arange(len(tokens))
+    return ((at > n_prompt) & (at <= first_end(tokens, n_prompt, end))).double()
+
+
+def mask_from_the_prompts_last_token(tokens, n_prompt, end):
+    at = torch.arange(len(tokens))
+    return ((at >= n_prompt - 1) & (at <= first_end(tokens, n_prompt, end))).double()
+
+
+def accuracy_of_probabilities(chosen, rejected, ref_chosen, ref_rejected):
+    return sum(c > r for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)) / len(chosen)
+
+
+def accuracy_with_ties(chosen, rejected, ref_chosen, ref_rejected):
+    margins = chosen - rejected - ref_chosen + ref_rejected
+    return 1 - (margins < 0).double().mean()
+
+
+def accuracy_of_the_rejected(chosen, rejected, ref_chosen, ref_rejected):
+    margins = rejected - ref_rejected - chosen + ref_chosen
+    return (margins > 0).double().mean()
+
+
+def accuracy_of_the_chosen_alone(chosen, rejected, ref_chosen, ref_rejected):
+    return ((chosen - ref_chosen) > 0).sum() / len(chosen)
+
+
+def join_side_by_side(prompts, answers):
+    return torch.hstack([prompts, answers])
+
+
+def join_on_the_left(prompts, answers):
+    both = torch.hstack([prompts, answers])
+    return both.gather(1, (both != -1).int().argsort(dim=1, stable=True))
+
+
+def join_answer_first(prompts, answers):
+    both = torch.hstack([answers, prompts])
+    return both.gather(1, (both == -1).int().argsort(dim=1, stable=True))
+
+
+def join_by_value(prompts, answers):
+    both = torch.hstack([prompts, answers])
+    both[both == -1] = 10**6
+    both = both.sort(dim=1).values
+    both[both == 10**6] = -1
+    return both
+
+
+MISTAKES = {
+    "14.1": {
+        "never learn to stop": mask_that_drops_every_end,
+        "The padding counts": mask_to_the_end_of_the_row,
+        "The prompt counts": mask_with_the_prompt,
+        "begins one token late": mask_after_n_prompt,
+        "begins one token early": mask_from_the_prompts_last_token,
+    },
+    "14.2": {
+        "reference is missing": accuracy_of_probabilities,
+        "tie counts as right": accuracy_with_ties,
+        "turned round": accuracy_of_the_rejected,
+        "may push both answers down": accuracy_of_the_chosen_alone,
+    },
+    "14.3": {
+        "padding between": join_side_by_side,
+        "on the left": join_on_the_left,
+        "before the prompt": join_answer_first,
+        "sorted by value": join_by_value,
+    },
+}

@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+
+from dpo_mini import arguments
+
+ONE = torch.ones(2)
+NAN, INF = float("nan"), float("inf")
+KINDS = ("NoneType", "Tensor", "bool", "float", "int", "list", "str")
+
+REFUSED = [
+    (lambda: arguments.check_positive("beta", 0), "beta: got 0, takes a finite number > 0"),
+    (lambda: arguments.check_positive("beta", -1.0), "beta: got -1.0, takes a finite number > 0"),
+    (lambda: arguments.check_positive("beta", NAN), "beta: got nan, takes a finite number > 0"),
+    (lambda: arguments.check_positive("beta", INF), "beta: got inf, takes a finite number > 0"),
+    (lambda: arguments.check_positive("beta", "1"), "beta: got str, takes a number"),
+    (lambda: arguments.check_positive("beta", True), "beta: got bool, takes a number"),
+    (lambda: arguments.check_positive("beta", ONE), "beta: got Tensor, takes a number"),
+    (lambda: arguments.check_between("e", 0.5, 0, 0.5), "e: got 0.5, takes a number in [0, 0.5)"),
+    (lambda: arguments.check_between("e", -0.1, 0, 0.5), "e: got -0.1, takes a number in [0, 0.5)"),
+    (lambda: arguments.check_between("e", NAN, 0, 0.5), "e: got nan, takes a number in [0, 0.5)"),
+    (lambda: arguments.check_between("e", None, 0, 1), "e: got NoneType, takes a number"),
+    (lambda: arguments.check_count("n", 0), "n: got 0, takes a whole number >= 1"),
+    (lambda: arguments.check_count("n", 1, least=2), "n: got 1, takes a whole number >= 2"),
+    (lambda: arguments.check_count("n", 1.0), "n: got float, takes a whole number >= 1"),
+    (lambda: arguments.check_count("n", True), "n: got bool, takes a whole number >= 1"),
+    (lambda: arguments.check_generator(None), "generator: got NoneType, takes a torch.Generator"),
+    (lambda: arguments.check_generator(0), "generator: got int, takes a torch.Generator"),
+    (
+        lambda: arguments.check_floats("[B]", a=[1.0]),
+        "a: got list, takes a floating torch.Tensor [B]",
+    ),
+    (
+        lambda: arguments.check_floats("[B]", a=ONE, b=None),
+        "b: got NoneType, takes a floating torch.Tensor [B]",
+    ),
+    (
+        lambda: arguments.check_floats("[B]", a=torch.ones(2, dtype=torch.int64)),
+        "a: got dtype torch.int64, takes a floating dtype",
+    ),
+    (
+        lambda: arguments.check_floats("[X, Y]", a=ONE),
+        "a: got shape [2], takes a non-empty [X, Y]",
+    ),
+    (
+        lambda: arguments.check_floats("[B]", a=torch.ones(2, 2)),
+        "a: got shape [2, 2], takes a non-empty [B]",
+    ),
+    (
+        lambda: arguments.check_floats("[...]", a=torch.ones(2, 0)),
+        "a: got shape [2, 0], takes a non-empty [...]",
+    ),
+    (
+        lambda: arguments.check_floats("[B]", a=ONE, b=torch.ones(3)),
+        "b: got shape [3], takes [2] like a",
+    ),
+    (
+        lambda: arguments.check_floats("[B]", a=ONE, b=ONE.double()),
+        "b: got dtype torch.float64, takes torch.float32 like a",
+    ),
+    (
+        lambda: arguments.check_floats("[B]", a=ONE, b=torch.ones(2, device="meta")),
+        "b: got device meta, takes cpu like a",
+    ),
+    (
+        lambda: arguments.check_logps(a=ONE, b=torch.tensor([0.0, NAN])),
+        "b: got NaN, takes log-probabilities < inf",
+    ),
+    (
+        lambda: arguments.check_logps(a=torch.tensor([0.0, INF])),
+        "a: got +inf, takes log-probabilities < inf",
+    ),
+    (lambda: arguments.check_finite(a=torch.tensor([NAN])), "a: got nan, takes finite values"),
+    (lambda: arguments.check_finite(a=torch.tensor([1, INF])), "a: got inf, takes finite values"),
+    (lambda: arguments.check_finite(a=ONE, b=-INF * ONE), "b: got -inf, takes finite values"),
+    (
+        lambda: arguments.check_normalised(a=torch.tensor([[0.5, 0.5], [0.5, 0.25]]).log()),
+        "a: got a row whose probabilities sum to 0.75, takes rows that sum to 1 "
+        "(logits? apply log_softmax first)",
+    ),
+    (
+        lambda: arguments.check_normalised(a=torch.tensor([[-INF, -INF]])),
+        "a: got a row whose probabilities sum to 0, takes rows that sum to 1 "
+        "(logits? apply log_softmax first)",
+    ),
+    (
+        lambda: arguments.check_indices("i", torch.tensor([0, 3]), "[B]", 3),
+        "i: got 3, takes values in 0..2",
+    ),
+    (
+        lambda: arguments.check_indices("i", torch.tensor([-1, 0]), "[B]", 3),
+        "i: got -1, takes values in 0..2",
+    ),
+    (
+        lambda: arguments.check_integers("i", [0], "[B]"),
+        "i: got list, takes an int64 tensor [B]",
+    ),
+    (
+        lambda: arguments.check_integers("i", ONE, "[B]"),
+        "i: got dtype torch.float32, takes torch.int64",
+    ),
+    (
+        lambda: arguments.check_integers("i", torch.tensor([[0]]), "[B]"),
+        "i: got shape [1, 1], takes a non-empty [B]",
+    ),
+    (
+        lambda: arguments.check_integers("i", torch.empty(0, dtype=torch.int64), "[B]"),
+        "i: got shape [0], takes a non-empty [B]",
+    ),
+    (
+        lambda: arguments.check_rows("a", ONE, b=torch.ones(3, 2)),
+        "b: got 3 rows, takes 2 like a",
+    ),
+    (lambda: arguments.check_rows("a", [1.0], b=ONE), "a: got list, takes a torch.Tensor"),
+    (lambda: arguments.check_rows("a", ONE, b=None), "b: got NoneType, takes a torch.Tensor"),
+    (
+        lambda: arguments.check_rows("a", torch.ones(0), b=ONE),
+        "a: got shape [0], takes at least one row",
+    ),
+    (
+        lambda: arguments.check_rows("a", torch.tensor(1.0)),
+        "a: got shape [], takes at least one row",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_is_refused_is_named(call, message):
+    wrong_kind = any(f"got {kind}," in message for kind in KINDS)
+    with pytest.raises(TypeError if wrong_kind else ValueError) as refusal:
+        call()
+    assert str(refusal.value) == message
+
+
+def test_what_is_right_passes():
+    arguments.check_positive("beta", 1e-300)
+    arguments.check_positive("beta", 1)
+    arguments.check_positive("beta", np.float32(0.5))
+    arguments.check_between("e", 0, 0, 0.5)
+    arguments.check_count("n", 1)
+    arguments.check_count("n", np.int64(2), least=2)
+    arguments.check_generator(torch.Generator())
+    arguments.check_floats("[B]", a=ONE, b=ONE)
+    arguments.check_floats("[...]", a=torch.ones(2, 3, 4), b=torch.ones(2, 3, 4))
+    arguments.check_logps(a=torch.tensor([-INF, 0.0]))
+    arguments.check_finite(a=ONE)
+    arguments.check_normalised(a=torch.tensor([[0.25, 0.75, 0.0]]).log())
+    arguments.check_indices("i", torch.tensor([0, 2]), "[B]", 3)
+    arguments.check_integers("i", torch.tensor([[-5, 9]]), "[B, T]")
+    arguments.check_rows("a", ONE, b=torch.ones(2, 5))
+
+
+def test_a_large_float32_table_is_not_mistaken_for_logits(generator):
+    table = torch.randn(2, 200_000, generator=generator).mul(3).log_softmax(-1)
+    arguments.check_normalised(table=table)

@@ -1,0 +1,477 @@
+"""Each function against a slow reading of its definition, its identities, and worked numbers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from dpo_mini.closed_form import (
+    chi_squared,
+    expected_reward,
+    frontier,
+    implied_rewards,
+    kl,
+    log_partition,
+    log_partition_markov,
+    objective,
+    optimal_logps,
+    total_variation,
+)
+
+
+def double(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+BETAS = (0.05, 0.5, 2.0)
+NAN, INF = float("nan"), float("inf")
+# The instance of the course: beta = 0.5.
+REF = double([[0.4, 0.3, 0.2, 0.1]]).log()
+REWARDS = double([[1.0, 0.2, -0.4, 0.8]])
+
+
+@pytest.fixture
+def rewards(generator):
+    return torch.randn(3, 6, dtype=torch.float64, generator=generator)
+
+
+def exact(got, want):
+    assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def by_row(function, *tables):
+    """`function(row, ...)` of lists of plain floats, one result a row."""
+    rows = zip(*[table.tolist() for table in tables], strict=True)
+    return double([function(*row) for row in rows])
+
+
+# --- definitions, by loops over plain floats -------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_log_partition_sums_over_completions(random_logps, rewards, beta):
+    ref_logps = random_logps(3, 6)
+
+    def slow(logps, row):
+        return math.log(
+            math.fsum(math.exp(p) * math.exp(r / beta) for p, r in zip(logps, row, strict=True))
+        )
+
+    exact(log_partition(ref_logps, rewards, beta), by_row(slow, ref_logps, rewards))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_optimal_logps_tilt_the_reference(random_logps, rewards, beta):
+    ref_logps = random_logps(3, 6)
+    weights = ref_logps.exp() * (rewards / beta).exp()
+    exact(optimal_logps(ref_logps, rewards, beta).exp(), weights / weights.sum(-1, keepdim=True))
+
+
+def test_kl_and_chi_squared_and_total_variation_sum_over_completions(random_logps):
+    logps, others = random_logps(3, 6), random_logps(3, 6)
+
+    def slow_kl(row, other):
+        return math.fsum(math.exp(p) * (p - q) for p, q in zip(row, other, strict=True))
+
+    def slow_variance(row, other):
+        """Of the weight pi/rho under rho, whose mean is 1."""
+        return math.fsum(
+            math.exp(q) * (math.exp(p - q) - 1) ** 2 for p, q in zip(row, other, strict=True)
+        )
+
+    def slow_tv(row, other):
+        """The most that the two probabilities of one event differ by."""
+        differences = [math.exp(p) - math.exp(q) for p, q in zip(row, other, strict=True)]
+        return math.fsum(difference for difference in differences if difference > 0)
+
+    exact(kl(logps, others), by_row(slow_kl, logps, others))
+    exact(chi_squared(logps, others), by_row(slow_variance, logps, others))
+    exact(total_variation(logps, others), by_row(slow_tv, logps, others))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_objective_sums_over_completions(random_logps, rewards, beta):
+    logps, ref_logps = random_logps(3, 6), random_logps(3, 6)
+
+    def slow(row, ref_row, reward_row):
+        terms = zip(row, ref_row, reward_row, strict=True)
+        return math.fsum(math.exp(p) * (r - beta * (p - q)) for p, q, r in terms)
+
+    exact(objective(logps, ref_logps, rewards, beta), by_row(slow, logps, ref_logps, rewards))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 4])
+def test_log_partition_markov_sums_over_every_sequence(random_logps, generator, n_tokens):
+    initial, transition = random_logps(3), random_logps(3, 3)
+    transition[1] = double([0.25, 0.75, 0.0]).log()
+    token_rewards, beta = torch.randn(3, dtype=torch.float64, generator=generator), 0.7
+    total = 0.0
+    for tokens in itertools.product(range(3), repeat=n_tokens):
+        logp = initial[tokens[0]] + sum(transition[v, w] for v, w in itertools.pairwise(tokens))
+        total += math.exp(logp) * math.exp(sum(token_rewards[v].item() for v in tokens) / beta)
+    got = log_partition_markov(initial, transition, token_rewards, beta, n_tokens)
+    assert got.shape == ()
+    assert got.item() == pytest.approx(math.log(total), abs=1e-12)
+
+
+# --- identities ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_objective_is_log_z_less_the_kl_from_the_optimum(random_logps, rewards, beta):
+    ref_logps = random_logps(3, 6)
+    best = optimal_logps(ref_logps, rewards, beta)
+    log_z = log_partition(ref_logps, rewards, beta)
+    exact(objective(best, ref_logps, rewards, beta), beta * log_z)
+    for _ in range(100):
+        logps = random_logps(3, 6)
+        gap = beta * log_z - objective(logps, ref_logps, rewards, beta)
+        exact(gap, beta * kl(logps, best))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_reward_is_read_off_the_optimal_policy(random_logps, rewards, beta):
+    ref_logps = random_logps(3, 6)
+    best = optimal_logps(ref_logps, rewards, beta)
+    log_z = log_partition(ref_logps, rewards, beta)
+    exact(implied_rewards(best, ref_logps, beta) + beta * log_z[:, None], rewards)
+    # and back: any policy is optimal for the reward that it implies, whose log Z is 0
+    logps = random_logps(3, 6)
+    implied = implied_rewards(logps, ref_logps, beta)
+    exact(optimal_logps(ref_logps, implied, beta), logps)
+    exact(log_partition(ref_logps, implied, beta), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_shift_of_the_reward_moves_log_z_and_nothing_else(random_logps, rewards, beta):
+    ref_logps, shift = random_logps(3, 6), double([[3.0], [-2.0], [0.5]])
+    exact(optimal_logps(ref_logps, rewards + shift, beta), optimal_logps(ref_logps, rewards, beta))
+    exact(
+        log_partition(ref_logps, rewards + shift, beta),
+        log_partition(ref_logps, rewards, beta) + shift[:, 0] / beta,
+    )
+
+
+def test_the_limits_of_beta(random_logps, rewards):
+    ref_logps = random_logps(3, 6)
+    greedy = torch.nn.functional.one_hot(rewards.argmax(-1), 6).double()
+    assert_close(optimal_logps(ref_logps, rewards, 1e-4).exp(), greedy, rtol=0, atol=1e-12)
+    assert_close(optimal_logps(ref_logps, rewards, 1e13), ref_logps, rtol=0, atol=1e-12)
+
+
+def test_divergences_are_zero_at_equality_and_positive_elsewhere(random_logps):
+    logps, others = random_logps(3, 6), random_logps(3, 6)
+    for divergence in (kl, chi_squared, total_variation):
+        exact(divergence(logps, logps), torch.zeros(3, dtype=torch.float64))
+        assert (divergence(logps, others) > 0).all()
+    assert (kl(logps, others) <= chi_squared(logps, others).log1p()).all()  # Jensen
+    assert (total_variation(logps, others) <= (kl(logps, others) / 2).sqrt()).all()  # Pinsker
+
+
+def test_the_frontier_rises_and_no_policy_lies_above_it(random_logps, rewards):
+    ref_logps = random_logps(3, 6)
+    betas = torch.logspace(3, -2, 60).tolist()
+    kls, means = frontier(ref_logps, rewards, betas)
+    assert kls.shape == means.shape == (60,)
+    assert (kls.diff() > 0).all()
+    assert (means.diff() > 0).all()
+    best = optimal_logps(ref_logps, rewards, betas[30])
+    exact(kls[30], kl(best, ref_logps).mean())
+    exact(means[30], expected_reward(best, rewards).mean())
+    for _ in range(10):
+        logps = (ref_logps + 0.3 * random_logps(3, 6)).log_softmax(-1)
+        spent, reward = kl(logps, ref_logps).mean(), expected_reward(logps, rewards).mean()
+        low, high = 1e-3, 1e3  # the beta whose optimum spends as much KL
+        for _ in range(50):
+            middle = math.sqrt(low * high)
+            if frontier(ref_logps, rewards, [middle])[0] > spent:
+                low = middle
+            else:
+                high = middle
+        (kl_there,), (reward_there,) = frontier(ref_logps, rewards, [low])
+        assert kl_there == pytest.approx(spent.item(), rel=1e-9)
+        assert reward <= reward_there
+
+
+# --- worked numbers --------------------------------------------------------------------------
+
+
+def test_the_course_instance():
+    best = optimal_logps(REF, REWARDS, 0.5).exp()
+    want = double([[0.7411, 0.1122, 0.0225, 0.1242]])
+    assert_close(best, want, rtol=0, atol=5e-5)
+
+
+def test_numbers_by_hand():
+    half = double([[0.5, 0.5]]).log()
+    tilted = double([[0.75, 0.25]]).log()
+    rewards = double([[2 * math.log(3), 0.0]])  # beta 2: weights 3 : 1
+    exact(log_partition(half, rewards, 2.0), double([math.log(2)]))
+    exact(optimal_logps(half, rewards, 2.0), tilted)
+    exact(kl(tilted, half), double([0.75 * math.log(1.5) + 0.25 * math.log(0.5)]))
+    exact(chi_squared(tilted, half), double([0.25]))  # 9/8 + 1/8 - 1
+    exact(total_variation(tilted, half), double([0.25]))
+    exact(expected_reward(tilted, rewards), double([1.5 * math.log(3)]))
+    exact(
+        implied_rewards(tilted, half, 2.0),
+        double([[2 * math.log(1.5), 2 * math.log(0.5)]]),
+    )
+
+
+# --- probabilities of zero -------------------------------------------------------------------
+
+
+def test_zero_times_log_zero_is_zero():
+    logps = double([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]).log()
+    others = double([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]]).log()
+    exact(kl(logps, others), double([math.log(2), 0.0]))
+    exact(chi_squared(logps, others), double([1.0, 0.0]))
+    exact(total_variation(logps, others), double([0.5, 0.0]))
+    exact(expected_reward(logps, torch.ones(2, 3).double()), torch.ones(2).double())
+
+
+@pytest.mark.parametrize("divergence", [kl, chi_squared])
+def test_mass_that_the_other_lacks_costs_infinity(divergence):
+    others = double([[1.0, 0.0], [0.5, 0.5]]).log()
+    logps = double([[0.5, 0.5], [0.5, 0.5]]).log()
+    exact(divergence(logps, others), double([INF, 0.0]))
+    # also where the mass is too small for a float: e^-800
+    logps = double([[0.0, -800.0], [0.0, -800.0]])
+    assert divergence(logps, others)[0] == INF
+
+
+def test_kl_has_finite_gradients_where_probabilities_are_zero():
+    logps = double([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]).log()
+    others = double([[0.25, 0.25, 0.5], [0.25, 0.75, 0.0]]).log()
+    logps.requires_grad_()
+    others.requires_grad_()
+    kl(logps, others).sum().backward()
+    p, ratios = logps.detach().exp(), (logps - others).detach()
+    want = (p * (ratios + 1)).nan_to_num(0.0)  # by hand, and 0 where pi is 0
+    exact(logps.grad, want)
+    exact(others.grad, -p)
+
+
+def test_an_infinite_kl_has_no_nan_in_its_gradient():
+    logps = double([[0.5, 0.5]]).log().requires_grad_()
+    others = double([[1.0, 0.0]]).log().requires_grad_()
+    kl(logps, others).sum().backward()
+    assert torch.isfinite(logps.grad).all()
+    assert torch.isfinite(others.grad).all()
+
+
+def test_the_reference_may_exclude_a_completion(rewards):
+    ref_logps = double([[0.2, 0.0, 0.3, 0.1, 0.4, 0.0]]).log()
+    best = optimal_logps(ref_logps, rewards[:1], 0.5)
+    assert best.exp()[0, [1, 5]].tolist() == [0.0, 0.0]
+    kept = [0, 2, 3, 4]
+    exact(
+        log_partition(ref_logps, rewards[:1], 0.5),
+        log_partition(ref_logps[:, kept], rewards[:1, kept], 0.5),
+    )
+    exact(
+        objective(best, ref_logps, rewards[:1], 0.5),
+        0.5 * log_partition(ref_logps, rewards[:1], 0.5),
+    )
+
+
+def test_a_policy_may_give_up_a_completion():
+    logps = double([[1.0, 0.0]]).log()
+    half = double([[0.5, 0.5]]).log()
+    exact(implied_rewards(logps, half, 2.0), double([[2 * math.log(2), -INF]]))
+
+
+# --- gradients and dtypes --------------------------------------------------------------------
+
+
+TABLE_FUNCTIONS = {
+    "log_partition": lambda p, q, r: log_partition(q, r, 0.7),
+    "optimal_logps": lambda p, q, r: optimal_logps(q, r, 0.7),
+    "implied_rewards": lambda p, q, r: implied_rewards(p, q, 0.7),
+    "kl": lambda p, q, r: kl(p, q),
+    "expected_reward": lambda p, q, r: expected_reward(p, r),
+    "objective": lambda p, q, r: objective(p, q, r, 0.7),
+    "frontier": lambda p, q, r: frontier(q, r, [2.0, 0.7]),
+    "total_variation": lambda p, q, r: total_variation(p, q),
+    "chi_squared": lambda p, q, r: chi_squared(p, q),
+}
+
+
+def markov(p, q, r):
+    return log_partition_markov(p[0], q, r[0], 0.7, 4)
+
+
+@pytest.mark.parametrize("name", [*TABLE_FUNCTIONS, "log_partition_markov"])
+def test_gradients(name, generator):
+    function = {**TABLE_FUNCTIONS, "log_partition_markov": markov}[name]
+    p, q, r = torch.randn(3, 4, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    assert gradcheck(
+        lambda p, q, r: function(p.log_softmax(-1), q.log_softmax(-1), r),
+        (p.detach().requires_grad_(), q.detach().requires_grad_(), r.detach().requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("name", [*TABLE_FUNCTIONS, "log_partition_markov"])
+def test_dtype_is_kept(name, random_logps, generator):
+    function = {**TABLE_FUNCTIONS, "log_partition_markov": markov}[name]
+    tables = random_logps(4, 4), random_logps(4, 4), torch.randn(4, 4, generator=generator).double()
+    in_double, in_single = function(*tables), function(*[table.float() for table in tables])
+    if name == "frontier":
+        in_double, in_single = torch.stack(in_double), torch.stack(in_single)
+    assert in_double.dtype == torch.float64
+    assert in_single.dtype == torch.float32
+    assert_close(in_single.double(), in_double, rtol=1e-4, atol=1e-5)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+GOOD = torch.full((2, 3), 1 / 3, dtype=torch.float64).log()
+LOGITS = torch.zeros(2, 3, dtype=torch.float64)
+SUMS = (
+    "got a row whose probabilities sum to 3, takes rows that sum to 1 "
+    "(logits? apply log_softmax first)"
+)
+# the function, the names of its tables in order, what follows them
+TABLES = {
+    log_partition: (("ref_logps", "rewards"), (1.0,)),
+    optimal_logps: (("ref_logps", "rewards"), (1.0,)),
+    implied_rewards: (("logps", "ref_logps"), (1.0,)),
+    kl: (("logps", "other_logps"), ()),
+    expected_reward: (("logps", "rewards"), ()),
+    objective: (("logps", "ref_logps", "rewards"), (1.0,)),
+    frontier: (("ref_logps", "rewards"), ([1.0],)),
+    total_variation: (("logps", "other_logps"), ()),
+    chi_squared: (("logps", "other_logps"), ()),
+}
+EACH_TABLE = [
+    pytest.param(function, at, id=f"{function.__name__}-{name}")
+    for function, (names, _) in TABLES.items()
+    for at, name in enumerate(names)
+]
+
+
+def refusal(kind, call, *arguments):
+    with pytest.raises(kind) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+def with_table(function, at, table):
+    """The complaint of `function` about a bad table at one place among good ones."""
+    names, rest = TABLES[function]
+    tables = [GOOD if "logps" in name else LOGITS for name in names]
+    tables[at] = table
+    kind = TypeError if not isinstance(table, torch.Tensor) else ValueError
+    return names, refusal(kind, function, *tables, *rest)
+
+
+@pytest.mark.parametrize(("function", "at"), EACH_TABLE)
+def test_a_table_of_another_kind_is_refused(function, at):
+    names, message = with_table(function, at, [[0.0]])
+    assert message == f"{names[at]}: got list, takes a floating torch.Tensor [X, Y]"
+    names, message = with_table(function, at, torch.zeros(2, 3, dtype=torch.int64))
+    assert message == f"{names[at]}: got dtype torch.int64, takes a floating dtype"
+    names, message = with_table(function, at, GOOD[0])
+    assert message == f"{names[at]}: got shape [3], takes a non-empty [X, Y]"
+    names, message = with_table(function, at, GOOD[:0])
+    assert message == f"{names[at]}: got shape [0, 3], takes a non-empty [X, Y]"
+
+
+@pytest.mark.parametrize(("function", "at"), EACH_TABLE)
+def test_a_table_unlike_the_others_is_refused(function, at):
+    names, message = with_table(function, at, GOOD[:, :2])
+    if at == 0:
+        assert message == f"{names[1]}: got shape [2, 3], takes [2, 2] like {names[0]}"
+    else:
+        assert message == f"{names[at]}: got shape [2, 2], takes [2, 3] like {names[0]}"
+    names, message = with_table(function, at, GOOD.float())
+    if at == 0:
+        assert message == (
+            f"{names[1]}: got dtype torch.float64, takes torch.float32 like {names[0]}"
+        )
+    else:
+        assert message == (
+            f"{names[at]}: got dtype torch.float32, takes torch.float64 like {names[0]}"
+        )
+
+
+@pytest.mark.parametrize(("function", "at"), EACH_TABLE)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_table_with_a_bad_value_is_refused(function, at, value):
+    bad = LOGITS.clone()
+    bad[1, 2] = value
+    name = TABLES[function][0][at]
+    only_finite = name == "rewards" or (function is implied_rewards and name == "ref_logps")
+    if only_finite:
+        assert with_table(function, at, bad)[1] == f"{name}: got {value}, takes finite values"
+    elif value != -INF:
+        shown = "NaN" if math.isnan(value) else "+inf"
+        want = f"{name}: got {shown}, takes log-probabilities < inf"
+        assert with_table(function, at, bad)[1] == want
+
+
+@pytest.mark.parametrize(("function", "at"), EACH_TABLE)
+def test_logits_are_refused_where_probabilities_must_sum_to_one(function, at):
+    name = TABLES[function][0][at]
+    if name != "rewards" and function is not implied_rewards:
+        assert with_table(function, at, LOGITS)[1] == f"{name}: {SUMS}"
+
+
+@pytest.mark.parametrize("beta", [0, -1.0, NAN, INF])
+def test_beta_is_finite_and_positive(beta):
+    want = f"beta: got {beta}, takes a finite number > 0"
+    for function in (log_partition, optimal_logps, implied_rewards):
+        assert refusal(ValueError, function, GOOD, GOOD, beta) == want
+        assert refusal(TypeError, function, GOOD, GOOD, "1") == "beta: got str, takes a number"
+    assert refusal(ValueError, objective, GOOD, GOOD, GOOD, beta) == want
+    assert refusal(TypeError, objective, GOOD, GOOD, GOOD, "1") == "beta: got str, takes a number"
+    want = f"beta: got {float(beta)}, takes a finite number > 0"
+    assert refusal(ValueError, frontier, GOOD, GOOD, [1.0, beta]) == want
+
+
+def test_betas_are_several_numbers():
+    want = "betas: got none, takes at least one number > 0"
+    assert refusal(ValueError, frontier, GOOD, GOOD, []) == want
+    assert refusal(ValueError, frontier, GOOD, GOOD, torch.empty(0)) == want
+    want = "betas: got float, takes a sequence of numbers > 0"
+    assert refusal(TypeError, frontier, GOOD, GOOD, 1.0) == want
+    want = "betas: got list, takes a sequence of numbers > 0"
+    assert refusal(TypeError, frontier, GOOD, GOOD, [None]) == want
+    from_tensor = frontier(GOOD, LOGITS, double([1.0, 2.0]))
+    assert torch.equal(torch.stack(from_tensor), torch.stack(frontier(GOOD, LOGITS, (1, 2))))
+
+
+V = torch.full((3,), 1 / 3, dtype=torch.float64).log()
+VV = V.expand(3, 3)
+MARKOV_REFUSED = [
+    ((V, VV, V, 0.0, 2), "beta: got 0.0, takes a finite number > 0"),
+    ((V, VV, V, 1.0, 0), "n_tokens: got 0, takes a whole number >= 1"),
+    ((VV, VV, V, 1.0, 2), "initial_logps: got shape [3, 3], takes a non-empty [V]"),
+    ((V, V, V, 1.0, 2), "transition_logps: got shape [3], takes a non-empty [V, V]"),
+    ((V, VV, V[:2], 1.0, 2), "token_rewards: got shape [2], takes [3] like initial_logps"),
+    ((V, VV[:2], V, 1.0, 2), "transition_logps: got shape [2, 3], takes [3, 3]"),
+    ((V, VV[:, :2], V, 1.0, 2), "transition_logps: got shape [3, 2], takes [3, 3]"),
+    (
+        (V, VV.float(), V, 1.0, 2),
+        "transition_logps: got dtype torch.float32, takes torch.float64 like initial_logps",
+    ),
+    (
+        (V, VV, V.float(), 1.0, 2),
+        "token_rewards: got dtype torch.float32, takes torch.float64 like initial_logps",
+    ),
+    ((V * 0, VV, V, 1.0, 2), f"initial_logps: {SUMS}"),
+    ((V, VV * 0, V, 1.0, 2), f"transition_logps: {SUMS}"),
+    ((V * NAN, VV, V, 1.0, 2), "initial_logps: got NaN, takes log-probabilities < inf"),
+    ((V, VV * -INF, V, 1.0, 2), "transition_logps: got +inf, takes log-probabilities < inf"),
+    ((V, VV, V * INF, 1.0, 2), "token_rewards: got -inf, takes finite values"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "want"), MARKOV_REFUSED)
+def test_a_bad_markov_chain_is_refused(arguments, want):
+    assert refusal(ValueError, log_partition_markov, *arguments) == want
+    with pytest.raises(TypeError, match="n_tokens: got float, takes a whole number >= 1"):
+        log_partition_markov(V, VV, V, 1.0, 2.0)

@@ -1,0 +1,428 @@
+"""Each loss against worked numbers, its identities, and the optimum of a whole population."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from dpo_mini.closed_form import optimal_logps, total_variation
+from dpo_mini.logps import mean_over_tokens, sum_over_tokens
+from dpo_mini.losses import (
+    best_of_k_loss,
+    cdpo_loss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    ipo_mean_loss,
+    plackett_luce_loss,
+    rdpo_loss,
+    reward_model_loss,
+)
+from dpo_mini.preferences import bradley_terry_prob, plackett_luce_logp
+from dpo_mini.train import fit_table, population_loss
+
+NAN, INF = float("nan"), float("inf")
+PAIRED = {
+    "dpo": partial(dpo_loss, beta=0.5),
+    "cdpo": partial(cdpo_loss, beta=0.5, label_smoothing=0.1),
+    "rdpo": partial(rdpo_loss, beta=0.5, label_smoothing=0.1),
+    "ipo": partial(ipo_loss, beta=0.5),
+    "ipo_mean": partial(ipo_mean_loss, beta=0.5),
+    "hinge": partial(hinge_loss, beta=0.5),
+}
+LISTWISE = {
+    "plackett_luce": partial(plackett_luce_loss, beta=0.5),
+    "best_of_k": partial(best_of_k_loss, beta=0.5),
+}
+
+
+def double(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def exact(got, want):
+    assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def at_margin(loss, d, **options):
+    """The loss of pairs whose log-ratio difference is `d`, reached from four random numbers."""
+    d = torch.as_tensor(d, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    rejected, ref_chosen, ref_rejected = -5 * torch.rand(3, *d.shape, generator=generator).double()
+    chosen = d + (rejected - ref_rejected) + ref_chosen
+    return loss(chosen, rejected, ref_chosen, ref_rejected, **options)
+
+
+@pytest.fixture
+def four(generator):
+    """Log-probabilities of eight pairs under policy and reference."""
+    return list(-4 * torch.rand(4, 8, dtype=torch.float64, generator=generator))
+
+
+@pytest.fixture
+def lists(generator):
+    """Log-probabilities of eight lists of five completions under policy and reference."""
+    return list(-4 * torch.rand(2, 8, 5, dtype=torch.float64, generator=generator))
+
+
+# --- worked numbers --------------------------------------------------------------------------
+
+
+def test_every_paired_loss_at_a_margin_by_hand():
+    """At beta d = log 3 the chosen answer wins with probability 3/4."""
+    d, beta = double([math.log(9)]), 0.5
+    kept, lost = -math.log(3 / 4), -math.log(1 / 4)
+    exact(at_margin(dpo_loss, d, beta=beta), double([kept]))
+    got = at_margin(cdpo_loss, d, beta=beta, label_smoothing=0.2)
+    exact(got, double([0.8 * kept + 0.2 * lost]))
+    got = at_margin(rdpo_loss, d, beta=beta, label_smoothing=0.2)
+    exact(got, double([(0.8 * kept - 0.2 * lost) / 0.6]))
+    exact(at_margin(hinge_loss, double([0.0, 1.5, 2.5]), beta=0.5), double([1.0, 0.25, 0.0]))
+    exact(at_margin(hinge_loss, double([-3.0]), beta=0.5), double([2.5]))
+    exact(at_margin(ipo_loss, double([0.0, 2.0, 5.0]), beta=0.25), double([4.0, 0.0, 9.0]))
+    exact(at_margin(ipo_mean_loss, double([0.0, 2.0, 5.0]), beta=0.25), double([4.0, 0.0, 9.0]))
+
+
+def test_listwise_losses_by_hand():
+    scores = double([[3.0, 2.0, 1.0]]).log()  # worth 3, 2 and 1: best wins 3 of 6, then 2 of 3
+    ref_logps = double([[-1.0, -2.0, -3.0]])
+    logps = ref_logps + scores / 0.5
+    exact(plackett_luce_loss(logps, ref_logps, beta=0.5), double([math.log(6 / 3 * 3 / 2)]))
+    exact(best_of_k_loss(logps, ref_logps, beta=0.5), double([math.log(6 / 3)]))
+
+
+def test_reward_model_loss_by_hand():
+    got = reward_model_loss(double([1.0 + math.log(3), 2.0]), double([1.0, 2.0]))
+    exact(got, double([math.log(4 / 3), math.log(2)]))
+
+
+# --- properties ------------------------------------------------------------------------------
+
+
+def test_dpo_at_the_reference_is_log_2_with_gradient_half_beta():
+    ref_chosen, ref_rejected = double([-1.0, -2.0]), double([-3.0, -0.5])
+    four = [ref_chosen, ref_rejected, ref_chosen, ref_rejected]
+    four = [logps.clone().requires_grad_() for logps in four]
+    losses = dpo_loss(*four, beta=0.3)
+    exact(losses, double([math.log(2)] * 2))
+    losses.sum().backward()
+    for logps, want in zip(four, (-0.15, 0.15, 0.15, -0.15), strict=True):
+        exact(logps.grad, double([want] * 2))
+
+
+def test_the_dpo_gradient_is_weighted_by_the_error(four):
+    chosen, rejected = four[0].requires_grad_(), four[1].requires_grad_()
+    dpo_loss(*four, beta=0.3).sum().backward()
+    implied_chosen, implied_rejected = 0.3 * (four[0] - four[2]), 0.3 * (four[1] - four[3])
+    weights = 0.3 * bradley_terry_prob(implied_rejected.detach(), implied_chosen.detach())
+    exact(chosen.grad, -weights)
+    exact(rejected.grad, weights)
+
+
+def test_swapping_the_answers_moves_dpo_by_the_margin(four):
+    swapped = [four[1], four[0], four[3], four[2]]
+    d = (four[0] - four[2]) - (four[1] - four[3])
+    exact(dpo_loss(*four, beta=0.7) - dpo_loss(*swapped, beta=0.7), -0.7 * d)
+
+
+def test_dpo_is_bradley_terry_on_implied_rewards(four):
+    implied = 0.7 * (four[0] - four[2]), 0.7 * (four[1] - four[3])
+    exact(dpo_loss(*four, beta=0.7), reward_model_loss(*implied))
+    exact(dpo_loss(*four, beta=0.7), -bradley_terry_prob(*implied).log())
+
+
+@pytest.mark.parametrize("flip_prob", [0.0, 0.1, 0.4])
+def test_cdpo_mixes_labels_and_rdpo_undoes_the_mixing(four, flip_prob):
+    swapped = [four[1], four[0], four[3], four[2]]
+    mixture = (1 - flip_prob) * dpo_loss(*four, beta=0.7) + flip_prob * dpo_loss(*swapped, beta=0.7)
+    exact(cdpo_loss(*four, beta=0.7, label_smoothing=flip_prob), mixture)
+    robust = partial(rdpo_loss, beta=0.7, label_smoothing=flip_prob)
+    over_flips = (1 - flip_prob) * robust(*four) + flip_prob * robust(*swapped)
+    exact(over_flips, dpo_loss(*four, beta=0.7))
+
+
+def test_rdpo_has_no_lower_bound_once_wins_exceed_the_smoothing():
+    robust = partial(rdpo_loss, beta=0.5, label_smoothing=0.2)
+    far = double([1e3, 1e4])
+    for win_share, sign in ((0.85, -1), (0.75, 1)):
+        low, high = win_share * at_margin(robust, far) + (1 - win_share) * at_margin(robust, -far)
+        slope = (high - low).item() / 9e3
+        assert slope == pytest.approx(-0.5 * (win_share - 0.8) / 0.6, abs=1e-9)
+        assert math.copysign(1, slope) == sign
+
+
+def test_ipo_is_symmetric_about_its_target():
+    away = double([0.0, 0.3, 7.0])
+    target = 1 / (2 * 0.4)
+    exact(
+        at_margin(ipo_loss, target + away, beta=0.4), at_margin(ipo_loss, target - away, beta=0.4)
+    )
+    exact(at_margin(ipo_loss, target + away, beta=0.4), away**2)
+
+
+def test_ipo_on_means_is_another_loss_unless_every_answer_has_one_token(generator):
+    scored = -torch.rand(4, 3, 5, dtype=torch.float64, generator=generator)
+    masks = [torch.arange(5) < double(lengths)[:, None] for lengths in ([1, 1, 1], [1, 3, 5])]
+    for mask, same in ((masks[0], True), (masks[1], False)):
+        sums = [sum_over_tokens(part, mask) for part in scored]
+        means = [mean_over_tokens(part, mask) for part in scored]
+        differ = (ipo_loss(*sums, beta=0.3) - ipo_mean_loss(*means, beta=0.3)).abs().max()
+        assert (differ.item() == 0) == same
+
+
+def test_plackett_luce_is_the_log_probability_of_the_ranking(lists):
+    logps, ref_logps = lists
+    implied = 0.7 * (logps - ref_logps)
+    best_first = torch.arange(5).expand(8, 5)
+    got = plackett_luce_loss(logps, ref_logps, beta=0.7)
+    exact(got, -plackett_luce_logp(implied, best_first))
+
+
+def test_probabilities_of_rankings_and_of_winners_sum_to_one(lists):
+    logps, ref_logps = lists[0][:, :4], lists[1][:, :4]
+    rankings = [list(order) for order in itertools.permutations(range(4))]
+    each = [LISTWISE["plackett_luce"](logps[:, o], ref_logps[:, o]) for o in rankings]
+    exact(torch.stack(each).neg().exp().sum(0), torch.ones(8).double())
+    firsts = [[k, *[j for j in range(4) if j != k]] for k in range(4)]
+    each = [LISTWISE["best_of_k"](logps[:, o], ref_logps[:, o]) for o in firsts]
+    exact(torch.stack(each).neg().exp().sum(0), torch.ones(8).double())
+
+
+def test_best_of_k_is_the_first_factor_of_plackett_luce(lists):
+    logps, ref_logps = lists
+    whole = LISTWISE["plackett_luce"](logps, ref_logps)
+    rest = LISTWISE["plackett_luce"](logps[:, 1:], ref_logps[:, 1:])
+    exact(LISTWISE["best_of_k"](logps, ref_logps), whole - rest)
+
+
+@pytest.mark.parametrize("loss", LISTWISE.values(), ids=LISTWISE)
+def test_listwise_losses_of_two_are_dpo(loss, lists):
+    logps, ref_logps = lists[0][:, :2], lists[1][:, :2]
+    pair = (logps[:, 0], logps[:, 1], ref_logps[:, 0], ref_logps[:, 1])
+    exact(loss(logps, ref_logps), dpo_loss(*pair, beta=0.5))
+
+
+@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE])
+def test_a_shift_shared_within_a_prompt_cancels(name, four, lists, generator):
+    shift = torch.randn(8, dtype=torch.float64, generator=generator)
+    if name in PAIRED:
+        moved = [four[0] + shift, four[1] + shift, four[2], four[3]]
+        exact(PAIRED[name](*moved), PAIRED[name](*four))
+    else:
+        exact(
+            LISTWISE[name](lists[0] + shift[:, None], lists[1]), LISTWISE[name](lists[0], lists[1])
+        )
+
+
+# --- gradients, dtypes, extremes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE, "reward_model"])
+def test_gradients(name, four, lists):
+    loss = {**PAIRED, **LISTWISE, "reward_model": reward_model_loss}[name]
+    inputs = {"reward_model": four[:2]}.get(name, four if name in PAIRED else lists)
+    if name == "hinge":
+        assert (loss(*inputs) > 0.05).any()
+        margins = 0.5 * ((four[0] - four[2]) - (four[1] - four[3]))
+        assert ((1 - margins).abs() > 1e-3).all()  # away from the kink
+    assert gradcheck(loss, [logps.requires_grad_() for logps in inputs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE, "reward_model"])
+def test_value_and_gradient_are_finite_at_equality_and_far_away(name, dtype):
+    loss = {**PAIRED, **LISTWISE, "reward_model": reward_model_loss}[name]
+    same, far = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, 1e4, -1e4])
+    if name in PAIRED:
+        inputs = [far, same, same, same]
+    elif name in LISTWISE:
+        inputs = [torch.stack([same, far, -far], 1), torch.stack([same, same, same], 1)]
+    else:
+        inputs = [far, same]
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    values = loss(*inputs)
+    assert values.dtype == dtype
+    assert values.shape == (3,)
+    values.sum().backward()
+    assert torch.isfinite(values).all()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)
+
+
+def test_dpo_far_away_is_a_straight_line():
+    exact(at_margin(dpo_loss, double([-1e4, 1e4]), beta=0.5), double([5e3, 0.0]))
+
+
+# --- optima of a whole population ------------------------------------------------------------
+
+REF = double([[0.4, 0.3, 0.2, 0.1]]).log()
+REWARDS = double([[1.0, 0.2, -0.4, 0.8]])
+BEST = optimal_logps(REF, REWARDS, 0.5)
+
+
+def distance(logps):
+    return total_variation(logps, BEST).item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "want", "tolerance"), [(dpo_loss, 0.0, 1e-6), (ipo_loss, 0.2556, 5e-5)]
+)
+def test_where_a_population_of_pairs_leads(loss, want, tolerance):
+    bound = partial(loss, beta=0.5)
+    fitted = fit_table(lambda logps: population_loss(bound, logps, REF, REWARDS), REF)
+    assert distance(fitted) == pytest.approx(want, abs=tolerance)
+
+
+def test_where_hinge_leads_a_population_of_pairs():
+    """Its loss is piecewise linear and convex: a corner that no step improves is the optimum."""
+    corner = double([[0.0, -2.0, -2.0, 0.0]])  # log-ratios that make every margin 0 or 1 / beta
+    bound = partial(hinge_loss, beta=0.5)
+
+    def value(log_ratios):
+        return population_loss(bound, REF + log_ratios, REF, REWARDS).item()
+
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-3, 0.1, 2.0):
+        steps = size * torch.randn(300, 1, 4, dtype=torch.float64, generator=generator)
+        assert min(value(corner + step) for step in steps) > value(corner)
+    assert distance((REF + corner).log_softmax(-1)) == pytest.approx(0.0771, abs=5e-5)
+
+
+def test_where_the_best_of_all_leads():
+    shares = REWARDS.softmax(-1)[0]  # how often each of the four answers is the best
+
+    def loss(logps):
+        firsts = [[k, *[j for j in range(4) if j != k]] for k in range(4)]
+        each = [best_of_k_loss(logps[:, order], REF[:, order], beta=0.5) for order in firsts]
+        return sum(share * value.mean() for share, value in zip(shares, each, strict=True))
+
+    assert distance(fit_table(loss, REF)) < 1e-6
+
+
+def test_where_rankings_lead():
+    rankings = torch.tensor(list(itertools.permutations(range(4))))
+    shares = plackett_luce_logp(REWARDS.expand(24, 4), rankings).exp()
+
+    def loss(logps):
+        logps, ref_logps = logps[0][rankings], REF[0][rankings]
+        return (shares * plackett_luce_loss(logps, ref_logps, beta=0.5)).sum()
+
+    assert distance(fit_table(loss, REF)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("loss", "want"),
+    [
+        (partial(dpo_loss, beta=0.5), 0.803),
+        (partial(cdpo_loss, beta=0.5, label_smoothing=0.2), 0.466),
+        (partial(rdpo_loss, beta=0.5, label_smoothing=0.2), 1.500),
+    ],
+    ids=["dpo", "cdpo", "rdpo"],
+)
+def test_the_margin_fitted_under_flipped_labels(loss, want):
+    """True margin 1.5, and one label in five flipped."""
+    flip_prob, wins = 0.2, 1 / (1 + math.exp(-1.5))
+    shown = (1 - flip_prob) * wins + flip_prob * (1 - wins)
+    ref_logps = double([[0.5, 0.5]]).log()
+
+    def flipped(logps):
+        a, b, ref_a, ref_b = *logps.T, *ref_logps.T
+        return (shown * loss(a, b, ref_a, ref_b) + (1 - shown) * loss(b, a, ref_b, ref_a)).sum()
+
+    fitted = fit_table(flipped, ref_logps)
+    assert 0.5 * (fitted[0, 0] - fitted[0, 1]).item() == pytest.approx(want, abs=5e-4)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+FOUR = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+MEANS = (
+    "chosen_mean_logps",
+    "rejected_mean_logps",
+    "ref_chosen_mean_logps",
+    "ref_rejected_mean_logps",
+)
+NAMES = {
+    **dict.fromkeys(PAIRED, FOUR),
+    "ipo_mean": MEANS,
+    **dict.fromkeys(LISTWISE, ("logps", "ref_logps")),
+    "reward_model": ("chosen_rewards", "rejected_rewards"),
+}
+EACH_INPUT = [(name, at) for name, names in NAMES.items() for at in range(len(names))]
+
+
+def complaint(name, at, bad, kind=ValueError):
+    """What the loss says of one bad tensor among good ones."""
+    loss = {**PAIRED, **LISTWISE, "reward_model": reward_model_loss}[name]
+    good = torch.zeros((3, 2) if name in LISTWISE else 3, dtype=torch.float64)
+    inputs = [good.clone() for _ in NAMES[name]]
+    inputs[at] = bad(good) if callable(bad) else bad
+    with pytest.raises(kind) as caught:
+        loss(*inputs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "at"), EACH_INPUT)
+def test_a_bad_tensor_is_named(name, at):
+    names, shape = NAMES[name], "[B, K]" if name in LISTWISE else "[B]"
+    argument, first = names[at], names[0]
+    good_shape, bad_shape = ([3, 2], [1, 2]) if name in LISTWISE else ([3], [1])
+    got = complaint(name, at, [0.0], TypeError)
+    assert got == f"{argument}: got list, takes a floating torch.Tensor {shape}"
+    got = complaint(name, at, lambda good: good.long())
+    assert got == f"{argument}: got dtype torch.int64, takes a floating dtype"
+    got = complaint(name, at, torch.zeros(()))
+    assert got == f"{argument}: got shape [], takes a non-empty {shape}"
+    got = complaint(name, at, lambda good: good[:0])
+    assert got == f"{argument}: got shape {[0, *good_shape[1:]]}, takes a non-empty {shape}"
+    got = complaint(name, at, lambda good: good[:1])
+    if at:
+        assert got == f"{argument}: got shape {bad_shape}, takes {good_shape} like {first}"
+    else:
+        assert got == f"{names[1]}: got shape {good_shape}, takes {bad_shape} like {first}"
+    got = complaint(name, at, lambda good: good.float())
+    if at:
+        assert got == f"{argument}: got dtype torch.float32, takes torch.float64 like {first}"
+    else:
+        assert got == f"{names[1]}: got dtype torch.float64, takes torch.float32 like {first}"
+    for value in (NAN, INF, -INF):
+        got = complaint(name, at, lambda good, value=value: good + value)
+        assert got == f"{argument}: got {value}, takes finite values"
+
+
+@pytest.mark.parametrize("beta", [0, -1.0, NAN, INF, "1", True])
+@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE])
+def test_beta_is_finite_and_positive(name, beta):
+    loss = {**PAIRED, **LISTWISE}[name]
+    one = torch.zeros((1, 2) if name in LISTWISE else 1)
+    if isinstance(beta, (str, bool)):
+        kind, want = TypeError, f"beta: got {type(beta).__name__}, takes a number"
+    else:
+        kind, want = ValueError, f"beta: got {beta}, takes a finite number > 0"
+    with pytest.raises(kind) as caught:
+        loss(*[one] * len(NAMES[name]), beta=beta)
+    assert str(caught.value) == want
+
+
+@pytest.mark.parametrize("name", ["cdpo", "rdpo"])
+def test_label_smoothing_is_below_one_half(name):
+    one = torch.zeros(1)
+    for value in (0.5, -0.1, NAN, 1.0):
+        with pytest.raises(ValueError) as caught:
+            PAIRED[name](one, one, one, one, label_smoothing=value)
+        assert str(caught.value) == f"label_smoothing: got {value}, takes a number in [0.0, 0.5)"
+    with pytest.raises(TypeError, match="label_smoothing: got NoneType, takes a number"):
+        PAIRED[name](one, one, one, one, label_smoothing=None)
+    exact(
+        PAIRED[name](one, one, one, one, label_smoothing=0), dpo_loss(one, one, one, one, beta=0.5)
+    )
+
+
+@pytest.mark.parametrize("name", LISTWISE)
+def test_a_list_has_two_items_at_least(name):
+    with pytest.raises(ValueError) as caught:
+        LISTWISE[name](torch.zeros(3, 1), torch.zeros(3, 1))
+    assert str(caught.value) == "logps: got 1 completion a row, takes >= 2"
