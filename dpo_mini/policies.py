@@ -115,9 +115,9 @@ class SelfAttention(nn.Module):
 
     def extend(self, x: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of C siblings `x` `[P, C, D]`, each to the shared path before it and itself."""
-        q, k, v = self.heads(x)  # each [P, H, C, D/H]
+        q, k, v = self.heads(x)  # each [P, H, C, D/H], or [1, H, C, D/H] where all P share x
         path_k, path_v = path  # each [P, H, S, D/H]
-        own = (q * k).sum(-1).unsqueeze(2)  # [P, H, 1, C]
+        own = (q * k).sum(-1).unsqueeze(2).expand(len(path_k), -1, -1, -1)  # [P, H, 1, C]
         scores = torch.cat([path_k @ q.mT, own], 2) * q.shape[-1] ** -0.5  # [P, H, S + 1, C]
         weights = scores.softmax(2).mT  # [P, H, C, S + 1]; C innermost is what keeps softmax fast
         mixed = torch.addcmul(weights[..., :-1] @ path_v, weights[..., -1:], v)  # [P, H, C, D/H]
@@ -236,11 +236,15 @@ class TinyTransformer(Policy):
         return logits[:, 0], path
 
     def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """Read C sibling tokens `[P, C]`, each as the next one after its path, all at one depth.
+        """Read C sibling tokens, each as the next one after its path, all at one depth.
 
+        Args:
+          tokens: `[P, C]`, or `[1, C]` where every path has the same siblings: what the first
+            layer asks, keeps and says of a token depends on no path, and is then computed once.
+          path: of P prefixes.
         Returns:
           logits of the token after each, `[P, C, V]`, and the siblings' own keys and values,
-          `[P, H, C, D/H]` a layer: what `path` lacks to become the siblings' paths.
+          `[P, H, C, D/H]` a layer (or `[1, ...]`): what `path` lacks to become the siblings' paths.
         """
         depth = path[0][0].shape[2]
         x, own = self.wte(tokens) + self.wpe.weight[depth], []  # [P, C, D]

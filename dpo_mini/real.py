@@ -211,9 +211,9 @@ def encode(
     if long:
         prompt, chosen, rejected = (len(part) for part in rows[long[0]])
         raise ValueError(
-            f"preferences: got {long[0]}, the first of {len(long)} of {len(rows)} rows too long, "
-            f"with {prompt} tokens of prompt and answers of {chosen} and {rejected}; takes at most "
-            f"max_tokens = {max_tokens} for prompt and answer"
+            f"preferences: got row {long[0]}, first of {len(long)} of {len(rows)} that are too "
+            f"long, with {prompt} tokens of prompt and answers of {chosen} and {rejected}; takes at "
+            f"most max_tokens = {max_tokens} for prompt and answer"
         )
     prompts, chosen, rejected = (
         [torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True)

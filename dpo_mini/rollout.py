@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dpo_mini.arguments import check_count, check_generator, check_indices
 from dpo_mini.logps import PAD
@@ -17,10 +16,9 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
 
     The walk is depth first over chunks of `n_parents` prefixes of one length, whose children go
     through the policy together; keys and values are kept along the current path only, so the
-    memory beside the result is bounded. With gradients, what the last chunks computed is dropped
-    and computed again in the backward pass, so the weights must stay as they are until then; on a
-    million completions this takes 1.3 times as long and under a third of the memory (measured in
-    `benchmarks/RESULTS.md`).
+    memory beside the result is bounded. With gradients it is not: what each prefix computed is kept
+    for the backward pass. To keep less, wrap the policy's `extend` in `torch.utils.checkpoint`;
+    `benchmarks/RESULTS.md` has the cost of both.
 
     Args:
       policy: a `Policy` of the sizes of `task`.
@@ -49,12 +47,11 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
         next_logps = prefix_logps[:, None] + logits.log_softmax(-1)  # [P, V]
         if depth == max_tokens - 1:
             return next_logps
-        walk = children if depth + 1 < max_tokens - 1 else last_children
-        return torch.cat([walk(*chunk, depth) for chunk in chunks(next_logps, path, n_parents)])
+        return torch.cat([children(*rows, depth) for rows in chunks(next_logps, path, n_parents)])
 
     def children(next_logps: Tensor, path: Path, depth: int) -> Tensor:
         n_rows = len(next_logps)
-        logits, own = policy.extend(going_on.expand(n_rows, -1), path)
+        logits, own = policy.extend(going_on[None], path)
         last = depth + 1 == max_tokens - 1  # nothing follows: no need for the children's paths
         longer = [] if last else lengthen(path, own)
         child_logps = next_logps[:, going_on].flatten()
@@ -63,11 +60,6 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
             return rest
         at = end * sizes[depth + 1]  # completions before the end token, in dictionary order
         return torch.cat([rest[:, :at], next_logps[:, end : end + 1], rest[:, at:]], dim=1)
-
-    def last_children(next_logps: Tensor, path: Path, depth: int) -> Tensor:
-        """`children` at the depth where nearly every prefix is: with gradients, forget and redo."""
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(children, next_logps, path, depth, **options)
 
     tables = []
     for prompt in task.prompts.split(1):
@@ -163,9 +155,9 @@ def chunks(next_logps: Tensor, path: Path, size: int) -> Iterator[tuple[Tensor, 
 def lengthen(path: Path, own: Path) -> Path:
     """Paths of P prefixes with their C children's own keys and values: P * C longer paths."""
 
-    def join(shared: Tensor, mine: Tensor) -> Tensor:  # [P, H, S, d], [P, H, C, d]
+    def join(shared: Tensor, mine: Tensor) -> Tensor:  # [P, H, S, d], [P or 1, H, C, d]
         n_children = mine.shape[2]
-        mine = mine.transpose(1, 2).unsqueeze(3)  # [P, C, H, 1, d]
+        mine = mine.transpose(1, 2).unsqueeze(3).expand(len(shared), -1, -1, -1, -1)
         shared = shared.unsqueeze(1).expand(-1, n_children, -1, -1, -1)
         return torch.cat([shared, mine], dim=3).flatten(0, 1)  # [P * C, H, S + 1, d]
 

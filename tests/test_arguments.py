@@ -79,6 +79,11 @@ REFUSED = [
         "(logits? apply log_softmax first)",
     ),
     (
+        lambda: arguments.check_normalised(a=torch.tensor([[1.0, 0.5], [0.5, 0.5]]).log()),
+        "a: got a row whose probabilities sum to 1.5, takes rows that sum to 1 "
+        "(logits? apply log_softmax first)",
+    ),
+    (
         lambda: arguments.check_normalised(a=torch.tensor([[-INF, -INF]])),
         "a: got a row whose probabilities sum to 0, takes rows that sum to 1 "
         "(logits? apply log_softmax first)",

@@ -216,6 +216,10 @@ REFUSED = [
     (lambda: plackett_luce_logp(LIST + INF, ORDER), "rewards: got inf, takes finite values"),
     (lambda: plackett_luce_logp(LIST, A), "ranking: got dtype torch.float32, takes torch.int64"),
     (
+        lambda: plackett_luce_logp(LIST, ORDER[0]),
+        "ranking: got shape [3], takes a non-empty [B, K]",
+    ),
+    (
         lambda: plackett_luce_logp(LIST, ORDER[:1]),
         "ranking: got shape [1, 3], takes [2, 3] like rewards",
     ),

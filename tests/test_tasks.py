@@ -166,6 +166,8 @@ def test_bandits():
     assert [task.text(completion) for completion in task.completions] == ["a", "b", "c", "d"]
     assert task.rewards.dtype == task.ref_logps.dtype == torch.float64
     torch.testing.assert_close(task.ref_logps.exp(), double([[0.4, 0.3, 0.2, 0.1]]))
+    assert task.rewards.tolist() == [[1.0, 0.2, -0.4, 0.8]]
+    assert task.prompt_texts == ("x1",)
     assert three_answers().rewards.tolist() == [[1.0, 0.0, -0.5]]
     named = bandit(torch.zeros(1, 2), torch.full((1, 2), 0.5), actions=["left", "right"])
     assert named.text(named.completions[1]) == "right"
@@ -175,9 +177,14 @@ def test_bandits():
 
 
 def test_a_random_bandit_has_a_reference_that_sums_to_one(generator):
-    task = random_bandit(3, 5, generator=generator)
-    assert task.rewards.shape == task.ref_logps.shape == (3, 5)
-    torch.testing.assert_close(task.ref_logps.exp().sum(-1), torch.ones(3).double())
+    task = random_bandit(30, 50, generator=generator)
+    assert task.rewards.shape == task.ref_logps.shape == (30, 50)
+    torch.testing.assert_close(task.ref_logps.exp().sum(-1), torch.ones(30).double())
+    # rewards and the logits of the reference are standard normal and know nothing of each other
+    logits = task.ref_logps - task.ref_logps.mean(-1, keepdim=True)
+    for draws in (task.rewards, logits):
+        assert abs(draws.std().item() - 1) < 5 / math.sqrt(2 * 1500)
+    assert abs((task.rewards * logits).mean().item()) < 5 / math.sqrt(1500)
 
 
 def tokens(words):
@@ -337,6 +344,14 @@ REFUSED = [
         "logps: got a row with all its mass on one completion, takes >= 2",
     ),
     (
+        lambda: TASK.sample_completions(HALF[0], torch.tensor([0]), generator=GENERATOR),
+        "logps: got shape [2], takes a non-empty [X, Y]",
+    ),
+    (
+        lambda: TASK.sample_completions(HALF, torch.tensor([[0]]), generator=GENERATOR),
+        "prompts: got shape [1, 1], takes a non-empty [B]",
+    ),
+    (
         lambda: TASK.sample_completions(HALF, torch.tensor([1]), generator=GENERATOR),
         "prompts: got 1, takes values in 0..0",
     ),
@@ -355,6 +370,14 @@ REFUSED = [
     (
         lambda: bandit(torch.zeros(1, 2), FULL * 1.5),
         "ref_probs: got a row that sums to 1.5, takes rows that sum to 1",
+    ),
+    (
+        lambda: bandit(torch.zeros(3, 2), torch.tensor([[0.5, 0.5], [1.0, 1.5], [0.5, 0.4]])),
+        "ref_probs: got a row that sums to 2.5, takes rows that sum to 1",
+    ),
+    (
+        lambda: bandit(torch.zeros(1), torch.ones(1)),
+        "rewards: got shape [1], takes a non-empty [X, Y]",
     ),
     (
         lambda: bandit(torch.zeros(1, 3), FULL),

@@ -1,7 +1,6 @@
 """Execute chapters in order, refresh their outputs and figures, and print a line for each.
 
-    python tools/run_chapters.py          # all
-    python tools/run_chapters.py 02 05    # some
+python tools/run_chapters.py runs all, python tools/run_chapters.py 02 05 some.
 """
 
 import json

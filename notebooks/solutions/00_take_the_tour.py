@@ -4,7 +4,7 @@ import torch
 
 
 def tilt(ref_probs, rewards, beta):
-    """0.1: the reference tilted by the reward, in logarithms so that nothing overflows."""
+    """0.1: the tilted reference, in logarithms so that nothing overflows."""
     return torch.softmax(ref_probs.log() + rewards / beta, dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Plausible wrong answers to the exercises of chapter 00, and a word of the sentence each must get."""
+"""Plausible wrong answers to the exercises of chapter 00, with words of the sentence each gets."""
 
 
 def tilt_with_beta_upside_down(ref_probs, rewards, beta):
