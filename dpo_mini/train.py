@@ -103,21 +103,26 @@ def fit_preferences(
     check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
     check_integers("chosen", chosen, "[n, T]")
     check_integers("rejected", rejected, "[n, T]")
+    if rejected.shape != chosen.shape:
+        got, want = list(rejected.shape), list(chosen.shape)
+        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
-    def score(model: nn.Module, rows: Tensor, completions: Tensor) -> Tensor:
-        scored = _token_logps(model, prompts[rows], completions[rows])
-        return reduce(scored, completions[rows] != PAD)
+    def score(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
+        answers = torch.cat([chosen[rows], rejected[rows]])
+        scored = _token_logps(model, torch.cat([prompts[rows], prompts[rows]]), answers)
+        chosen_scores, rejected_scores = reduce(scored, answers != PAD).chunk(2)
+        return chosen_scores, rejected_scores
 
     every = torch.arange(len(prompts), device=prompts.device)
     with torch.no_grad():
-        blocks = every.split(batch_size)
-        ref_chosen = torch.cat([score(reference, rows, chosen) for rows in blocks])
-        ref_rejected = torch.cat([score(reference, rows, rejected) for rows in blocks])
+        blocks = [score(reference, rows) for rows in every.split(batch_size)]
+    ref_chosen, ref_rejected = (torch.cat(parts) for parts in zip(*blocks, strict=True))
 
     def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen_logps, rejected_logps = score(policy, rows, chosen), score(policy, rows, rejected)
+        chosen_logps, rejected_logps = score(policy, rows)
         per_pair = loss(chosen_logps, rejected_logps, ref_chosen[rows], ref_rejected[rows])
         margins = (chosen_logps - ref_chosen[rows]) - (rejected_logps - ref_rejected[rows])
         margins = margins.detach()

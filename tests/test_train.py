@@ -420,3 +420,11 @@ def test_a_reference_that_would_move_with_the_policy_is_refused():
         assert str(caught.value) == (
             "reference: got weights that it shares with the policy, takes a copy (copy.deepcopy)"
         )
+
+
+def test_answers_of_different_widths_are_refused():
+    policy, reference = Spy(torch.zeros(1, 4)), Spy(torch.zeros(1, 4))
+    wide = torch.tensor([[1, -1]])
+    pairs = (torch.tensor([0]), torch.tensor([[0]]), wide)
+    with pytest.raises(ValueError, match=r"rejected: got shape \[1, 2\], takes \[1, 1\] like"):
+        fit_preferences(policy, reference, pairs, DPO, **settings())
