@@ -1,23 +1,23 @@
 """How fast a table of every completion can be made: one by one, or as a tree of prefixes.
 
-Run `python benchmarks/enumeration.py` where the package is installed. It takes about four minutes
+Run `python benchmarks/enumeration.py` where the package is installed. It takes about two minutes
 on one thread, needs `transformers` and `tqdm`, and prints the tables of RESULTS.md. Memory is read
 from /proc, so that part needs Linux.
 
-Every contender scores in float32 with the same weights. Each round times all of them in turn, in
-seconds of processor time, which for one thread is the time on the wall of an idle machine; a ratio
-is the median over rounds of the ratio within a round, so that a slow minute slows both sides.
+Every contender scores in float32 with the same weights, and each round times all of them in turn. A
+contender's time is the least of its rounds, in seconds of processor time: whatever else the machine
+does can only add to it. On one thread of an idle machine that is the time on the wall.
 """
 
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from dpo_mini import rollout
-from dpo_mini.policies import TinyTransformer
-from dpo_mini.tasks import Task, enumerate_completions
+from dpo_mini.policies import Sizes, TinyTransformer
+from dpo_mini.tasks import Task
 
 SIZES = [(16, 5), (32, 4)]  # V, T: 1,048,576 completions each, none ends early
 LAYERS, HEADS, WIDTH = 2, 4, 64
@@ -63,21 +63,21 @@ def report_speed(vocab_size: int, max_tokens: int) -> None:
         seconds = time_in_rounds({**contenders, "peak": multiply_large_matrices})
     for name in contenders:
         if not name.startswith("(c)"):
-            seconds[name] = [scale * second for second in seconds[name]]
+            seconds[name] *= scale
     fastest = min(
         (name for name in contenders if name.startswith("(a)")),
-        key=lambda name: statistics.median(seconds[name]),
+        key=seconds.__getitem__,
     )
     print(f"V = {vocab_size}, T = {max_tokens}: {len(task.completions):,} completions\n")
     print("| scored by | completions a second | as many times the fastest (a) |\n|---|---|---|")
     for name in contenders:
-        rate = len(task.completions) / statistics.median(seconds[name])
-        print(f"| {name} | {rate:,.0f} | {ratio(seconds[fastest], seconds[name]):.1f} |")
-    flops, peak_flops = tree_flops(vocab_size, max_tokens), 2 * 2048**3
-    share = flops / peak_flops * ratio(seconds["peak"], seconds["(c) prefix tree"])
-    peak = peak_flops / statistics.median(seconds["peak"]) / 1e9
+        rate = len(task.completions) / seconds[name]
+        print(f"| {name} | {rate:,.0f} | {seconds[fastest] / seconds[name]:.1f} |")
+    flops = tree_flops(vocab_size, max_tokens)
+    peak = 2 * 2048**3 / seconds["peak"]
+    share = flops / seconds["(c) prefix tree"] / peak
     print(f"\nThe tree's matrix products are {flops / 1e9:.2f} Gflop: {share:.0%} of the measured")
-    print(f"peak, {peak:.0f} Gflop/s. Extra memory of (c): ", end="")
+    print(f"peak, {peak / 1e9:.0f} Gflop/s. Extra memory of (c): ", end="")
     print(f"{extra_memory(vocab_size, max_tokens, 'table'):.0f} MB.\n")
 
 
@@ -100,27 +100,31 @@ def report_gradient(vocab_size: int, max_tokens: int) -> None:
     seconds = time_in_rounds(contenders)
     for name in contenders:
         if name.endswith("each completion"):
-            seconds[name] = [scale * second for second in seconds[name]]
+            seconds[name] *= scale
     print(f"One gradient of J, V = {vocab_size}, T = {max_tokens}\n")
     print("| through | seconds | times the first | extra memory, MB |\n|---|---|---|---|")
     tree, checkpointed = list(contenders)[:2]
     memory = {tree: "gradient", checkpointed: "checkpointed gradient"}
     for name in contenders:
-        slower = ratio(seconds[name], seconds[tree])
+        slower = seconds[name] / seconds[tree]
         extra = "one batch's"
         if name in memory:
             extra = f"{extra_memory(vocab_size, max_tokens, memory[name]):.0f}"
-        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {slower:.2f} | {extra} |")
+        print(f"| {name} | {seconds[name]:.2f} | {slower:.2f} | {extra} |")
     print()
 
 
 def make(vocab_size: int, max_tokens: int) -> tuple[Task, TinyTransformer]:
+    n_completions = vocab_size**max_tokens
     words = tuple(map(str, range(vocab_size)))
-    n_completions = len(enumerate_completions(vocab_size, max_tokens, None))
     task = Task(("a prompt",), words, max_tokens, None, torch.zeros(1, n_completions))
+    return task, make_policy(task)
+
+
+def make_policy(task: Sizes) -> TinyTransformer:
     generator = torch.Generator().manual_seed(0)
     shape = {"n_layers": LAYERS, "n_heads": HEADS, "width": WIDTH}
-    return task, TinyTransformer.for_task(task, generator=generator, **shape)
+    return TinyTransformer.for_task(task, generator=generator, **shape)
 
 
 def sample_of_rows(task: Task) -> Tensor:
@@ -205,8 +209,8 @@ def multiply_large_matrices() -> None:
     matrix @ matrix
 
 
-def time_in_rounds(contenders: dict[str, Callable]) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; a round before the first warms up."""
+def time_in_rounds(contenders: dict[str, Callable]) -> dict[str, float]:
+    """Seconds of each contender, the least over the rounds; a round before the first warms up."""
     seconds = {name: [] for name in contenders}
     for number in tqdm(range(ROUNDS + 1), desc="rounds", leave=False):
         for name, run in contenders.items():
@@ -214,11 +218,7 @@ def time_in_rounds(contenders: dict[str, Callable]) -> dict[str, list[float]]:
             run()
             if number > 0:
                 seconds[name].append(time.process_time() - start)
-    return seconds
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+    return {name: min(times) for name, times in seconds.items()}
 
 
 def tree_flops(vocab_size: int, max_tokens: int) -> int:
@@ -248,19 +248,23 @@ def extra_memory(vocab_size: int, max_tokens: int, what: str) -> float:
 
 def measure_memory(vocab_size: int, max_tokens: int, what: str) -> float:
     torch.set_num_threads(1)
-    task, policy = make(vocab_size, max_tokens)
     runs = {
         "table": lambda policy, task: tree_table(policy.requires_grad_(False), task),
         "gradient": lambda policy, task: descend(tree_table(policy, task)),
         "checkpointed gradient": descend_in_less_memory,
     }
-    small_task, small_policy = make(vocab_size, 2)
-    runs[what](small_policy, small_task)  # loads code; its own tensors are too small to matter
+
+    def run(n_tokens: int) -> None:
+        # Only the sizes of a task: its list of completions would leave room behind for the tree.
+        prompts = torch.arange(1)
+        sizes = {"vocab_size": vocab_size, "max_tokens": n_tokens, "end_token": None}
+        task = SimpleNamespace(prompts=prompts, **sizes)
+        runs[what](make_policy(task), task)
+
+    run(2)  # loads code; its own tensors are too small to matter
     before = process_status("VmRSS")
-    table = runs[what](policy, task)
-    peak = process_status("VmHWM")
-    result = table.nbytes if table is not None else 4 * vocab_size**max_tokens
-    return (peak - before - result) / 1e6
+    run(max_tokens)
+    return (process_status("VmHWM") - before - 4 * vocab_size**max_tokens) / 1e6
 
 
 def process_status(field: str) -> int:

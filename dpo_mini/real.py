@@ -212,8 +212,8 @@ def encode(
         prompt, chosen, rejected = (len(part) for part in rows[long[0]])
         raise ValueError(
             f"preferences: got row {long[0]}, first of {len(long)} of {len(rows)} that are too "
-            f"long, with {prompt} tokens of prompt and answers of {chosen} and {rejected}; takes at "
-            f"most max_tokens = {max_tokens} for prompt and answer"
+            f"long, with {prompt} tokens of prompt and answers of {chosen} and {rejected}; takes "
+            f"at most max_tokens = {max_tokens} for prompt and answer"
         )
     prompts, chosen, rejected = (
         [torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True)
@@ -245,7 +245,7 @@ class CausalLMPolicy(nn.Module):
     the margins would be noise instead of 0.
 
     Args:
-      model: with `forward(input_ids, attention_mask).logits`; kept, not copied.
+      model: causal, so that no token reads what comes after it; kept, not copied.
       end_token: the token that ends a completion, or None.
     """
 
@@ -297,15 +297,13 @@ class CausalLMPolicy(nn.Module):
             )
         # Prompt and completion next to each other: the padding between them goes to the end.
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
-        tokens, attended = padded.gather(1, order), real.gather(1, order)
-        logits = self.model(
-            input_ids=tokens[:, :-1].clamp(min=0),
-            attention_mask=attended[:, :-1].long(),
-            use_cache=False,
-        ).logits  # [B, L - 1, V]
+        tokens, real = padded.gather(1, order), real.gather(1, order)
+        # No attention mask: in a causal model no token reads the padding that comes after it.
+        read = self.model(input_ids=tokens[:, :-1].clamp(min=0), use_cache=False)
+        logits = read.logits  # [B, L - 1, V]
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        scored = token_logps(logits, tokens, attended & (order >= n_prompt))  # [B, L - 1]
+        scored = token_logps(logits, tokens, real & (order >= n_prompt))  # [B, L - 1]
         placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], scored)
         return placed[:, n_prompt:]
 
