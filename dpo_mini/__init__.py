@@ -9,7 +9,9 @@ from dpo_mini import (
     logps,
     losses,
     policies,
+    policy_gradient,
     preferences,
+    relaxations,
     rollout,
     tasks,
     train,
@@ -17,4 +19,15 @@ from dpo_mini import (
 
 __version__ = "0.1.0"
 
-__all__ = ["closed_form", "logps", "losses", "policies", "preferences", "rollout", "tasks", "train"]
+__all__ = [
+    "closed_form",
+    "logps",
+    "losses",
+    "policies",
+    "policy_gradient",
+    "preferences",
+    "relaxations",
+    "rollout",
+    "tasks",
+    "train",
+]

@@ -25,6 +25,13 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name}: got {value}, takes a number in [{low}, {high})")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Refuse anything but a real number with `0 <= value <= 1`."""
+    _check_real(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: got {value}, takes a number in [0, 1]")
+
+
 def check_count(name: str, value: int, *, least: int = 1) -> None:
     """Refuse anything but a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -130,6 +137,19 @@ def check_rows(first_name: str, first: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         if len(other) != len(first):
             raise ValueError(f"{name}: got {len(other)} rows, takes {len(first)} like {first_name}")
+
+
+def as_bool_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    """The mask as bool, or a ValueError where its shape is another or a value is not 0/1."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, takes a bool or 0/1 tensor")
+    if mask.shape != shape:
+        raise ValueError(f"{name}: got shape {list(mask.shape)}, takes {list(shape)}")
+    if mask.dtype != torch.bool:
+        wrong = (mask != 0) & (mask != 1)
+        if wrong.any():
+            raise ValueError(f"{name}: got {mask[wrong][0].item()}, takes 0 or 1")
+    return mask.bool()
 
 
 def _check_real(name: str, value: float) -> None:

@@ -8,7 +8,13 @@ prompt and the padding do not.
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_count, check_floats, check_integers, check_logps
+from dpo_mini.arguments import (
+    as_bool_mask,
+    check_count,
+    check_floats,
+    check_integers,
+    check_logps,
+)
 
 PAD = -1
 """The token id of padding: outside every vocabulary, so it cannot be mistaken for a token."""
@@ -115,16 +121,3 @@ def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
         row = int((counts == 0).nonzero()[0])
         raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
     return totals / counts
-
-
-def as_bool_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
-    """The mask as bool, or a ValueError where its shape is another or a value is not 0/1."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: got {type(mask).__name__}, takes a bool or 0/1 tensor")
-    if mask.shape != shape:
-        raise ValueError(f"{name}: got shape {list(mask.shape)}, takes {list(shape)}")
-    if mask.dtype != torch.bool:
-        wrong = (mask != 0) & (mask != 1)
-        if wrong.any():
-            raise ValueError(f"{name}: got {mask[wrong][0].item()}, takes 0 or 1")
-    return mask.bool()

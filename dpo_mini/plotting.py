@@ -5,8 +5,6 @@ as text: its description and a receipt read back from what was drawn.
 """
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +16,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from PIL import Image
+
+from dpo_mini.files import write_whole
 
 STYLES: dict[str, dict] = {
     "optimal": {"color": "black", "linestyle": "--", "label": "π* (exact)"},
@@ -263,7 +263,9 @@ def show(fig: Figure, *, alt: str) -> None:
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
 
 
-def save(fig: Figure, name: str, *, alt: str, folder: str | Path = "../figures") -> None:
+def save(
+    fig: Figure, name: str, *, alt: str | None = None, folder: str | Path = "../figures"
+) -> None:
     """Show a headline figure and write it to `folder/name.png`, whole or not at all.
 
     Nothing is written where `folder` does not exist, so that a chapter opened on its own still
@@ -272,10 +274,11 @@ def save(fig: Figure, name: str, *, alt: str, folder: str | Path = "../figures")
     Args:
       fig: what to show.
       name: the file's name without its ending.
-      alt: as in `show`.
+      alt: as in `show`; the titles of the axes when left out.
       folder: where figures live, seen from the notebooks.
     """
-    show(fig, alt=alt)
+    titles = [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes]
+    show(fig, alt="; ".join(titles) if alt is None else alt)
     if Path(folder).is_dir():
         write_whole(Path(folder) / f"{name}.png", _png(fig))
 
@@ -307,19 +310,6 @@ def receipt(fig: Figure) -> str:
         if texts:
             rows.append("  text: " + " | ".join(texts))
     return "\n".join(rows)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or, after a failure, as it was before."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def _png(fig: Figure) -> bytes:

@@ -2,6 +2,8 @@
 
 Both answer the same questions. `token_logps` and `logps` score given completions. `begin` and
 `extend` read a tree of prefixes one token at a time and are what `rollout` walks and samples with.
+So do the models that put a number on a text beside the policy: a reward model, and a policy with
+the value function that PPO learns.
 """
 
 import math
@@ -11,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_mini.arguments import check_count, check_floats, check_generator, check_indices, check_rows
+from dpo_mini.arguments import (
+    check_count,
+    check_finite,
+    check_floats,
+    check_generator,
+    check_indices,
+    check_rows,
+)
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 
 Path = list[tuple[Tensor, Tensor]]
@@ -63,17 +72,24 @@ class Policy(nn.Module):
 
     def check_completions(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """The mask `[B, T]` of `completions`, or the ValueError that `token_logps` promises."""
-        check_indices("prompts", prompts, "[B]", self.n_prompts)
-        mask = completion_mask(completions, self.end_token)
-        check_rows("prompts", prompts, completions=completions)
-        if completions.shape[1] > self.max_tokens:
-            got = completions.shape[1]
-            raise ValueError(f"completions: got {got} tokens, takes at most {self.max_tokens}")
-        if (completions >= self.vocab_size).any() or (completions < PAD).any():
-            bad = (completions >= self.vocab_size) | (completions < PAD)
-            got = completions[bad][0].item()
-            raise ValueError(f"completions: got token {got}, takes 0..{self.vocab_size - 1}")
-        return mask
+        return check_completions(self, prompts, completions)
+
+
+def check_completions(
+    model: "Policy | RewardModel", prompts: Tensor, completions: Tensor
+) -> Tensor:
+    """`Policy.check_completions` for whatever has the sizes of a task."""
+    check_indices("prompts", prompts, "[B]", model.n_prompts)
+    mask = completion_mask(completions, model.end_token)
+    check_rows("prompts", prompts, completions=completions)
+    if completions.shape[1] > model.max_tokens:
+        got = completions.shape[1]
+        raise ValueError(f"completions: got {got} tokens, takes at most {model.max_tokens}")
+    if (completions >= model.vocab_size).any() or (completions < PAD).any():
+        bad = (completions >= model.vocab_size) | (completions < PAD)
+        got = completions[bad][0].item()
+        raise ValueError(f"completions: got token {got}, takes 0..{model.vocab_size - 1}")
+    return mask
 
 
 class TabularPolicy(Policy):
@@ -106,8 +122,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.c_attn = nn.Linear(width, 3 * width)
-        self.c_proj = nn.Linear(width, width)
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)  # each [B, H, S, D/H]
@@ -185,16 +200,16 @@ class TinyTransformer(Policy):
     ) -> None:
         super().__init__()
         sizes = {"n_prompts": n_prompts, "vocab_size": vocab_size, "max_tokens": max_tokens}
-        for name, size in {**sizes, "n_layers": n_layers, "n_heads": n_heads}.items():
+        shape = {"n_layers": n_layers, "n_heads": n_heads, "width": width}
+        for name, size in {**sizes, **shape}.items():
             check_count(name, size)
-        check_count("width", width)
         check_generator(generator)
         if width % n_heads:
             raise ValueError(f"width: got {width}, takes a multiple of n_heads = {n_heads}")
         if end_token is not None:
             check_count("end_token", end_token, least=0)
-            if end_token >= vocab_size:
-                raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
+        if end_token is not None and end_token >= vocab_size:
+            raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
         self.n_prompts, self.vocab_size = n_prompts, vocab_size
         self.max_tokens, self.end_token = max_tokens, end_token
         with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
@@ -224,34 +239,168 @@ class TinyTransformer(Policy):
         x = self.wte(torch.cat([prompt, completion], dim=1)) + self.wpe(positions)  # [B, S, D]
         for block in self.blocks:
             x = block(x)
-        return self.unembed(x)
+        return self.unembed(self.ln_f(x))
 
     def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
         """Read the prompts `[P]`: logits of the first token `[P, V]`, and the paths so far."""
-        n_heads = self.blocks[0].attn.n_heads
-        width = self.wte.embedding_dim
-        nothing = self.wte.weight.new_empty(len(prompts), n_heads, 0, width // n_heads)
-        path = [(nothing, nothing)] * len(self.blocks)
-        logits, path = self.extend(prompts[:, None] + self.vocab_size, path)
+        logits, path = self.extend(*self.start(prompts))
         return logits[:, 0], path
 
-    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """Read C sibling tokens, each as the next one after its path, all at one depth.
+    def start(self, prompts: Tensor) -> tuple[Tensor, Path]:
+        """The prompts `[P]` as tokens `[P, 1]`, and the empty paths before them."""
+        n_heads, width = self.blocks[0].attn.n_heads, self.wte.embedding_dim
+        nothing = self.wte.weight.new_empty(len(prompts), n_heads, 0, width // n_heads)
+        return prompts[:, None] + self.vocab_size, [(nothing, nothing)] * len(self.blocks)
 
-        Args:
-          tokens: `[P, C]`, or `[1, C]` where every path has the same siblings: what the first
-            layer asks, keeps and says of a token depends on no path, and is then computed once.
-          path: of P prefixes.
-        Returns:
-          logits of the token after each, `[P, C, V]`, and the siblings' own keys and values,
-          `[P, H, C, D/H]` a layer (or `[1, ...]`): what `path` lacks to become the siblings' paths.
+    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """Read C sibling tokens `[P, C]`, each as the next one after its path, all at one depth.
+
+        Tokens `[1, C]` are siblings that all P paths share: up to the first layer's attention
+        nothing depends on the path, and is computed once. Returns the logits of the token after
+        each, `[P, C, V]`, and the siblings' own keys and values, for `rollout.lengthen`.
         """
+        hidden, own = self.read(tokens, path)
+        return self.unembed(hidden), own
+
+    def read(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """`extend` up to the last layer norm: hidden states `[P, C, D]`, which a head reads."""
         depth = path[0][0].shape[2]
         x, own = self.wte(tokens) + self.wpe.weight[depth], []  # [P, C, D]
         for block, layer_path in zip(self.blocks, path, strict=True):
             x, k, v = block.extend(x, layer_path)
             own.append((k, v))
-        return self.unembed(x), own
+        return self.ln_f(x), own
 
-    def unembed(self, x: Tensor) -> Tensor:
-        return self.ln_f(x) @ self.wte.weight[: self.vocab_size].T
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.wte.weight[: self.vocab_size].T
+
+
+class ScalarTransformer(nn.Module):
+    """A transformer's body with one number a token: a value function, or a reward model's inside.
+
+    Args:
+      body: its output weights are not used; it is kept, not copied.
+    """
+
+    def __init__(self, body: TinyTransformer) -> None:
+        super().__init__()
+        self.body, self.head = body, _zero_head(body)
+        self.vocab_size, self.n_layers = body.vocab_size, len(body.blocks)
+
+    def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
+        """What the head says of the prompts alone, `[P, 1]`, and the paths so far."""
+        numbers, path = self.extend(*self.body.start(prompts))
+        return numbers[:, 0], path
+
+    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """What it says after each of C sibling tokens, `[P, C, 1]`; as the transformer's."""
+        hidden, own = self.body.read(tokens, path)
+        return self.head(hidden), own
+
+
+class RewardModel(ScalarTransformer):
+    """A scalar reward of a whole completion: the head's number on its last token.
+
+    Bradley-Terry leaves a constant free, which `centre` fixes; `rollout.shared_prefix_rewards`
+    scores a batch and `rollout.enumerate_rewards` every completion.
+
+    Args:
+      body: reads the prompt and T tokens, so its own `max_tokens` is one more than the task's.
+    """
+
+    def __init__(self, body: TinyTransformer) -> None:
+        super().__init__(body)
+        self.n_prompts, self.end_token = body.n_prompts, body.end_token
+        self.max_tokens = body.max_tokens - 1
+        self.register_buffer("offset", self.head.weight.new_zeros(()))
+
+    @classmethod
+    def for_task(cls, task: Sizes, *, generator: torch.Generator, **shape: int) -> "RewardModel":
+        """An untrained reward model of the sizes of `task`; it says 0 of everything."""
+        sizes = (len(task.prompts), task.vocab_size, task.max_tokens + 1)
+        end = task.end_token
+        return cls(TinyTransformer(*sizes, end_token=end, generator=generator, **shape))
+
+    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """The reward of what ends with each of C sibling tokens, `[P, C, 1]`."""
+        numbers, own = super().extend(tokens, path)
+        return numbers - self.offset, own
+
+    def centre(self, rewards: Tensor) -> None:
+        """Subtract the mean of `rewards` `[n]`, this model's own of some completions, in place."""
+        check_floats("[n]", rewards=rewards)
+        check_finite(rewards=rewards)
+        self.offset += rewards.detach().mean()
+
+
+class SharedTrunk(nn.Module):
+    """A policy and a value function in one body: both heads read the same hidden states.
+
+    Reading gives V logits and then the value: `[..., V + 1]`. Training the value moves the policy.
+
+    Args:
+      policy: kept, not copied. The value head starts at 0 everywhere.
+    """
+
+    def __init__(self, policy: TinyTransformer) -> None:
+        super().__init__()
+        self.policy, self.value_head = policy, _zero_head(policy)
+        self.vocab_size = policy.vocab_size
+
+    def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
+        """Logits and value after the prompts alone, `[P, V + 1]`, and the paths so far."""
+        outputs, path = self.extend(*self.policy.start(prompts))
+        return outputs[:, 0], path
+
+    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """Logits and value after each of C sibling tokens, `[P, C, V + 1]`; as the policy's."""
+        hidden, own = self.policy.read(tokens, path)
+        return torch.cat([self.policy.unembed(hidden), self.value_head(hidden)], -1), own
+
+
+class SeparateNetworks(nn.Module):
+    """A policy and a value function that share nothing; they are read side by side.
+
+    Args:
+      policy: kept, not copied.
+      critic: a `ScalarTransformer`, or for a bandit a `TabularPolicy` of one column, which is read
+        as a table of values.
+    Raises:
+      ValueError: the two share weights.
+    """
+
+    def __init__(self, policy: Policy, critic: ScalarTransformer | TabularPolicy) -> None:
+        super().__init__()
+        if shares_storage(policy, critic):
+            raise ValueError("critic: got weights of the policy, takes a network of its own")
+        self.policy, self.critic = policy, critic
+        self.vocab_size = policy.vocab_size
+
+    def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
+        """Logits and value after the prompts alone, `[P, V + 1]`, and both paths, one after one."""
+        logits, path = self.policy.begin(prompts)
+        values, critic_path = self.critic.begin(prompts)
+        return torch.cat([logits, values], -1), path + critic_path
+
+    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """Logits and value after each of C sibling tokens, `[P, C, V + 1]`; as the policy's."""
+        at = len(path) - self.critic.n_layers
+        logits, own = self.policy.extend(tokens, path[:at])
+        values, critic_own = self.critic.extend(tokens, path[at:])
+        return torch.cat([logits, values], -1), own + critic_own
+
+
+def shares_storage(model: nn.Module, other: nn.Module) -> bool:
+    """Whether a weight of one lies in memory of the other's, so that training one moves both."""
+    mine = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return any(parameter.untyped_storage().data_ptr() in mine for parameter in other.parameters())
+
+
+def _zero_head(body: TinyTransformer) -> nn.Linear:
+    """A linear head of one number, 0 at the start; beside `body` in dtype and device."""
+    like = body.wte.weight
+    with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
+        head = nn.Linear(like.shape[1], 1, dtype=like.dtype, device=like.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

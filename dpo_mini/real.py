@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dpo_mini.arguments import check_count, check_generator, check_integers, check_rows
+from dpo_mini.files import write_whole
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 from dpo_mini.train import Pairs
 
@@ -138,13 +139,7 @@ def save_preferences(path: AnyPath, preferences: Iterable[Preference]) -> None:
     preferences = list(preferences)
     _check_preferences(preferences)
     lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in preferences]
-    path = Path(path).resolve()
-    with _staging(path) as staging:
-        with open(staging / "new", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging / "new", path)
+    write_whole(path, "".join(lines).encode())
 
 
 # --- tokens ----------------------------------------------------------------------------------

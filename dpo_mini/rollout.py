@@ -7,8 +7,18 @@ from torch import Tensor
 
 from dpo_mini.arguments import check_count, check_generator, check_indices
 from dpo_mini.logps import PAD
-from dpo_mini.policies import Path, Policy
+from dpo_mini.policies import (
+    Path,
+    Policy,
+    RewardModel,
+    SeparateNetworks,
+    SharedTrunk,
+    check_completions,
+)
 from dpo_mini.tasks import Task, subtree_sizes
+
+Reader = Policy | RewardModel | SharedTrunk | SeparateNetworks
+"""What reads a tree of prefixes: has `vocab_size`, `begin` and `extend`."""
 
 
 def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tensor:
@@ -31,12 +41,7 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
       ValueError: the sizes of policy and task differ.
     """
     check_count("n_parents", n_parents)
-    for name in ("vocab_size", "max_tokens", "end_token"):
-        if getattr(policy, name) != getattr(task, name):
-            got, want = getattr(policy, name), getattr(task, name)
-            raise ValueError(f"policy: got {name} = {got}, takes {want} like the task")
-    if policy.n_prompts != len(task.prompts):
-        raise ValueError(f"policy: got n_prompts = {policy.n_prompts}, takes {len(task.prompts)}")
+    _check_sizes("policy", policy, task)
     end, max_tokens = task.end_token, task.max_tokens
     sizes = subtree_sizes(task.vocab_size, max_tokens, end)
     going_on = torch.tensor([v for v in range(task.vocab_size) if v != end])
@@ -111,23 +116,126 @@ def shared_prefix_token_logps(policy: Policy, prompts: Tensor, completions: Tens
       `[B, T]`, nats; 0 on padding.
     """
     mask = policy.check_completions(prompts, completions)
-    distinct, node = prompts.unique(return_inverse=True)  # node: the prefix of each row going on
-    rows = torch.arange(len(prompts), device=prompts.device)
-    logits, path = policy.begin(distinct)
     scored = []
-    for depth in range(completions.shape[1]):
-        tokens = completions[rows, depth]
-        here = logits.log_softmax(-1)[node, tokens]
-        scored.append(here.new_zeros(len(prompts)).index_put((rows,), here))
-        if depth + 1 < completions.shape[1]:
-            going_on = mask[rows, depth + 1]
-            rows, node, tokens = rows[going_on], node[going_on], tokens[going_on]
-            if len(rows):
-                logits, path, node = _step(policy, path, node, tokens)
-    return torch.stack(scored, dim=1)
+    for rows, node, logits in walk(policy, prompts, _all_but_last(completions, mask)):
+        tokens = completions[rows, len(scored)]
+        scored.append(_column(len(prompts), rows, logits.log_softmax(-1)[node, tokens]))
+    return _pad_columns(scored, completions)
 
 
-def _step(policy: Policy, path: Path, node: Tensor, tokens: Tensor) -> tuple[Tensor, Path, Tensor]:
+def read_actor_critic(
+    actor_critic: SharedTrunk | SeparateNetworks, prompts: Tensor, completions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What PPO asks of a policy and its value function, each distinct prefix read once.
+
+    Args:
+      actor_critic: reading gives V logits and then the value.
+      prompts, completions: as in `policy.token_logps`.
+    Returns:
+      `(token_logps, values, entropies)`, `[B, T]` each, 0 on padding: of every token its
+      log-probability in nats, and of the prefix before it the value and, in nats, the entropy of
+      the next token.
+    Raises:
+      ValueError: as `policy.token_logps`.
+    """
+    mask = actor_critic.policy.check_completions(prompts, completions)
+    scored, values, entropies = [], [], []
+    for rows, node, outputs in walk(actor_critic, prompts, _all_but_last(completions, mask)):
+        logps = outputs[:, :-1].log_softmax(-1)
+        entropy = -(logps.exp() * logps).sum(-1)  # [N], of each distinct prefix
+        here = logps[node, completions[rows, len(scored)]]
+        for columns, column in ((scored, here), (values, outputs[node, -1])):
+            columns.append(_column(len(prompts), rows, column))
+        entropies.append(_column(len(prompts), rows, entropy[node]))
+    return tuple(_pad_columns(columns, completions) for columns in (scored, values, entropies))
+
+
+def shared_prefix_rewards(model: RewardModel, prompts: Tensor, completions: Tensor) -> Tensor:
+    """A reward model's scalar for each completion, `[B]`, each distinct prefix read once.
+
+    Args:
+      model: a `RewardModel`.
+      prompts, completions: as in `policy.token_logps`.
+    Raises:
+      ValueError: a prompt or token is out of range; a completion is empty, too long, or goes on
+        after its end token.
+    """
+    lengths = check_completions(model, prompts, completions).sum(1)
+    rewards = []
+    for n_read, (rows, node, numbers) in enumerate(walk(model, prompts, completions)):
+        ended = lengths[rows] == n_read
+        rewards.append(_column(len(prompts), rows[ended], numbers[node[ended], 0]))
+    return torch.stack(rewards).sum(0)
+
+
+def enumerate_rewards(model: RewardModel, task: Task, *, n_parents: int = 128) -> Tensor:
+    """A reward model's scalar for every completion of every prompt, `[X, Y]`; no gradient.
+
+    The walk is that of `enumerate_logps`, one token deeper: a reward is read off the last token.
+
+    Raises:
+      ValueError: the sizes of model and task differ.
+    """
+    check_count("n_parents", n_parents)
+    _check_sizes("model", model, task)
+    end, max_tokens = task.end_token, task.max_tokens
+    every = torch.arange(task.vocab_size, device=task.prompts.device)
+    going_on = every[every != end] if end is not None else every
+
+    def below(path: Path, depth: int) -> Tensor:
+        """Rewards `[P, sizes[depth]]` of what begins with P prefixes of `depth` tokens."""
+        numbers, own = model.extend(every[None], path)
+        numbers = numbers.squeeze(-1)  # [P, V]: each token as the last one
+        if depth + 1 == max_tokens:
+            return numbers
+        own = [(keys[:, :, going_on], values[:, :, going_on]) for keys, values in own]
+        blocks = chunks(numbers[:, going_on].flatten(), lengthen(path, own), n_parents)
+        rest = torch.cat([below(part, depth + 1) for _, part in blocks]).view(len(numbers), -1)
+        if end is None:
+            return rest
+        at = end * (rest.shape[1] // len(going_on))  # completions before the end token
+        return torch.cat([rest[:, :at], numbers[:, end : end + 1], rest[:, at:]], dim=1)
+
+    with torch.no_grad():
+        return torch.cat([below(model.begin(prompt)[1], 0) for prompt in task.prompts.split(1)])
+
+
+def walk(model: Reader, prompts: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Read `tokens` `[B, S]`, padded with `PAD`, one a row at a time, each distinct prefix once.
+
+    Yields, after the prompts and then after each further token, the rows that came so far, `[R]`;
+    which of the N distinct prefixes each has, `[R]`; and the model's outputs on those, `[N, ...]`.
+    """
+    distinct, node = prompts.unique(return_inverse=True)
+    rows = torch.arange(len(prompts), device=prompts.device)
+    outputs, path = model.begin(distinct)
+    yield rows, node, outputs
+    for column in tokens.T:
+        going_on = column[rows] != PAD
+        rows, node = rows[going_on], node[going_on]
+        if not len(rows):
+            return
+        outputs, path, node = _step(model, path, node, column[rows])
+        yield rows, node, outputs
+
+
+def _all_but_last(completions: Tensor, mask: Tensor) -> Tensor:
+    """What is read to predict each token: `[B, T - 1]`, the last token of each row padding."""
+    return completions[:, :-1].masked_fill(~mask[:, 1:], PAD)
+
+
+def _column(n_rows: int, rows: Tensor, numbers: Tensor) -> Tensor:
+    """`[B]`: `numbers` at `rows`, 0 elsewhere."""
+    return numbers.new_zeros(n_rows).index_put((rows,), numbers)
+
+
+def _pad_columns(columns: list[Tensor], completions: Tensor) -> Tensor:
+    """`[B, T]`: the columns walked, then zeros where all rows had ended."""
+    missing = completions.shape[1] - len(columns)
+    return torch.stack([*columns, *[torch.zeros_like(columns[0])] * missing], dim=1)
+
+
+def _step(policy: Reader, path: Path, node: Tensor, tokens: Tensor) -> tuple[Tensor, Path, Tensor]:
     """Read one more token a row, `tokens` [B] after prefix `node` [B], each distinct pair once.
 
     Returns the logits `[N, V]` and paths of the N distinct longer prefixes, and which one each row
@@ -165,3 +273,13 @@ def lengthen(path: Path, own: Path) -> Path:
         (join(keys, own_keys), join(values, own_values))
         for (keys, values), (own_keys, own_values) in zip(path, own, strict=True)
     ]
+
+
+def _check_sizes(argument: str, model: Policy | RewardModel, task: Task) -> None:
+    for name in ("vocab_size", "max_tokens", "end_token"):
+        if getattr(model, name) != getattr(task, name):
+            got, want = getattr(model, name), getattr(task, name)
+            raise ValueError(f"{argument}: got {name} = {got}, takes {want} like the task")
+    if model.n_prompts != len(task.prompts):
+        got, want = model.n_prompts, len(task.prompts)
+        raise ValueError(f"{argument}: got n_prompts = {got}, takes {want}")

@@ -7,28 +7,54 @@ notebooks' `notebook_progress`, or nothing.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dpo_mini.arguments import (
+    as_bool_mask,
+    check_between,
     check_count,
     check_finite,
     check_floats,
+    check_fraction,
     check_generator,
     check_integers,
     check_positive,
     check_rows,
 )
 from dpo_mini.logps import PAD, sum_over_tokens
-from dpo_mini.policies import Policy
-from dpo_mini.preferences import bradley_terry_prob
-from dpo_mini.rollout import shared_prefix_token_logps
+from dpo_mini.losses import reward_model_loss
+from dpo_mini.policies import Policy, RewardModel, SeparateNetworks, SharedTrunk, shares_storage
+from dpo_mini.policy_gradient import (
+    AdaptiveKLController,
+    clipped_surrogate_loss,
+    gae,
+    kl_k1,
+    leave_one_out_advantages,
+    reinforce_loss,
+    value_loss,
+    whiten,
+)
+from dpo_mini.preferences import bradley_terry_prob, sample_bradley_terry
+from dpo_mini.rollout import (
+    read_actor_critic,
+    sample,
+    shared_prefix_rewards,
+    shared_prefix_token_logps,
+)
 
 History = dict[str, list[float]]
 Pairs = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Four `[B]` in the order of `dpo_loss`, one loss a row out; bind beta with `functools.partial`."""
+Score = Callable[[Tensor, Tensor], Tensor]
+"""`(prompts [B], completions [B, T]) -> rewards [B]`: the true reward, or a learned one."""
+Penalty = Callable[[Tensor, Tensor], Tensor]
+"""`(logps, ref_logps) -> nats`, all of one shape: `kl_k1`, `kl_k2` or `kl_k3`."""
+CLIPPED = partial(clipped_surrogate_loss, clip_eps=0.2)
+"""PPO's surrogate with the clip of its paper."""
 
 
 def fit_sft(
@@ -97,15 +123,7 @@ def fit_preferences(
       ValueError: no pairs, rows that differ in number, a setting out of range, or a reference that
         shares weights with the policy and so would move with it.
     """
-    if len(pairs) != 3:
-        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
-    prompts, chosen, rejected = pairs
-    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
-    check_integers("chosen", chosen, "[n, T]")
-    check_integers("rejected", rejected, "[n, T]")
-    if rejected.shape != chosen.shape:
-        got, want = list(rejected.shape), list(chosen.shape)
-        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
+    prompts, chosen, rejected = _check_pairs(pairs)
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
@@ -132,6 +150,319 @@ def fit_preferences(
     return _descend(
         policy, batch_loss, len(prompts), steps, batch_size, learning_rate, generator, progress
     )
+
+
+def fit_reward_model(
+    model: RewardModel,
+    pairs: Pairs,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """Bradley-Terry by maximum likelihood: a reward for whole completions from pairs, in place.
+
+    Args:
+      model: a `RewardModel`; `centre` it afterwards, for pairs leave a constant free.
+      pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
+      steps, batch_size, learning_rate, generator: as in `fit_sft`.
+    Returns:
+      `{"loss", "accuracy"}`, each `[steps]`: nats a pair, and the share of the batch's pairs whose
+      chosen answer has the larger reward.
+    Raises:
+      ValueError: no pairs, rows that differ in number, or a setting out of range.
+    """
+    prompts, chosen, rejected = _check_pairs(pairs)
+    _check_settings(steps, batch_size, learning_rate, generator)
+
+    def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        answers = torch.cat([chosen[rows], rejected[rows]])
+        both = torch.cat([prompts[rows], prompts[rows]])
+        chosen_rewards, rejected_rewards = shared_prefix_rewards(model, both, answers).chunk(2)
+        right = (chosen_rewards > rejected_rewards).double().mean()
+        return reward_model_loss(chosen_rewards, rejected_rewards).mean(), {"accuracy": right}
+
+    return _descend(
+        model, batch_loss, len(prompts), steps, batch_size, learning_rate, generator, progress
+    )
+
+
+def fit_reinforce(
+    policy: Policy,
+    reference: Policy,
+    prompts: Tensor,
+    score: Score,
+    *,
+    beta: float,
+    steps: int,
+    batch_size: int,
+    n_samples: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    advantages: Callable[[Tensor], Tensor] = leave_one_out_advantages,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """Policy gradient on E[r] - beta KL, whole completions as actions, in place: RLOO as it stands.
+
+    Every step draws fresh completions, takes one step of Adam and throws them away.
+
+    Args:
+      policy: changed in place.
+      reference: frozen, of the same sizes.
+      prompts: `[n]`; each batch has all of them equally often, up to the remainder.
+      score: `(prompts [B], completions [B, T]) -> rewards [B]`.
+      beta: > 0, weight of the KL term, reward units per nat.
+      steps, learning_rate: of Adam, as in `fit_sft`.
+      batch_size: prompts a step.
+      n_samples: completions of each prompt, K.
+      generator: draws prompts and completions.
+      advantages: from returns `[B, K]`, which include the KL term, to `[B, K]`:
+        `leave_one_out_advantages`, `mean_advantages`, `group_normalised_advantages`.
+    Returns:
+      `{"reward", "kl", "objective"}`, each `[steps]`: sample means of the score, of k1 in nats, and
+      of score - beta k1.
+    Raises:
+      ValueError: a setting out of range, a score that is not finite or not one a completion, or a
+        reference that shares weights with the policy.
+    """
+    check_positive("beta", beta)
+    check_count("n_samples", n_samples)
+    _check_on_policy(policy, reference, prompts)
+    _check_settings(steps, batch_size, learning_rate, generator)
+    optimizer, schedule = _adam(policy, steps, learning_rate)
+    history: History = {}
+    for step in progress(range(steps)):
+        asked = _draw_prompts(prompts, batch_size, generator).repeat_interleave(n_samples)
+        answers = sample(policy, asked, generator=generator)
+        rewards = _score(score, asked, answers)
+        logps = _logps(policy, asked, answers)
+        with torch.no_grad():
+            kls = kl_k1(logps, _logps(reference, asked, answers))
+            grouped = advantages((rewards - beta * kls).view(batch_size, n_samples))
+        loss = reinforce_loss(logps, grouped.flatten().to(logps)).mean()
+        _descend_once(optimizer, loss, step)
+        schedule.step()
+        reward, kl = rewards.mean(), kls.mean()
+        _record(history, reward=reward, kl=kl, objective=reward - beta * kl)
+    return history
+
+
+def fit_online_preferences(
+    policy: Policy,
+    reference: Policy,
+    prompts: Tensor,
+    score: Score,
+    loss: Loss,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """`fit_preferences` on pairs that the live policy writes: fresh ones at every step, in place.
+
+    Two independent answers a prompt; a Bradley-Terry judge of `score` picks the winner. Two equal
+    answers are left in the batch: for a loss of their difference they have no gradient.
+
+    Args:
+      policy, reference, prompts, score, generator: as in `fit_reinforce`.
+      loss: as in `fit_preferences`, such as `partial(dpo_loss, beta=0.1)`.
+      steps, learning_rate: of Adam, as in `fit_sft`.
+      batch_size: pairs a step, each used once.
+    Returns:
+      `{"loss", "margin", "accuracy", "reward", "kl"}`, each `[steps]`: the first three as in
+      `fit_preferences`, the others as in `fit_reinforce`.
+    Raises:
+      ValueError: as `fit_reinforce`.
+    """
+    _check_on_policy(policy, reference, prompts)
+    _check_settings(steps, batch_size, learning_rate, generator)
+    optimizer, schedule = _adam(policy, steps, learning_rate)
+    history: History = {}
+    for step in progress(range(steps)):
+        asked = _draw_prompts(prompts, batch_size, generator).repeat(2)
+        answers = sample(policy, asked, generator=generator)
+        rewards = _score(score, asked, answers)
+        logps = _logps(policy, asked, answers)
+        with torch.no_grad():
+            ref_logps = _logps(reference, asked, answers)
+        first_wins = sample_bradley_terry(*rewards.chunk(2), generator=generator)
+        chosen, rejected = (
+            torch.arange(batch_size, device=asked.device) + batch_size * wrong
+            for wrong in (~first_wins, first_wins)
+        )
+        per_pair = loss(logps[chosen], logps[rejected], ref_logps[chosen], ref_logps[rejected])
+        _descend_once(optimizer, per_pair.mean(), step)
+        schedule.step()
+        logratios = (logps - ref_logps).detach()
+        margins = logratios[chosen] - logratios[rejected]
+        _record(
+            history,
+            loss=per_pair.detach().mean(),
+            margin=margins.mean(),
+            accuracy=(margins > 0).double().mean(),
+            reward=rewards.mean(),
+            kl=logratios.mean(),
+        )
+    return history
+
+
+def token_rewards(scores: Tensor, penalties: Tensor, completion_mask: Tensor) -> Tensor:
+    """The reward of each token: minus its penalty, and the score on the last token of each row.
+
+    The last token is the end token, or the T-th of a completion that never ended.
+
+    Args:
+      scores: `[B]`, of whole completions, reward units.
+      penalties: `[B, T]`, reward units; what they hold on padding does not matter.
+      completion_mask: `[B, T]` bool, true on tokens, then false.
+    Returns:
+      `[B, T]`, 0 on padding; rows sum to score - penalties.
+    Raises:
+      ValueError: rows that differ in number, a shape that differs, or a score that is not finite.
+    """
+    check_floats("[B]", scores=scores)
+    check_floats("[B, T]", penalties=penalties)
+    check_rows("scores", scores, penalties=penalties)
+    check_finite(scores=scores)
+    mask = as_bool_mask("completion_mask", completion_mask, penalties.shape)
+    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return last * scores[:, None] - penalties.masked_fill(~mask, 0.0)
+
+
+def no_penalty(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The KL estimator that estimates nothing: 0, of the shape of `logps`."""
+    return torch.zeros_like(logps)
+
+
+def as_they_are(advantages: Tensor, completion_mask: Tensor) -> Tensor:
+    """Advantages left as `gae` gives them, in reward units: what `whiten` is compared with."""
+    return advantages
+
+
+def squared_value_error(values: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
+    """`value_loss` with the signature of `clipped_value_loss`; `old_values` is not used."""
+    return value_loss(values, returns)
+
+
+def fit_ppo(
+    actor_critic: SharedTrunk | SeparateNetworks,
+    reference: Policy,
+    prompts: Tensor,
+    score: Score,
+    *,
+    beta: float | AdaptiveKLController,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    n_epochs: int = 4,
+    n_minibatches: int = 1,
+    discount: float = 1.0,
+    lam: float = 0.95,
+    value_weight: float = 0.1,
+    entropy_weight: float = 0.0,
+    reward_penalty: Penalty = kl_k1,
+    loss_penalty: Penalty = no_penalty,
+    surrogate: Callable[[Tensor, Tensor, Tensor], Tensor] = CLIPPED,
+    value_error: Callable[[Tensor, Tensor, Tensor], Tensor] = squared_value_error,
+    normalise: Callable[[Tensor, Tensor], Tensor] = whiten,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    r"""PPO on E[r] - beta KL, tokens as actions, in place.
+
+    Each step draws completions from the live policy, gives every token a reward (the score on the
+    last one, minus beta times the penalty on each), turns them into advantages with the value head
+    and GAE, and takes `n_epochs` passes of Adam over the batch.
+
+    Args:
+      actor_critic: `SharedTrunk(policy)` or `SeparateNetworks(policy, critic)`.
+      reference, prompts, score, generator: as in `fit_reinforce`.
+      beta: > 0, weight of the KL terms, reward units per nat; or an `AdaptiveKLController`, which
+        is updated with the mean k1 of each batch.
+      steps: batches, each drawn afresh.
+      batch_size: completions a step.
+      learning_rate: of Adam, with the warm-up and the cosine of `fit_sft` over `steps`.
+      n_epochs, n_minibatches: passes over a batch, and steps of Adam a pass.
+      discount, lam: of `gae`.
+      value_weight, entropy_weight: >= 0, of the value error and of the entropy bonus.
+      reward_penalty: the KL estimator in the reward, a token: `kl_k1` is the one whose mean over
+        samples has the gradient of the KL; or `no_penalty`.
+      loss_penalty: likewise in the loss, differentiated with the samples as constants: `kl_k2` is
+        the one; or `no_penalty`.
+      surrogate: `(logps, old_logps, advantages) -> losses`: `clipped_surrogate_loss` with its
+        `clip_eps` bound, here .2, or `unclipped_surrogate_loss`.
+      value_error: `(values, old_values, returns) -> losses`: `squared_value_error`, or
+        `clipped_value_loss` with its `clip_eps` bound.
+      normalise: `(advantages, mask) -> advantages`: `whiten`, or `as_they_are`.
+    Returns:
+      `{"reward", "kl", "objective", "entropy", "clipped", "value_loss", "beta"}`, each `[steps]`:
+      sample means of the score, of k1 of a completion in nats, of score - beta k1, and of the
+      entropy a token in nats; the share of tokens whose ratio left [.8, 1.2] in the last pass; the
+      last value error; and beta.
+    Raises:
+      ValueError: a setting out of range, a score that is not finite or not one a completion, or a
+        reference that shares weights with the policy.
+    Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019,
+      arXiv:1909.08593.
+    """
+    controller = beta if isinstance(beta, AdaptiveKLController) else None
+    if controller is None:
+        check_positive("beta", beta)
+    for name, count in {"n_epochs": n_epochs, "n_minibatches": n_minibatches}.items():
+        check_count(name, count)
+    check_fraction("discount", discount)
+    check_fraction("lam", lam)
+    for name, weight in {"value_weight": value_weight, "entropy_weight": entropy_weight}.items():
+        check_between(name, weight, 0.0, math.inf)
+    _check_on_policy(actor_critic, reference, prompts)
+    _check_settings(steps, batch_size, learning_rate, generator)
+    if n_minibatches > batch_size:
+        raise ValueError(f"n_minibatches: got {n_minibatches}, takes at most {batch_size}")
+    optimizer, schedule = _adam(actor_critic, steps, learning_rate)
+    history: History = {}
+    for step in progress(range(steps)):
+        weight = beta if controller is None else controller.beta
+        asked = _draw_prompts(prompts, batch_size, generator)
+        answers = sample(actor_critic.policy, asked, generator=generator)
+        mask = answers != PAD
+        scores = _score(score, asked, answers)
+        with torch.no_grad():
+            old_logps, old_values, entropies = read_actor_critic(actor_critic, asked, answers)
+            ref_logps = _token_logps(reference, asked, answers)
+            penalties = weight * reward_penalty(old_logps, ref_logps)
+        rewards = token_rewards(scores.to(old_logps), penalties, mask)
+        advantages, returns = gae(rewards, old_values, mask, discount=discount, lam=lam)
+        advantages = normalise(advantages, mask)
+        for _ in range(n_epochs):
+            order = torch.randperm(batch_size, generator=generator, device=generator.device)
+            for rows in order.to(asked.device).chunk(n_minibatches):
+                kept = mask[rows]
+                logps, values, entropy = read_actor_critic(actor_critic, asked[rows], answers[rows])
+                policy_losses = surrogate(logps, old_logps[rows], advantages[rows])
+                value_losses = value_error(values, old_values[rows], returns[rows])
+                losses = policy_losses + value_weight * value_losses - entropy_weight * entropy
+                losses = losses + weight * loss_penalty(logps, ref_logps[rows])
+                _descend_once(optimizer, losses[kept].mean(), step)
+        schedule.step()
+        ratios = (logps - old_logps[rows]).detach().exp()[kept]
+        reward, kl = scores.mean(), (old_logps - ref_logps).sum(1).mean()
+        if controller is not None:
+            controller.update(kl.item(), batch_size)
+        _record(
+            history,
+            reward=reward,
+            kl=kl,
+            objective=reward - weight * kl,
+            entropy=entropies[mask].mean(),
+            clipped=((ratios - 1).abs() > 0.2).double().mean(),
+            value_loss=value_losses.detach()[kept].mean(),
+            beta=weight,
+        )
+    return history
 
 
 def population_loss(loss: Loss, logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
@@ -214,10 +545,7 @@ def _descend(
     progress: Callable[[range], Iterable[int]],
 ) -> History:
     """Adam, 20 steps of warm-up, a cosine down to 0, reshuffled rows: what all loops share."""
-    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
+    optimizer, schedule = _adam(policy, steps, learning_rate)
     history: History = {}
     waiting = torch.empty(0, dtype=torch.int64)
     for _ in progress(range(steps)):
@@ -225,15 +553,33 @@ def _descend(
             waiting = torch.randperm(n_rows, generator=generator, device=generator.device)
         rows, waiting = waiting[:batch_size], waiting[batch_size:]
         loss, measured = batch_loss(rows)
-        if not torch.isfinite(loss):
-            raise ValueError(f"loss: got {loss.item()} at step {len(history.get('loss', []))}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        _descend_once(optimizer, loss, len(history.get("loss", [])))
         schedule.step()
-        for name, value in {"loss": loss.detach(), **measured}.items():
-            history.setdefault(name, []).append(float(value))
+        _record(history, loss=loss.detach(), **measured)
     return history
+
+
+def _adam(
+    model: nn.Module, steps: int, learning_rate: float
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    return optimizer, schedule
+
+
+def _descend_once(optimizer: torch.optim.Adam, loss: Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise ValueError(f"loss: got {loss.item()} at step {step}")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _record(history: History, **measured: Tensor | float) -> None:
+    for name, value in measured.items():
+        history.setdefault(name, []).append(float(value))
 
 
 def _check_settings(
@@ -253,8 +599,48 @@ def _token_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tens
 
 
 def _check_frozen(policy: nn.Module, reference: nn.Module) -> None:
-    mine = {parameter.data_ptr() for parameter in policy.parameters()}
-    if any(parameter.data_ptr() in mine for parameter in reference.parameters()):
+    if shares_storage(policy, reference):
         raise ValueError(
             "reference: got weights that it shares with the policy, takes a copy (copy.deepcopy)"
         )
+
+
+def _check_pairs(pairs: Pairs) -> Pairs:
+    if len(pairs) != 3:
+        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
+    prompts, chosen, rejected = pairs
+    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
+    check_integers("chosen", chosen, "[n, T]")
+    check_integers("rejected", rejected, "[n, T]")
+    if rejected.shape != chosen.shape:
+        got, want = list(rejected.shape), list(chosen.shape)
+        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
+    return prompts, chosen, rejected
+
+
+def _check_on_policy(policy: nn.Module, reference: nn.Module, prompts: Tensor) -> None:
+    check_integers("prompts", prompts, "[n]")
+    _check_frozen(policy, reference)
+
+
+def _draw_prompts(prompts: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """`[B]`: every prompt equally often, up to the remainder, in random order."""
+    rounds = -(-batch_size // len(prompts))
+    shape = (rounds, len(prompts))
+    order = torch.rand(shape, generator=generator, device=generator.device).argsort(1)
+    return prompts[order.flatten()[:batch_size].to(prompts.device)]
+
+
+def _score(score: Score, prompts: Tensor, completions: Tensor) -> Tensor:
+    with torch.no_grad():
+        rewards = score(prompts, completions)
+    check_floats("[B]", score=rewards)
+    if len(rewards) != len(completions):
+        raise ValueError(f"score: got {len(rewards)} rewards, takes {len(completions)}, one a row")
+    check_finite(score=rewards)
+    return rewards
+
+
+def _logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
+    """log pi(y|x), `[B]` nats."""
+    return sum_over_tokens(_token_logps(model, prompts, completions), completions != PAD)

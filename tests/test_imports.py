@@ -10,11 +10,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dpo_mini"
 LEVELS = {
     "arguments": -1,
+    "files": -1,
     "progress": -1,
     "logps": 0,
     "closed_form": 0,
     "preferences": 0,
     "losses": 0,
+    "policy_gradient": 0,
+    "relaxations": 0,
     "plotting": 0,
     "checks": 0,
     "policies": 1,

@@ -88,18 +88,12 @@ def test_save_writes_whole_files_and_only_where_the_folder_is(monkeypatch, tmp_p
     assert (tmp_path / "line.png").read_bytes() == first  # the same picture, the same bytes
 
 
-def test_a_failed_write_leaves_the_old_file(monkeypatch, tmp_path):
-    path = tmp_path / "line.png"
-    path.write_bytes(b"old")
-
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        plotting.write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_save_describes_a_figure_by_its_titles(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **kw: seen.append(kw["metadata"]))
+    fig, _ = panels(["one finding", "another"], ["x", "x"], ["y", "y"])
+    plotting.save(fig, "two", folder=tmp_path)
+    assert seen == [{"image/png": {"alt": "one finding; another"}}]
 
 
 def test_panels_need_one_label_each():

@@ -4,14 +4,14 @@ python tools/run_chapters.py runs all, python tools/run_chapters.py 02 05 some.
 """
 
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from dpo_mini.files import write_whole
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"}
@@ -36,11 +36,7 @@ def run_chapter(path: Path) -> None:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
     nbformat.validate(notebook)
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
+    write_whole(path, text.encode())
 
 
 def main(wanted: list[str]) -> None:
