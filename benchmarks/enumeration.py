@@ -140,10 +140,12 @@ def tiny_logps(policy: TinyTransformer) -> Scorer:
     return lambda completions: policy.logps(completions.new_zeros(len(completions)), completions)
 
 
-def gpt2_logps(policy: TinyTransformer, attention: str, activation: str) -> Scorer:
-    """The same through `transformers`, whose Conv1D keeps its weights transposed."""
+def make_gpt2(
+    policy: TinyTransformer, attention: str, activation: str
+) -> transformers.GPT2LMHeadModel:
+    """The same weights in `transformers`, whose Conv1D keeps them transposed."""
     config = transformers.GPT2Config(
-        vocab_size=policy.vocab_size + 1,
+        vocab_size=len(policy.wte.weight),
         n_positions=policy.max_tokens,
         n_embd=WIDTH,
         n_layer=LAYERS,
@@ -166,6 +168,11 @@ def gpt2_logps(policy: TinyTransformer, attention: str, activation: str) -> Scor
     left_out = model.load_state_dict(weights, strict=False)
     assert left_out.missing_keys == ["lm_head.weight"], left_out  # tied to the embedding
     assert not left_out.unexpected_keys, left_out
+    return model
+
+
+def gpt2_logps(policy: TinyTransformer, attention: str, activation: str) -> Scorer:
+    model = make_gpt2(policy, attention, activation)
 
     def score(completions: Tensor) -> Tensor:
         prompt = torch.full_like(completions[:, :1], policy.vocab_size)

@@ -138,6 +138,43 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> tupl
     return kls, torch.stack([expected_reward(optimum, rewards).mean() for optimum in optima])
 
 
+def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
+    r"""log-probabilities of the best of n independent draws from the reference, by its reward.
+
+    With F(r) the chance of a reward of at most r and F(r-) of one below it, a reward wins with
+    probability $F(r)^n - F(r-)^n$. Equal rewards share it as the reference does.
+
+    Args:
+      ref_logps: `[X, Y]`, nats.
+      rewards: `[X, Y]`, finite; what the draws are ranked by.
+      n: >= 1, draws.
+    Returns:
+      `[X, Y]`, nats; n = 1 gives the reference.
+    Raises:
+      ValueError: `n < 1`; otherwise as in `log_partition`.
+    Source: Gao et al. 2022, arXiv:2210.10760; Beirami et al. 2024, arXiv:2401.01879.
+    """
+    check_count("n", n)
+    check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
+    _check_tables(ref_logps=ref_logps)
+    check_finite(rewards=rewards)
+    ranked, order = rewards.contiguous().sort(-1)
+    probs = ref_logps.exp()
+    tie = torch.searchsorted(ranked, rewards.contiguous())  # [X, Y]: one number a group of equals
+    mass = torch.zeros_like(probs).scatter_add(-1, tie, probs).gather(-1, tie)
+    cdf = probs.gather(-1, order).cumsum(-1)
+    last = torch.searchsorted(ranked, rewards.contiguous(), right=True) - 1
+    at_most = torch.maximum(cdf.gather(-1, last), mass)
+    possible = mass > 0
+    mass, at_most = mass.masked_fill(~possible, 1.0), at_most.masked_fill(~possible, 1.0)
+    # F(r)^n - F(r-)^n loses every digit where the group's mass is small; expm1 does not. Where the
+    # mass is all of F(r), nothing is below: the share is F(r)^n, and log1p(-1) has no gradient.
+    lowest = mass == at_most
+    below = n * torch.log1p(-(mass / at_most).masked_fill(lowest, 0.5))  # n log[F(r-) / F(r)]
+    share = n * at_most.log() + (-torch.expm1(below)).masked_fill(lowest, 1.0).log()
+    return (ref_logps + share - mass.log()).log_softmax(-1)
+
+
 def total_variation(logps: Tensor, other_logps: Tensor) -> Tensor:
     r"""$TV(\pi,\rho) = \tfrac12\sum_y|\pi(y|x) - \rho(y|x)|$, `[X]` in 0..1; errors as in `kl`."""
     _check_tables(logps=logps, other_logps=other_logps)

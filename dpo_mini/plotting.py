@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
@@ -30,6 +31,7 @@ STYLES: dict[str, dict] = {
 }
 """One colour (Okabe-Ito) and one line style a method, in every figure of the course."""
 
+_VARIES = "varies"
 _FONT = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -101,6 +103,25 @@ def grouped_bars(ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[f
         )  # fmt: skip
     ax.set_xticks(np.arange(len(names)), names)
     ax.legend(frameon=False)
+
+
+def curves(ax: Axes, x: Sequence[float], named: Mapping[str, Sequence[float]]) -> None:
+    """One line a name over `x`, each with a colour and line style of its own, and a legend.
+
+    Args:
+      ax: where to draw.
+      x: n places.
+      named: at most 6 names to n heights; the first, the exact answer as a rule, is black, dashed.
+    Raises:
+      ValueError: no names, or more than 6.
+    """
+    looks = (("black", "--"), ("#D55E00", "-"), ("#0072B2", "-."), ("#009E73", (0, (5, 1))),
+             ("#CC79A7", ":"), ("#E69F00", (0, (3, 1, 1, 1))))  # fmt: skip
+    if not 1 <= len(named) <= len(looks):
+        raise ValueError(f"named: got {len(named)} names, takes 1 to {len(looks)}")
+    for (name, y), (color, dash) in zip(named.items(), looks, strict=False):
+        ax.plot(np.asarray(x), np.asarray(y), color=color, linestyle=dash, label=name)
+    ax.legend(frameon=False, fontsize=8)
 
 
 def label_lines(ax: Axes, *, gap: float = 0.06) -> None:
@@ -283,6 +304,16 @@ def save(
         write_whole(Path(folder) / f"{name}.png", _png(fig))
 
 
+def leave_out_values(*artists: Artist) -> None:
+    """Mark lines or texts whose numbers differ between machines: the receipt will only name lines.
+
+    For what comes of training on a model's own samples: there rounding grows until one draw falls
+    otherwise, and from there on the run is another one.
+    """
+    for artist in artists:
+        artist.set_gid(_VARIES)
+
+
 def receipt(fig: Figure) -> str:
     """What was drawn, as text: of every series its label, number of points and ranges."""
     rows = []
@@ -294,7 +325,9 @@ def receipt(fig: Figure) -> str:
         bars = [c for c in ax.containers if isinstance(c, BarContainer)]
         for line in ax.lines:
             points = np.column_stack([line.get_xdata(), line.get_ydata()])
-            rows.append(f"  line {_name(line)}: {_ranges(points)}")
+            varies = line.get_gid() == _VARIES
+            ranges = f"{len(points)} points, which vary" if varies else _ranges(points)
+            rows.append(f"  line {_name(line)}: {ranges}")
         for bar in bars:
             heights = " ".join(_number(patch.get_height()) for patch in bar.patches)
             rows.append(f"  bars {_name(bar)}: {heights}")
@@ -306,7 +339,8 @@ def receipt(fig: Figure) -> str:
         for image in ax.images:
             shape = "x".join(str(n) for n in image.get_array().shape)
             rows.append(f"  image {shape}: {_span(image.get_array())}")
-        texts = [text.get_text().strip() for text in ax.texts if text.get_text().strip()]
+        kept = [text.get_text().strip() for text in ax.texts if text.get_gid() != _VARIES]
+        texts = [text for text in kept if text]
         if texts:
             rows.append("  text: " + " | ".join(texts))
     return "\n".join(rows)

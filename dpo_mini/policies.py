@@ -7,6 +7,7 @@ the value function that PPO learns.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +26,24 @@ from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 
 Path = list[tuple[Tensor, Tensor]]
 """Keys and values of every token on a path, one pair `[P, H, S, D/H]` a layer."""
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """The N distinct prefixes of a batch, one a node, to be read in one pass.
+
+    Args:
+      tokens: `[N]` int64, the last token of each prefix; of a prompt alone, its number.
+      depths: `[N]`, how many tokens follow the prompt, in 0..S-1.
+      lineage: `[N, S]`, the nodes on the way to each node, prompt first, itself at its depth; what
+        stands behind that does not matter.
+      nodes: `[B, S]`, the node of each row of the batch after 0, 1, … tokens; 0 where it has ended.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    lineage: Tensor
+    nodes: Tensor
 
 
 class Sizes(Protocol):
@@ -46,6 +65,10 @@ class Policy(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, S, V]` of the token after each of `tokens` `[B, S]`, prompt first."""
+        raise NotImplementedError
+
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        """Logits `[N, V]` of the token after each prefix of a tree."""
         raise NotImplementedError
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -115,6 +138,9 @@ class TabularPolicy(Policy):
         """Logits of the only token, `[P, V]`, and the path to it, of which nothing is kept."""
         return self.logits[prompts], []
 
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        return self.logits[tree.tokens]  # one token to say, so all that is read is prompts
+
 
 class SelfAttention(nn.Module):
     """Causal multi-head attention with GPT-2's weights."""
@@ -137,6 +163,18 @@ class SelfAttention(nn.Module):
         weights = scores.softmax(2).mT  # [P, H, C, S + 1]; C innermost is what keeps softmax fast
         mixed = torch.addcmul(weights[..., :-1] @ path_v, weights[..., -1:], v)  # [P, H, C, D/H]
         return self.merge(mixed), k, v
+
+    def look_back(self, x: Tensor, lineage: Tensor, beyond: Tensor) -> Tensor:
+        """Attention of N prefixes `x` `[N, D]`, each to those on its way and itself."""
+        width = x.shape[1]
+        q, kv = self.c_attn(x).split([width, 2 * width], -1)
+        q = q.view(-1, self.n_heads, 1, width // self.n_heads)
+        # `F.embedding`, not an index: its gradient is far cheaper where rows repeat.
+        path = F.embedding(lineage, kv).unflatten(-1, (2, self.n_heads, -1))
+        k, v = path.permute(2, 0, 3, 1, 4)  # each [N, H, S, D/H]
+        scores = (q * k).sum(-1) * q.shape[-1] ** -0.5  # [N, H, S]
+        weights = scores.masked_fill(beyond[:, None], -torch.inf).softmax(-1)
+        return self.c_proj((weights.unsqueeze(-1) * v).sum(2).flatten(1))  # [N, D]
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         batch, length, width = x.shape
@@ -168,6 +206,9 @@ class Block(nn.Module):
     def extend(self, x: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.attn.extend(self.ln_1(x), path)
         return self.feed(x + attended), k, v
+
+    def look_back(self, x: Tensor, lineage: Tensor, beyond: Tensor) -> Tensor:
+        return self.feed(x + self.attn.look_back(self.ln_1(x), lineage, beyond))
 
     def feed(self, x: Tensor) -> Tensor:
         return x + self.c_proj(gelu(self.c_fc(self.ln_2(x))))
@@ -271,6 +312,20 @@ class TinyTransformer(Policy):
             own.append((k, v))
         return self.ln_f(x), own
 
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        """Logits `[N, V]` of the token after each prefix of a tree, all depths at once."""
+        return self.unembed(self.hidden_of_tree(tree))
+
+    def hidden_of_tree(self, tree: PrefixTree) -> Tensor:
+        """`read_tree` up to the last layer norm: hidden states `[N, D]`, which a head reads."""
+        tokens = tree.tokens + self.vocab_size * (tree.depths == 0)
+        x = F.embedding(tokens, self.wte.weight) + F.embedding(tree.depths, self.wpe.weight)
+        steps = torch.arange(tree.lineage.shape[1], device=tokens.device)
+        beyond = steps > tree.depths[:, None]  # [N, S]
+        for block in self.blocks:
+            x = block.look_back(x, tree.lineage, beyond)
+        return self.ln_f(x)
+
     def unembed(self, hidden: Tensor) -> Tensor:
         return hidden @ self.wte.weight[: self.vocab_size].T
 
@@ -285,7 +340,7 @@ class ScalarTransformer(nn.Module):
     def __init__(self, body: TinyTransformer) -> None:
         super().__init__()
         self.body, self.head = body, _zero_head(body)
-        self.vocab_size, self.n_layers = body.vocab_size, len(body.blocks)
+        self.vocab_size = body.vocab_size
 
     def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
         """What the head says of the prompts alone, `[P, 1]`, and the paths so far."""
@@ -296,6 +351,10 @@ class ScalarTransformer(nn.Module):
         """What it says after each of C sibling tokens, `[P, C, 1]`; as the transformer's."""
         hidden, own = self.body.read(tokens, path)
         return self.head(hidden), own
+
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        """What it says after each prefix of a tree, `[N, 1]`."""
+        return self.head(self.body.hidden_of_tree(tree))
 
 
 class RewardModel(ScalarTransformer):
@@ -326,6 +385,10 @@ class RewardModel(ScalarTransformer):
         numbers, own = super().extend(tokens, path)
         return numbers - self.offset, own
 
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        """The reward of each prefix of a tree, were it to end there, `[N, 1]`."""
+        return super().read_tree(tree) - self.offset
+
     def centre(self, rewards: Tensor) -> None:
         """Subtract the mean of `rewards` `[n]`, this model's own of some completions, in place."""
         check_floats("[n]", rewards=rewards)
@@ -347,15 +410,10 @@ class SharedTrunk(nn.Module):
         self.policy, self.value_head = policy, _zero_head(policy)
         self.vocab_size = policy.vocab_size
 
-    def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
-        """Logits and value after the prompts alone, `[P, V + 1]`, and the paths so far."""
-        outputs, path = self.extend(*self.policy.start(prompts))
-        return outputs[:, 0], path
-
-    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """Logits and value after each of C sibling tokens, `[P, C, V + 1]`; as the policy's."""
-        hidden, own = self.policy.read(tokens, path)
-        return torch.cat([self.policy.unembed(hidden), self.value_head(hidden)], -1), own
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        """Logits and value after each prefix of a tree, `[N, V + 1]`."""
+        hidden = self.policy.hidden_of_tree(tree)
+        return torch.cat([self.policy.unembed(hidden), self.value_head(hidden)], -1)
 
 
 class SeparateNetworks(nn.Module):
@@ -376,18 +434,9 @@ class SeparateNetworks(nn.Module):
         self.policy, self.critic = policy, critic
         self.vocab_size = policy.vocab_size
 
-    def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
-        """Logits and value after the prompts alone, `[P, V + 1]`, and both paths, one after one."""
-        logits, path = self.policy.begin(prompts)
-        values, critic_path = self.critic.begin(prompts)
-        return torch.cat([logits, values], -1), path + critic_path
-
-    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """Logits and value after each of C sibling tokens, `[P, C, V + 1]`; as the policy's."""
-        at = len(path) - self.critic.n_layers
-        logits, own = self.policy.extend(tokens, path[:at])
-        values, critic_own = self.critic.extend(tokens, path[at:])
-        return torch.cat([logits, values], -1), own + critic_own
+    def read_tree(self, tree: PrefixTree) -> Tensor:
+        """Logits and value after each prefix of a tree, `[N, V + 1]`."""
+        return torch.cat([self.policy.read_tree(tree), self.critic.read_tree(tree)], -1)
 
 
 def shares_storage(model: nn.Module, other: nn.Module) -> bool:

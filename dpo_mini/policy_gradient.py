@@ -114,8 +114,8 @@ def clipped_value_loss(
     Source: `ppo2` of OpenAI Baselines; Ziegler et al. 2019, arXiv:1909.08593, in its code.
     """
     check_positive("clip_eps", clip_eps)
-    check_floats("[...]", values=values, old_values=old_values, returns=returns)
-    check_finite(values=values, old_values=old_values, returns=returns)
+    check_floats("[...]", values=values, old_values=old_values)
+    check_finite(old_values=old_values)
     moved = (values - old_values.detach()).clamp(-clip_eps, clip_eps)
     clipped = old_values.detach() + moved
     return torch.maximum(value_loss(values, returns), value_loss(clipped, returns))

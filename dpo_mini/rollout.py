@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_mini.arguments import check_count, check_generator, check_indices
@@ -10,15 +11,13 @@ from dpo_mini.logps import PAD
 from dpo_mini.policies import (
     Path,
     Policy,
+    PrefixTree,
     RewardModel,
     SeparateNetworks,
     SharedTrunk,
     check_completions,
 )
 from dpo_mini.tasks import Task, subtree_sizes
-
-Reader = Policy | RewardModel | SharedTrunk | SeparateNetworks
-"""What reads a tree of prefixes: has `vocab_size`, `begin` and `extend`."""
 
 
 def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tensor:
@@ -74,7 +73,10 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
 
 
 def sample(policy: Policy, prompts: Tensor, *, generator: torch.Generator) -> Tensor:
-    """One completion for each prompt; each distinct prefix goes through the policy once.
+    """One completion for each prompt; rows that begin alike go through the policy together.
+
+    Each distinct prefix is read once until 7 rows of 8 have one of their own; from there on sorting
+    them out costs more than it saves, and each row is read.
 
     Args:
       policy: a `Policy`.
@@ -101,7 +103,11 @@ def sample(policy: Policy, prompts: Tensor, *, generator: torch.Generator) -> Te
                 rows, node, drawn = rows[going_on], node[going_on], drawn[going_on]
             if depth == policy.max_tokens - 1 or not len(rows):
                 break
-            logits, path, node = _step(policy, path, node, drawn)
+            rows_edges = node * policy.vocab_size + drawn
+            edges, node = rows_edges.unique(return_inverse=True)
+            if 8 * len(edges) > 7 * len(rows):
+                edges, node = rows_edges, torch.arange(len(rows), device=rows.device)
+            logits, path = _follow(policy, path, edges)
     return completions
 
 
@@ -116,11 +122,8 @@ def shared_prefix_token_logps(policy: Policy, prompts: Tensor, completions: Tens
       `[B, T]`, nats; 0 on padding.
     """
     mask = policy.check_completions(prompts, completions)
-    scored = []
-    for rows, node, logits in walk(policy, prompts, _all_but_last(completions, mask)):
-        tokens = completions[rows, len(scored)]
-        scored.append(_column(len(prompts), rows, logits.log_softmax(-1)[node, tokens]))
-    return _pad_columns(scored, completions)
+    tree = prefix_tree(prompts, _all_but_last(completions, mask), policy.vocab_size)
+    return _of_tokens(policy.read_tree(tree).log_softmax(-1), tree, completions)
 
 
 def read_actor_critic(
@@ -139,15 +142,13 @@ def read_actor_critic(
       ValueError: as `policy.token_logps`.
     """
     mask = actor_critic.policy.check_completions(prompts, completions)
-    scored, values, entropies = [], [], []
-    for rows, node, outputs in walk(actor_critic, prompts, _all_but_last(completions, mask)):
-        logps = outputs[:, :-1].log_softmax(-1)
-        entropy = -(logps.exp() * logps).sum(-1)  # [N], of each distinct prefix
-        here = logps[node, completions[rows, len(scored)]]
-        for columns, column in ((scored, here), (values, outputs[node, -1])):
-            columns.append(_column(len(prompts), rows, column))
-        entropies.append(_column(len(prompts), rows, entropy[node]))
-    return tuple(_pad_columns(columns, completions) for columns in (scored, values, entropies))
+    vocab_size = actor_critic.policy.vocab_size
+    tree = prefix_tree(prompts, _all_but_last(completions, mask), vocab_size)
+    outputs = actor_critic.read_tree(tree)  # [N, V + 1]
+    logps = outputs[:, :-1].log_softmax(-1)
+    entropies = -(logps.exp() * logps).sum(-1)  # [N], of each distinct prefix
+    values = outputs[:, -1].take(tree.nodes) * mask
+    return _of_tokens(logps, tree, completions), values, entropies.take(tree.nodes) * mask
 
 
 def shared_prefix_rewards(model: RewardModel, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -161,11 +162,9 @@ def shared_prefix_rewards(model: RewardModel, prompts: Tensor, completions: Tens
         after its end token.
     """
     lengths = check_completions(model, prompts, completions).sum(1)
-    rewards = []
-    for n_read, (rows, node, numbers) in enumerate(walk(model, prompts, completions)):
-        ended = lengths[rows] == n_read
-        rewards.append(_column(len(prompts), rows[ended], numbers[node[ended], 0]))
-    return torch.stack(rewards).sum(0)
+    tree = prefix_tree(prompts, completions, model.vocab_size)
+    last = tree.nodes.gather(1, lengths[:, None]).squeeze(1)
+    return model.read_tree(tree).squeeze(1).take(last)
 
 
 def enumerate_rewards(model: RewardModel, task: Task, *, n_parents: int = 128) -> Tensor:
@@ -200,23 +199,33 @@ def enumerate_rewards(model: RewardModel, task: Task, *, n_parents: int = 128) -
         return torch.cat([below(model.begin(prompt)[1], 0) for prompt in task.prompts.split(1)])
 
 
-def walk(model: Reader, prompts: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Read `tokens` `[B, S]`, padded with `PAD`, one a row at a time, each distinct prefix once.
+def prefix_tree(prompts: Tensor, tokens: Tensor, vocab_size: int) -> PrefixTree:
+    """Each distinct prefix of a batch once.
 
-    Yields, after the prompts and then after each further token, the rows that came so far, `[R]`;
-    which of the N distinct prefixes each has, `[R]`; and the model's outputs on those, `[N, ...]`.
+    Args:
+      prompts: `[B]` int64.
+      tokens: `[B, S - 1]` int64, what is read after the prompt, padded with `PAD`.
+      vocab_size: V.
     """
-    distinct, node = prompts.unique(return_inverse=True)
+    first, node = prompts.unique(return_inverse=True)  # node: the prefix of each row going on
     rows = torch.arange(len(prompts), device=prompts.device)
-    outputs, path = model.begin(distinct)
-    yield rows, node, outputs
+    level = torch.arange(len(first), device=prompts.device).unsqueeze(1)  # lineage of this depth's
+    own, levels, nodes = [first], [level], [node]
+    n_nodes = len(first)
     for column in tokens.T:
         going_on = column[rows] != PAD
         rows, node = rows[going_on], node[going_on]
-        if not len(rows):
-            return
-        outputs, path, node = _step(model, path, node, column[rows])
-        yield rows, node, outputs
+        edges, node = (node * vocab_size + column[rows]).unique(return_inverse=True)
+        fresh = n_nodes + torch.arange(len(edges), device=prompts.device)
+        level = torch.cat([level[edges // vocab_size], fresh.unsqueeze(1)], dim=1)
+        own.append(edges % vocab_size)
+        levels.append(level)
+        nodes.append(torch.zeros_like(prompts).index_put((rows,), n_nodes + node))
+        n_nodes += len(edges)
+    n_steps = len(levels)
+    depths = [torch.full_like(mine, depth) for depth, mine in enumerate(own)]
+    lineage = [F.pad(level, (0, n_steps - level.shape[1])) for level in levels]
+    return PrefixTree(torch.cat(own), torch.cat(depths), torch.cat(lineage), torch.stack(nodes, 1))
 
 
 def _all_but_last(completions: Tensor, mask: Tensor) -> Tensor:
@@ -224,31 +233,24 @@ def _all_but_last(completions: Tensor, mask: Tensor) -> Tensor:
     return completions[:, :-1].masked_fill(~mask[:, 1:], PAD)
 
 
-def _column(n_rows: int, rows: Tensor, numbers: Tensor) -> Tensor:
-    """`[B]`: `numbers` at `rows`, 0 elsewhere."""
-    return numbers.new_zeros(n_rows).index_put((rows,), numbers)
+def _of_tokens(logps: Tensor, tree: PrefixTree, completions: Tensor) -> Tensor:
+    """From logps `[N, V]` after each prefix to those of the tokens themselves, `[B, T]`."""
+    mask = completions != PAD
+    flat = tree.nodes * logps.shape[1] + completions.clamp(min=0)
+    return logps.take(flat) * mask
 
 
-def _pad_columns(columns: list[Tensor], completions: Tensor) -> Tensor:
-    """`[B, T]`: the columns walked, then zeros where all rows had ended."""
-    missing = completions.shape[1] - len(columns)
-    return torch.stack([*columns, *[torch.zeros_like(columns[0])] * missing], dim=1)
-
-
-def _step(policy: Reader, path: Path, node: Tensor, tokens: Tensor) -> tuple[Tensor, Path, Tensor]:
-    """Read one more token a row, `tokens` [B] after prefix `node` [B], each distinct pair once.
-
-    Returns the logits `[N, V]` and paths of the N distinct longer prefixes, and which one each row
-    has, `[B]`.
-    """
-    edges, node = (node * policy.vocab_size + tokens).unique(return_inverse=True)
+def _follow(policy: Policy, path: Path, edges: Tensor) -> tuple[Tensor, Path]:
+    """Logits `[N, V]` and paths after N edges: token v after prefix p is edge p V + v."""
     path = take(path, edges // policy.vocab_size)
     logits, own = policy.extend((edges % policy.vocab_size)[:, None], path)
-    return logits[:, 0], lengthen(path, own), node
+    return logits[:, 0], lengthen(path, own)
 
 
 def take(path: Path, rows: Tensor) -> Path:
-    """The paths of some of the prefixes."""
+    """The paths of some of the prefixes; of all in their order, `path` itself and no copy."""
+    if path and torch.equal(rows, torch.arange(len(path[0][0]), device=rows.device)):
+        return path
     return [(keys[rows], values[rows]) for keys, values in path]
 
 

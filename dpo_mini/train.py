@@ -391,8 +391,9 @@ def fit_ppo(
       value_weight, entropy_weight: >= 0, of the value error and of the entropy bonus.
       reward_penalty: the KL estimator in the reward, a token: `kl_k1` is the one whose mean over
         samples has the gradient of the KL; or `no_penalty`.
-      loss_penalty: likewise in the loss, differentiated with the samples as constants: `kl_k2` is
-        the one; or `no_penalty`.
+      loss_penalty: likewise in the loss, differentiated with the samples as constants. `kl_k2` has
+        the KL's gradient for one token; over more it leaves out what a token does to the KL of
+        those that follow it, which the reward does not. Or `no_penalty`.
       surrogate: `(logps, old_logps, advantages) -> losses`: `clipped_surrogate_loss` with its
         `clip_eps` bound, here .2, or `unclipped_surrogate_loss`.
       value_error: `(values, old_values, returns) -> losses`: `squared_value_error`, or
@@ -421,7 +422,8 @@ def fit_ppo(
     _check_on_policy(actor_critic, reference, prompts)
     _check_settings(steps, batch_size, learning_rate, generator)
     if n_minibatches > batch_size:
-        raise ValueError(f"n_minibatches: got {n_minibatches}, takes at most {batch_size}")
+        got, most = n_minibatches, batch_size
+        raise ValueError(f"n_minibatches: got {got}, takes at most batch_size = {most}")
     optimizer, schedule = _adam(actor_critic, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):

@@ -20,6 +20,10 @@ REFUSED = [
     (lambda: arguments.check_between("e", -0.1, 0, 0.5), "e: got -0.1, takes a number in [0, 0.5)"),
     (lambda: arguments.check_between("e", NAN, 0, 0.5), "e: got nan, takes a number in [0, 0.5)"),
     (lambda: arguments.check_between("e", None, 0, 1), "e: got NoneType, takes a number"),
+    (lambda: arguments.check_fraction("lam", -0.1), "lam: got -0.1, takes a number in [0, 1]"),
+    (lambda: arguments.check_fraction("lam", 1.1), "lam: got 1.1, takes a number in [0, 1]"),
+    (lambda: arguments.check_fraction("lam", NAN), "lam: got nan, takes a number in [0, 1]"),
+    (lambda: arguments.check_fraction("lam", None), "lam: got NoneType, takes a number"),
     (lambda: arguments.check_count("n", 0), "n: got 0, takes a whole number >= 1"),
     (lambda: arguments.check_count("n", 1, least=2), "n: got 1, takes a whole number >= 2"),
     (lambda: arguments.check_count("n", 1.0), "n: got float, takes a whole number >= 1"),
@@ -142,6 +146,8 @@ def test_what_is_right_passes():
     arguments.check_positive("beta", 1)
     arguments.check_positive("beta", np.float32(0.5))
     arguments.check_between("e", 0, 0, 0.5)
+    arguments.check_fraction("lam", 0)
+    arguments.check_fraction("lam", 1.0)
     arguments.check_count("n", 1)
     arguments.check_count("n", np.int64(2), least=2)
     arguments.check_generator(torch.Generator())
@@ -158,3 +164,12 @@ def test_what_is_right_passes():
 def test_a_large_float32_table_is_not_mistaken_for_logits(generator):
     table = torch.randn(2, 200_000, generator=generator).mul(3).log_softmax(-1)
     arguments.check_normalised(table=table)
+
+
+def test_as_bool_mask():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]).bool()
+    assert arguments.as_bool_mask("mask", mask, mask.shape) is not None
+    assert torch.equal(arguments.as_bool_mask("mask", mask.float(), mask.shape), mask)
+    with pytest.raises(ValueError) as caught:
+        arguments.as_bool_mask("mask", mask, torch.Size([5, 2]))
+    assert str(caught.value) == "mask: got shape [2, 5], takes [5, 2]"

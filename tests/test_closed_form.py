@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from dpo_mini.closed_form import (
+    best_of_n_logps,
     chi_squared,
     expected_reward,
     frontier,
@@ -284,6 +286,55 @@ def test_a_policy_may_give_up_a_completion():
     exact(implied_rewards(logps, half, 2.0), double([[2 * math.log(2), -INF]]))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_best_of_n_by_every_tuple_of_draws(n):
+    """Whoever drew the highest reward first wins, over all Y^n tuples; two rewards are equal."""
+    ref_probs = double([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    rewards = double([[1.0, 0.2, 1.0, 0.8], [0.0, 0.0, -3.0, -3.0]])
+    won = torch.zeros_like(ref_probs)
+    for x in range(2):
+        for draws in itertools.product(range(4), repeat=n):
+            best = max(draws, key=lambda y: rewards[x, y])  # the first of equals
+            won[x, best] += ref_probs[x, list(draws)].prod()
+    exact(best_of_n_logps(ref_probs.log(), rewards, n).exp(), won)
+
+
+def test_best_of_n_keeps_its_digits_where_an_answer_hardly_ever_wins():
+    """In exact fractions: the worst answer wins if it is drawn every time, the rare one seldom."""
+    parts = [Fraction(1, 10**20), Fraction(1, 2), Fraction(1, 2) - Fraction(1, 10**20)]
+    ref_logps = double([[float(part) for part in parts]]).log()
+    (logps,) = best_of_n_logps(ref_logps, double([[1.0, 2.0, 0.0]]), 1000).tolist()
+    below = parts[2]
+    rare = (below + parts[0]) ** 1000 - below**1000
+    want = [rare, 1 - (1 - parts[1]) ** 1000, below**1000]
+    for got, share in zip(logps, want, strict=True):
+        log_share = math.log(share.numerator) - math.log(share.denominator)
+        assert math.isclose(got, log_share, rel_tol=1e-12, abs_tol=1e-12)
+
+
+def test_best_of_n_never_says_what_the_reference_does_not():
+    ref_logps = double([[0.5, 0.5, 0.0]]).log()
+    logps = best_of_n_logps(ref_logps, double([[0.0, 1.0, 9.0]]), 2)
+    exact(logps.exp(), double([[0.25, 0.75, 0.0]]))
+    assert logps[0, 2] == -INF
+    logits = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    masked = torch.cat([logits, torch.full_like(logits[:, :1], -INF)], 1).log_softmax(-1)
+    (slope,) = torch.autograd.grad(
+        best_of_n_logps(masked, double([[0.0, 1.0, 9.0]]), 2)[0, 0], logits
+    )
+    exact(slope, double([[1.0, -1.0]]))  # log p^2 with p = sigmoid(z_0 - z_1) = 1/2
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_best_of_n_needs_a_draw(n):
+    assert refusal(ValueError, best_of_n_logps, GOOD, LOGITS, n) == (
+        f"n: got {n}, takes a whole number >= 1"
+    )
+    assert refusal(TypeError, best_of_n_logps, GOOD, LOGITS, 2.0) == (
+        "n: got float, takes a whole number >= 1"
+    )
+
+
 # --- gradients and dtypes --------------------------------------------------------------------
 
 
@@ -295,6 +346,7 @@ TABLE_FUNCTIONS = {
     "expected_reward": lambda p, q, r: expected_reward(p, r),
     "objective": lambda p, q, r: objective(p, q, r, 0.7),
     "frontier": lambda p, q, r: frontier(q, r, [2.0, 0.7]),
+    "best_of_n_logps": lambda p, q, r: best_of_n_logps(q, r, 3),
     "total_variation": lambda p, q, r: total_variation(p, q),
     "chi_squared": lambda p, q, r: chi_squared(p, q),
 }
@@ -343,6 +395,7 @@ TABLES = {
     expected_reward: (("logps", "rewards"), ()),
     objective: (("logps", "ref_logps", "rewards"), (1.0,)),
     frontier: (("ref_logps", "rewards"), ([1.0],)),
+    best_of_n_logps: (("ref_logps", "rewards"), (2,)),
     total_variation: (("logps", "other_logps"), ()),
     chi_squared: (("logps", "other_logps"), ()),
 }

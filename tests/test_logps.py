@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from dpo_mini.logps import (
     PAD,
-    as_bool_mask,
     completion_mask,
     mean_over_tokens,
     sum_over_tokens,
@@ -285,11 +284,3 @@ def test_a_mean_over_nothing_is_refused():
     with pytest.raises(ValueError) as caught:
         mean_over_tokens(torch.zeros(3, 2), torch.tensor([[1, 0], [1, 1], [0, 0]]))
     assert str(caught.value) == "completion_mask: got no token in row 2, takes >= 1"
-
-
-def test_as_bool_mask():
-    assert as_bool_mask("mask", MASK, MASK.shape) is not None
-    assert torch.equal(as_bool_mask("mask", MASK.float(), MASK.shape), MASK)
-    with pytest.raises(ValueError) as caught:
-        as_bool_mask("mask", MASK, torch.Size([5, 2]))
-    assert str(caught.value) == "mask: got shape [2, 5], takes [5, 2]"

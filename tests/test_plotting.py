@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from dpo_mini import plotting
-from dpo_mini.plotting import STYLES, axes, grouped_bars, label_lines, panels, receipt, style
+from dpo_mini.plotting import (
+    STYLES,
+    axes,
+    grouped_bars,
+    label_lines,
+    leave_out_values,
+    panels,
+    receipt,
+    style,
+)
 
 
 def test_methods_differ_in_colour_and_drawn_lines_do_not_share_both():
@@ -165,3 +174,30 @@ def test_named_points_refuse_what_they_cannot_draw():
         plotting.named_points(ax, {"g": {"a": float("nan")}})
     with pytest.raises(ValueError, match="groups: got 7 labels, takes at most 6"):
         plotting.named_points(ax, {str(i): {"a": 0.0} for i in range(7)})
+
+
+def test_curves_have_looks_of_their_own():
+    _, ax = plotting.axes("t", "x", "y")
+    plotting.curves(ax, [0, 1], {name: [i, i + 1] for i, name in enumerate("abcdef")})
+    assert [line.get_label() for line in ax.lines] == list("abcdef")
+    assert [line.get_ydata()[0] for line in ax.lines] == list(range(6))
+    assert len({line.get_color() for line in ax.lines}) == 6
+    assert (ax.lines[0].get_color(), ax.lines[0].get_linestyle()) == ("black", "--")
+    assert ax.get_legend() is not None
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=f"named: got {count} names, takes 1 to 6"):
+            plotting.curves(ax, [0], {str(i): [0] for i in range(count)})
+
+
+def test_what_varies_is_named_in_the_receipt_without_its_values():
+    fig, ax = axes("finding", "x", "y")
+    ax.plot([0, 1, 2], [3.25, 4.5, 5.75], label="kept")
+    (line,) = ax.plot([0, 1], [6.25, 7.5], label="chaotic")
+    text = ax.text(0, 0, "8.125")
+    ax.text(0, 1, "said")
+    leave_out_values(line, text)
+    got = receipt(fig)
+    assert "line 'kept': 3 points, x 0..2, y 3.25..5.75" in got
+    assert "line 'chaotic': 2 points, which vary" in got
+    assert got.endswith("text: said")
+    assert not any(number in got for number in ("6.25", "7.5", "8.125"))

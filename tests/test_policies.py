@@ -5,7 +5,16 @@ import torch
 from torch.testing import assert_close
 
 from dpo_mini.logps import PAD
-from dpo_mini.policies import TabularPolicy, TinyTransformer
+from dpo_mini.policies import (
+    PrefixTree,
+    RewardModel,
+    ScalarTransformer,
+    SeparateNetworks,
+    SharedTrunk,
+    TabularPolicy,
+    TinyTransformer,
+    shares_storage,
+)
 
 SHAPES = [
     # X, V, T, end token, layers, heads, width
@@ -317,3 +326,182 @@ def test_transformer_refuses(change, error, generator):
 def test_tabular_policy_refuses(logits, error):
     with pytest.raises(error, match="^logits: got"):
         TabularPolicy(logits)
+
+
+# --- heads -----------------------------------------------------------------------------------
+
+WIDE = (3, 7, 5, 6, 2, 4, 32)
+
+
+def with_random_head(model, head, generator):
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+    return model
+
+
+def head_after_each_token(body, head, prompts, completions):
+    """The other route: a plain forward pass, whose last layer norm a hook overhears; `[B, S]`."""
+    heard = []
+    hook = body.ln_f.register_forward_hook(lambda _, inputs, hidden: heard.append(hidden))
+    body(torch.cat([prompts[:, None], completions], dim=1))
+    hook.remove()
+    return (heard[0] * head.weight).sum(-1) + head.bias
+
+
+def one_by_one(model, prompts, completions):
+    """Outputs after the prompt and after each token, `[B, T + 1, K]`, read along one path a row."""
+    outputs, path = model.begin(prompts)
+    read = [outputs]
+    for tokens in completions.T:
+        outputs, own = model.extend(tokens[:, None], path)
+        path = [
+            (torch.cat([k, own_k], 2), torch.cat([v, own_v], 2))
+            for (k, v), (own_k, own_v) in zip(path, own, strict=True)
+        ]
+        read.append(outputs[:, 0])
+    return torch.stack(read, dim=1)
+
+
+def in_one_pass(model, prompts, completions):
+    """The same from a tree that is given as it is: a row's prefixes shared with no other row."""
+    n_rows, n_steps = len(prompts), completions.shape[1] + 1
+    nodes = torch.arange(n_rows * n_steps).view(n_rows, n_steps)  # row by row
+    tree = PrefixTree(
+        tokens=torch.cat([prompts[:, None], completions], dim=1).flatten(),
+        depths=torch.arange(n_steps).repeat(n_rows),
+        lineage=nodes.repeat_interleave(n_steps, dim=0),  # beyond its depth: later nodes, unread
+        nodes=nodes,
+    )
+    return model.read_tree(tree)[nodes]
+
+
+def test_a_scalar_is_read_off_the_last_layer_norm(generator):
+    body = transformer(WIDE, torch.float64, generator)
+    model = ScalarTransformer(body)
+    with_random_head(model, model.head, generator)
+    prompts = torch.tensor([0, 2, 1])
+    tokens = torch.randint(6, (3, 4), generator=generator)
+    want = head_after_each_token(body, model.head, prompts, tokens)
+    assert want.std() > 0.1
+    for read in (one_by_one, in_one_pass):
+        assert_close(read(model, prompts, tokens)[..., 0], want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tree_read_in_one_pass_is_a_plain_forward_pass(shape, generator):
+    policy = transformer(shape, torch.float64, generator)
+    prompts = torch.randint(policy.n_prompts, (6,), generator=generator)
+    tokens = torch.randint(policy.vocab_size, (6, policy.max_tokens - 1), generator=generator)
+    want = policy(torch.cat([prompts[:, None], tokens], dim=1))
+    assert_close(in_one_pass(policy, prompts, tokens), want, atol=1e-10, rtol=0)
+
+
+def test_a_shared_trunk_adds_a_value_and_leaves_the_logits(generator):
+    policy = transformer(WIDE, torch.float64, generator)
+    model = SharedTrunk(policy)
+    with_random_head(model, model.value_head, generator)
+    prompts = torch.tensor([0, 2, 1])
+    tokens = torch.randint(6, (3, 4), generator=generator)
+    read = in_one_pass(model, prompts, tokens)
+    logits = policy(torch.cat([prompts[:, None], tokens], dim=1))
+    values = head_after_each_token(policy, model.value_head, prompts, tokens)
+    assert_close(read, torch.cat([logits, values[..., None]], -1), atol=1e-12, rtol=0)
+
+
+def test_separate_networks_are_read_side_by_side(generator):
+    policy = transformer(WIDE, torch.float64, generator)
+    body = transformer((3, 7, 5, 6, 1, 2, 8), torch.float64, generator)  # of another shape
+    model = SeparateNetworks(policy, ScalarTransformer(body))
+    with_random_head(model, model.critic.head, generator)
+    prompts = torch.tensor([0, 2, 1])
+    tokens = torch.randint(6, (3, 4), generator=generator)
+    read = in_one_pass(model, prompts, tokens)
+    logits = policy(torch.cat([prompts[:, None], tokens], dim=1))
+    values = head_after_each_token(body, model.critic.head, prompts, tokens)
+    assert_close(read, torch.cat([logits, values[..., None]], -1), atol=1e-12, rtol=0)
+
+
+def test_a_value_moves_the_policy_in_a_shared_trunk_only(generator):
+    prompts = torch.tensor([0, 2, 1])
+    tokens = torch.randint(6, (3, 4), generator=generator)
+    for shared in (True, False):
+        policy = transformer(WIDE, torch.float64, generator)
+        if shared:
+            model = SharedTrunk(policy)
+            with_random_head(model, model.value_head, generator)
+        else:
+            model = SeparateNetworks(
+                policy, ScalarTransformer(transformer(WIDE, torch.float64, generator))
+            )
+            with_random_head(model, model.critic.head, generator)
+        in_one_pass(model, prompts, tokens)[..., -1].sum().backward()
+        moved = [
+            parameter.grad is not None and parameter.grad.abs().max() > 0
+            for parameter in policy.parameters()
+        ]
+        assert all(moved) if shared else not any(moved)
+
+
+def test_a_bandit_reads_its_values_off_a_table(generator):
+    logits = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    values = torch.randn(3, 1, dtype=torch.float64, generator=generator)
+    model = SeparateNetworks(TabularPolicy(logits), TabularPolicy(values))
+    outputs = in_one_pass(model, torch.tensor([2, 0]), torch.empty(2, 0, dtype=torch.int64))
+    assert_close(outputs[:, 0], torch.cat([logits, values], 1)[[2, 0]], atol=0, rtol=0)
+
+
+def test_heads_start_at_zero_and_take_dtype_of_their_body(generator):
+    state = torch.get_rng_state()
+    body = transformer(WIDE, torch.float64, generator)
+    heads = [ScalarTransformer(body).head, SharedTrunk(body).value_head]
+    for head in heads:
+        assert head.weight.dtype == torch.float64
+        assert head.weight.shape == (1, 32)
+        assert not head.weight.any()
+        assert not head.bias.any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_reward_model_reads_one_token_more_than_a_policy(generator):
+    class Sizes:
+        prompts, vocab_size, max_tokens, end_token = torch.arange(3), 7, 4, 6
+
+    model = RewardModel.for_task(Sizes, generator=generator, n_layers=1, n_heads=2, width=8)
+    got = (model.n_prompts, model.vocab_size, model.max_tokens, model.end_token)
+    assert got == (3, 7, 4, 6)
+    assert model.body.max_tokens == 5
+    numbers = one_by_one(model, torch.tensor([1]), torch.tensor([[0, 1, 2, 3]]))
+    assert numbers.shape == (1, 5, 1)
+    assert not numbers.any()
+
+
+def test_centring_takes_off_the_mean_every_time(generator):
+    model = RewardModel(transformer(WIDE, torch.float64, generator))
+    with_random_head(model, model.head, generator)
+    prompts, tokens = torch.tensor([0, 2]), torch.tensor([[1], [3]])
+    before = one_by_one(model, prompts, tokens)[:, 1, 0].detach()
+    for _ in range(2):
+        model.centre(one_by_one(model, prompts, tokens)[:, 1, 0])
+        for read in (one_by_one, in_one_pass):
+            after = read(model, prompts, tokens)[:, 1, 0].detach()
+            assert_close(after, before - before.mean(), atol=1e-12, rtol=0)
+    assert "offset" in model.state_dict()
+    for bad, want in (
+        (torch.tensor([float("nan")]), "rewards: got nan, takes finite values"),
+        (torch.zeros(0), r"rewards: got shape \[0\], takes a non-empty \[n\]"),
+    ):
+        with pytest.raises(ValueError, match=want):
+            model.centre(bad)
+
+
+def test_shared_storage_is_seen_through_views_and_copies():
+    table = TabularPolicy(torch.zeros(3, 4))
+    view, copied = TabularPolicy(torch.zeros(1, 4)), TabularPolicy(table.logits)
+    view.logits = torch.nn.Parameter(table.logits.data[1:2])
+    assert shares_storage(table, table)
+    assert shares_storage(table, view)
+    assert shares_storage(view, table)
+    assert not shares_storage(table, copied)
+    with pytest.raises(ValueError, match="critic: got weights of the policy, takes a network of"):
+        SeparateNetworks(table, view)

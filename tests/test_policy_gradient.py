@@ -328,6 +328,13 @@ def test_what_comes_after_the_end_changes_nothing(episode):
         assert (got[~MASK] == 0).all()
 
 
+def test_completions_of_one_token(episode):
+    rewards, values = episode[:, :, :1]
+    advantages, returns = gae(rewards, values, MASK[:, :1], discount=0.9, lam=0.8)
+    exact(advantages, rewards - values)
+    exact(returns, rewards)
+
+
 def test_gae_passes_no_gradient_and_leaves_its_arguments(episode):
     rewards, values = (part.clone().requires_grad_() for part in episode)
     advantages, returns = gae(rewards, values, MASK, discount=1.0, lam=0.95)
@@ -455,11 +462,13 @@ def test_a_bad_tensor_is_named_by_every_elementwise_function():
             assert got == f"{name}: got nan, takes finite values"
             got = refusal(ValueError, function, **{**good, name: TWO.long()}, **options)
             assert got == f"{name}: got dtype torch.int64, takes a floating dtype"
-        last = names[-1]
-        got = refusal(ValueError, function, **{**good, last: double([0.5])}, **options)
-        assert got == f"{last}: got shape [1], takes [2] like {names[0]}"
-        got = refusal(TypeError, function, **{**good, last: 1.0}, **options)
-        assert got == f"{last}: got float, takes a floating torch.Tensor [...]"
+        for name in names[1:]:
+            got = refusal(ValueError, function, **{**good, name: double([0.5])}, **options)
+            assert got == f"{name}: got shape [1], takes [2] like {names[0]}"
+            got = refusal(TypeError, function, **{**good, name: 1.0}, **options)
+            assert got == f"{name}: got float, takes a floating torch.Tensor [...]"
+        tokens = dict.fromkeys(names, torch.ones(2, 3))
+        assert function(**tokens, **options).shape == (2, 3)
 
 
 @pytest.mark.parametrize("clip_eps", [0.0, -0.2, NAN, INF])

@@ -152,6 +152,37 @@ def test_straight_through_is_a_draw_with_the_gradient_of_the_probabilities(gener
     exact(slope[0], probs * (weights - (probs * weights).sum()))
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 3)])
+def test_any_number_of_leading_dimensions(shape):
+    logits, one_hot = LOGITS.expand(shape), double([0.0, 1.0, 0.0]).expand(shape)
+    for sample in (
+        straight_through(logits, generator=seeded()),
+        straight_through_gumbel_softmax(logits, temperature=1.0, generator=seeded()),
+        harden(sample_conditional_logits(logits, one_hot, generator=seeded())),
+    ):
+        assert sample.shape == shape
+        assert (sample.sum(-1) == 1).all()
+    soft = gumbel_softmax(logits, temperature=1.0, generator=seeded())
+    exact(soft.sum(-1), torch.ones(shape[:-1]).double())
+    again = logits.clone().requires_grad_()
+    weights = double([1.0, -2.0, 0.5])
+    (slope,) = torch.autograd.grad(
+        (straight_through(again, generator=seeded()) * weights).sum(), again
+    )
+    probs = LOGITS.softmax(-1)
+    exact(slope, (probs * (weights - (probs * weights).sum())).expand(shape))
+
+
+def test_the_argmax_given_a_sample_has_its_law_in_every_row():
+    """Rows with different logits keep their own probabilities: the losers' are log-sums."""
+    logits = double([[0.3, -0.2, 1.0], [2.0, 0.0, -1.0]]).expand(N_DRAWS // 2, 2, 3)
+    heads = double([1.0, 0.0, 0.0]).expand_as(logits)
+    found = sample_conditional_logits(logits, heads, generator=seeded())
+    # Of p and its competitor, each with Gumbel noise: E[e^-z] of the loser is 1/p_k + 1.
+    log_p = logits.log_softmax(-1)
+    within_five_errors((-found).exp()[..., 1], (-log_p).exp()[0, :, 1] + 1)
+
+
 def test_hard_gumbel_softmax_has_the_soft_ones_gradient():
     weights = double([1.0, -2.0, 0.5])
     logits = double([[0.3, -0.2, 1.0], [0.0, 2.0, -1.0]]).requires_grad_()

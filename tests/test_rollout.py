@@ -7,8 +7,24 @@ import torch
 from torch.testing import assert_close
 
 from dpo_mini.logps import PAD
-from dpo_mini.policies import TabularPolicy, TinyTransformer
-from dpo_mini.rollout import enumerate_logps, sample, shared_prefix_token_logps
+from dpo_mini.policies import (
+    RewardModel,
+    ScalarTransformer,
+    SeparateNetworks,
+    SharedTrunk,
+    TabularPolicy,
+    TinyTransformer,
+)
+from dpo_mini.policy_gradient import entropy
+from dpo_mini.rollout import (
+    enumerate_logps,
+    enumerate_rewards,
+    prefix_tree,
+    read_actor_critic,
+    sample,
+    shared_prefix_rewards,
+    shared_prefix_token_logps,
+)
 from dpo_mini.tasks import Task, enumerate_completions
 
 TREES = [
@@ -272,6 +288,24 @@ def test_sampling_reads_each_distinct_prefix_once(generator):
     assert sum(outputs.numel() for outputs in reads) == n_distinct < (draws != PAD).sum()
 
 
+@pytest.mark.parametrize(("n_prompts", "n_rows"), [(2, 300), (40, 40), (40, 20)])
+@pytest.mark.parametrize("end_token", [None, 3])
+def test_samples_are_those_drawn_token_by_token(n_prompts, n_rows, end_token, generator):
+    """Rows that begin alike, that all differ, and that come to differ: each as if read alone."""
+    policy = transformer(toy(n_prompts, 7, 4, end_token), generator)
+    prompts = torch.randperm(n_prompts, generator=generator).repeat(n_rows)[:n_rows]
+    got = sample(policy, prompts, generator=torch.Generator().manual_seed(9))
+    draws = torch.Generator().manual_seed(9)
+    want, live = torch.full((n_rows, 4), PAD), torch.arange(n_rows)
+    for depth in range(4):
+        read = torch.cat([prompts[live, None], want[live, :depth]], dim=1)
+        probs = policy(read)[:, -1].softmax(-1)
+        want[live, depth] = torch.multinomial(probs, 1, generator=draws).squeeze(1)
+        if end_token is not None:
+            live = live[want[live, depth] != end_token]
+    assert torch.equal(got, want)
+
+
 def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
     task = toy(2, 5, 4, 2)
     policy = transformer(task, generator)
@@ -354,3 +388,145 @@ def test_shared_prefixes_refuse_what_scoring_refuses(prompts, completions, messa
     policy = transformer(toy(2, 5, 3, 0), generator)
     with pytest.raises(ValueError, match=f"^{message}"):
         shared_prefix_token_logps(policy, torch.tensor(prompts), torch.tensor(completions))
+
+
+# --- values and rewards ----------------------------------------------------------------------
+
+
+def reward_model(task, generator):
+    """With large random weights, head included."""
+    model = RewardModel.for_task(task, generator=generator, n_layers=2, n_heads=4, width=16)
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(
+                parameter.shape, dtype=torch.float64, generator=generator
+            )
+    model.centre(torch.tensor([0.7], dtype=torch.float64))
+    return model
+
+
+def head_after_each_token(body, head, prompts, completions):
+    """A plain forward pass whose last layer norm a hook overhears: `[B, S + 1]`."""
+    heard = []
+    hook = body.ln_f.register_forward_hook(lambda _, inputs, hidden: heard.append(hidden))
+    body(torch.cat([prompts[:, None], completions.clamp(min=0)], dim=1))
+    hook.remove()
+    return head(heard[0]).squeeze(-1)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_rewards_are_read_off_the_last_token(tree, generator):
+    task = toy(*tree)
+    model = reward_model(task, generator)
+    prompts, completions = every_row(task)
+    after = head_after_each_token(model.body, model.head, prompts, completions)
+    lengths = (completions != PAD).sum(1)
+    want = after.gather(1, lengths[:, None]).squeeze(1) - 0.7
+    assert len(want) == 1 or want.std() > 0.1
+    assert_close(shared_prefix_rewards(model, prompts, completions), want, atol=1e-10, rtol=0)
+    for n_parents in (1, 3, 64):
+        table = enumerate_rewards(model, task, n_parents=n_parents)
+        assert not table.requires_grad
+        assert_close(table, want.detach().view_as(task.rewards), atol=1e-10, rtol=0)
+    weights = torch.randn(len(want), dtype=torch.float64, generator=generator)
+    got = gradient(model, (weights * shared_prefix_rewards(model, prompts, completions)).sum())
+    assert_close(got, gradient(model, (weights * want).sum()), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_tree_holds_each_distinct_prefix_once(tree, generator):
+    task = toy(*tree)
+    prompts = task.prompts.repeat(40)[torch.randperm(40 * len(task.prompts), generator=generator)]
+    completions = sample(transformer(task, generator), prompts, generator=generator)
+    tree = prefix_tree(prompts, completions, task.vocab_size)
+    words = []
+    for node, depth in enumerate(tree.depths.tolist()):
+        lineage = tree.lineage[node, : depth + 1]
+        assert lineage[-1] == node
+        assert tree.depths[lineage].tolist() == list(range(depth + 1))
+        words.append(tuple(tree.tokens[lineage].tolist()))  # the prefix spelt out
+    assert len(set(words)) == len(words)
+    used = set()
+    for row, tokens in enumerate(completions.tolist()):
+        for n_read in range(len([token for token in tokens if token != PAD]) + 1):
+            node = tree.nodes[row, n_read].item()
+            assert words[node] == (prompts[row].item(), *tokens[:n_read])
+            used.add(node)
+    assert used == set(range(len(words)))
+
+
+@pytest.mark.parametrize("make", ["shared", "separate"])
+@pytest.mark.parametrize("tree", TREES)
+def test_actor_and_critic_are_read_together(tree, make, generator):
+    task = toy(*tree)
+    policy = transformer(task, generator)
+    if make == "shared":
+        both = SharedTrunk(policy)
+        body, head = policy, both.value_head
+    else:
+        critic = ScalarTransformer(transformer(task, generator, width=8))
+        both = SeparateNetworks(policy, critic)
+        body, head = critic.body, critic.head
+    with torch.no_grad():
+        head.weight += torch.randn(head.weight.shape, dtype=torch.float64, generator=generator)
+        head.bias += 0.4
+    prompts, completions = every_row(task)
+    mask = completions != PAD
+    values = head_after_each_token(body, head, prompts, completions[:, :-1]) * mask
+    tokens = torch.cat([prompts[:, None], completions[:, :-1].clamp(min=0)], dim=1)
+    want = (policy.token_logps(prompts, completions), values, entropy(policy(tokens)) * mask)
+    got = read_actor_critic(both, prompts, completions)
+    weights = torch.randn(3, *mask.shape, dtype=torch.float64, generator=generator)
+    for mine, theirs in zip(got, want, strict=True):
+        assert_close(mine, theirs, atol=1e-10, rtol=0)
+    scalars = [
+        sum((w * read).sum() for w, read in zip(weights, three, strict=True))
+        for three in (got, want)
+    ]
+    assert_close(gradient(both, scalars[0]), gradient(both, scalars[1]), atol=1e-9, rtol=1e-9)
+
+
+def test_actor_and_critic_read_each_distinct_prefix_once(generator):
+    task = toy(2, 5, 4, 0)
+    policy = transformer(task, generator)
+    prompts = torch.tensor([0, 1]).repeat(50)
+    completions = sample(policy, prompts, generator=generator)
+    reads = count_reads(policy)
+    read_actor_critic(SharedTrunk(policy), prompts, completions)
+    assert sum(read.numel() for read in reads) == len(distinct_prefixes(prompts, completions))
+
+
+def test_columns_after_the_longest_completion_are_zero(generator):
+    task = toy(2, 5, 4, 0)
+    policy = transformer(task, generator)
+    prompts, completions = torch.tensor([0, 1]), torch.tensor([[0, -1, -1, -1], [3, 0, -1, -1]])
+    for table in read_actor_critic(SharedTrunk(policy), prompts, completions):
+        assert table.shape == (2, 4)
+        assert not table[:, 2:].any()
+        assert not table[0, 1:].any()
+
+
+def test_rewards_refuse_what_is_no_completion(generator):
+    task = toy(2, 5, 3, 0)
+    model = reward_model(task, generator)
+    prompts = torch.tensor([0, 1])
+    for completions, want in (
+        ([[1, 0], [PAD, PAD]], "completions: got an empty completion in row 1, takes >= 1 token"),
+        ([[1, 0, 1], [1, 1, 1]], "completions: got a token after the end token 0 in row 0, "),
+        ([[5], [1]], "completions: got token 5, takes 0..4"),
+        ([[1] * 4, [1] * 4], "completions: got 4 tokens, takes at most 3"),
+        ([[1]], "completions: got 1 rows, takes 2 like prompts"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            shared_prefix_rewards(model, prompts, torch.tensor(completions))
+        assert str(caught.value).startswith(want)
+    for sizes, want in (
+        ((2, 6, 3, 0), "model: got vocab_size = 5, takes 6 like the task"),
+        ((2, 5, 2, 0), "model: got max_tokens = 3, takes 2 like the task"),
+        ((2, 5, 3, 1), "model: got end_token = 0, takes 1 like the task"),
+        ((3, 5, 3, 0), "model: got n_prompts = 2, takes 3"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            enumerate_rewards(model, toy(*sizes))
+        assert str(caught.value) == want

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
-from dpo_mini.closed_form import kl, objective, optimal_logps, total_variation
+from dpo_mini.closed_form import expected_reward, kl, objective, optimal_logps, total_variation
 from dpo_mini.logps import mean_over_tokens
 from dpo_mini.losses import (
     cdpo_loss,
@@ -19,9 +20,39 @@ from dpo_mini.losses import (
     ipo_mean_loss,
     rdpo_loss,
 )
-from dpo_mini.policies import TabularPolicy, TinyTransformer
+from dpo_mini.policies import (
+    RewardModel,
+    SeparateNetworks,
+    SharedTrunk,
+    TabularPolicy,
+    TinyTransformer,
+)
+from dpo_mini.policy_gradient import (
+    AdaptiveKLController,
+    clipped_surrogate_loss,
+    clipped_value_loss,
+    gae,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    mean_advantages,
+    unclipped_surrogate_loss,
+)
+from dpo_mini.rollout import enumerate_logps, enumerate_rewards
 from dpo_mini.tasks import Task, four_answers, random_bandit, three_answers
-from dpo_mini.train import fit_preferences, fit_sft, fit_table, population_loss
+from dpo_mini.train import (
+    as_they_are,
+    fit_online_preferences,
+    fit_ppo,
+    fit_preferences,
+    fit_reinforce,
+    fit_reward_model,
+    fit_sft,
+    fit_table,
+    no_penalty,
+    population_loss,
+    token_rewards,
+)
 
 PAIRED = {
     "dpo": partial(dpo_loss, beta=0.5),
@@ -294,6 +325,279 @@ def test_the_loss_sees_sums_or_means_over_tokens(sentences, loss, options):
     torch.testing.assert_close(changes[0] - changes[1], torch.ones(4).double(), atol=0.3, rtol=0)
 
 
+# --- reward model ----------------------------------------------------------------------------
+
+
+def test_a_reward_model_reaches_the_maximum_of_the_likelihood(generator):
+    task = three_answers()
+    pairs = task.sample_pairs(task.ref_logps, 400, generator=generator)
+    shape = {"n_layers": 1, "n_heads": 1, "width": 8}
+    model = RewardModel.for_task(task, generator=generator, **shape).double()
+    history = fit_reward_model(
+        model, pairs, **settings(steps=250, batch_size=400, learning_rate=0.03)
+    )
+    wins = torch.zeros(3, 3, dtype=torch.float64)
+    ones = torch.ones(400, dtype=torch.float64)
+    wins.index_put_((pairs[1][:, 0], pairs[2][:, 0]), ones, accumulate=True)
+    fitted = enumerate_rewards(model, task)[0]
+    gaps = fitted[:, None] - fitted
+    # Where the likelihood is greatest, each answer wins as often as the model expects.
+    expected = ((wins + wins.T) * gaps.sigmoid()).sum(1)
+    assert (wins.sum(1) - expected).abs().max() < 0.05
+    assert history.keys() == {"loss", "accuracy"}
+    assert history["loss"][0] == pytest.approx(math.log(2))
+    nats = -(wins * torch.nn.functional.logsigmoid(gaps)).sum() / 400
+    assert history["loss"][-1] == pytest.approx(nats.item(), abs=1e-4)
+    assert history["accuracy"][-1] == pytest.approx((wins * (gaps > 0)).sum().item() / 400)
+
+
+# --- on-policy loops -------------------------------------------------------------------------
+
+
+def true_score(task):
+    return lambda prompts, completions: task.rewards[prompts, task.index(completions)]
+
+
+def actor_critic(task):
+    """A bandit's: the reference's logits, and a table of values that starts at 0."""
+    values = torch.zeros(len(task.prompts), 1, dtype=torch.float64)
+    return SeparateNetworks(TabularPolicy(task.ref_logps), TabularPolicy(values))
+
+
+def ppo(task, both=None, score=None, **changes):
+    both = both or actor_critic(task)
+    options = settings(steps=120, batch_size=256, learning_rate=0.05, beta=0.5, value_weight=1.0)
+    history = fit_ppo(
+        both,
+        TabularPolicy(task.ref_logps),
+        task.prompts,
+        score or true_score(task),
+        **{**options, **changes},
+    )
+    return both.policy.logits.detach().log_softmax(-1), history
+
+
+@pytest.mark.parametrize("task", BANDITS.values(), ids=BANDITS)
+def test_ppo_reaches_the_optimum_and_its_value_the_objective(task):
+    both = actor_critic(task)
+    logps, history = ppo(task, both)
+    best = optimal_logps(task.ref_logps, task.rewards, 0.5)
+    assert kl(task.ref_logps, best).mean() > 0.15
+    assert kl(logps, best).max() < 0.01
+    values = both.critic.logits.detach().squeeze(1)
+    assert_close(values, objective(best, task.ref_logps, task.rewards, 0.5), atol=0.1, rtol=0)
+    assert set(map(len, history.values())) == {120}
+    tail = {name: sum(values[-40:]) / 40 for name, values in history.items()}
+    want = {
+        "reward": expected_reward(best, task.rewards),
+        "kl": kl(best, task.ref_logps),
+        "entropy": -(best.exp() * best).sum(1),
+    }
+    for name, exact in want.items():
+        assert tail[name] == pytest.approx(exact.mean().item(), abs=0.05), name
+    assert tail["objective"] == pytest.approx(tail["reward"] - 0.5 * tail["kl"])
+    assert set(history["beta"]) == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "reaches"),
+    [
+        ({"reward_penalty": no_penalty, "loss_penalty": kl_k2}, True),
+        ({"reward_penalty": no_penalty, "loss_penalty": kl_k1}, False),  # no gradient in the mean
+        ({"reward_penalty": no_penalty, "loss_penalty": kl_k3}, False),  # the forward KL's gradient
+        ({"reward_penalty": kl_k2}, False),
+        ({"reward_penalty": kl_k3}, False),
+        ({"reward_penalty": no_penalty}, False),
+        ({"surrogate": unclipped_surrogate_loss, "n_epochs": 1}, True),
+        ({"value_error": partial(clipped_value_loss, clip_eps=0.5)}, True),
+        ({"n_minibatches": 4}, True),
+        ({"lam": 0.0, "discount": 0.5}, True),  # with one token they do not matter
+        ({"entropy_weight": 0.5}, False),
+    ],
+    ids=[
+        "k2 loss",
+        "k1 loss",
+        "k3 loss",
+        "k2 reward",
+        "k3 reward",
+        "no KL",
+        "unclipped",
+        "clipped value",
+        "minibatches",
+        "lam and discount",
+        "entropy",
+    ],
+)
+def test_which_variants_of_ppo_share_its_optimum(options, reaches):
+    task = four_answers()
+    logps, _ = ppo(task, normalise=as_they_are, **options)
+    best = optimal_logps(task.ref_logps, task.rewards, 0.5)
+    assert (kl(logps, best) < 0.01) == reaches
+    assert reaches or kl(logps, best) > 0.02
+
+
+def test_an_entropy_bonus_moves_the_optimum_by_its_weight():
+    task = four_answers()
+    logps, _ = ppo(task, normalise=as_they_are, entropy_weight=0.5, steps=200)
+    # E[r] - .5 KL + .5 H is greatest at the softmax of (r + .5 log pi_ref) / (.5 + .5).
+    want = (task.rewards + 0.5 * task.ref_logps).log_softmax(-1)
+    assert kl(logps, want) < 0.01
+
+
+def text_task(generator):
+    """Two prompts, at most 3 of 3 words, 15 completions each, random rewards."""
+    rewards = torch.randn(2, 15, dtype=torch.float64, generator=generator)
+    task = Task(("x", "y"), ("<end>", "a", "b"), 3, 0, rewards)
+    shape = {"n_layers": 1, "n_heads": 2, "width": 8}
+    return task, TinyTransformer.for_task(task, generator=generator, **shape).double()
+
+
+def test_ppo_on_text_reaches_the_optimum(generator):
+    task, reference = text_task(generator)
+    policy = copy.deepcopy(reference)
+    fit_ppo(
+        SharedTrunk(policy),
+        reference,
+        task.prompts,
+        true_score(task),
+        beta=0.7,
+        **settings(steps=120, batch_size=256, learning_rate=0.02),
+    )
+    with torch.no_grad():
+        ref_logps, logps = (enumerate_logps(model, task) for model in (reference, policy))
+    best = optimal_logps(ref_logps, task.rewards, 0.7)
+    assert kl(ref_logps, best).mean() > 0.4
+    assert kl(logps, best).mean() < 0.05
+
+
+@pytest.mark.parametrize("advantages", [None, mean_advantages])
+def test_reinforce_reaches_the_optimum(advantages):
+    task = four_answers()
+    fitted = TabularPolicy(task.ref_logps)
+    history = fit_reinforce(
+        fitted,
+        TabularPolicy(task.ref_logps),
+        task.prompts,
+        true_score(task),
+        beta=0.5,
+        n_samples=4,
+        **settings(steps=250, batch_size=64, learning_rate=0.05),
+        **({"advantages": advantages} if advantages else {}),
+    )
+    best = optimal_logps(task.ref_logps, task.rewards, 0.5)
+    assert kl(fitted.logits.detach().log_softmax(-1), best).max() < 0.01
+    assert {name: len(values) for name, values in history.items()} == {
+        "reward": 250,
+        "kl": 250,
+        "objective": 250,
+    }
+    tail = sum(history["objective"][-50:]) / 50
+    best_value = objective(best, task.ref_logps, task.rewards, 0.5).item()
+    assert tail == pytest.approx(best_value, abs=0.05)
+
+
+def test_on_policy_preferences_reach_the_optimum():
+    task = four_answers()
+    fitted = TabularPolicy(task.ref_logps)
+    history = fit_online_preferences(
+        fitted,
+        TabularPolicy(task.ref_logps),
+        task.prompts,
+        true_score(task),
+        DPO,
+        **settings(steps=400, batch_size=256, learning_rate=0.05),
+    )
+    best = optimal_logps(task.ref_logps, task.rewards, 0.5)
+    assert kl(fitted.logits.detach().log_softmax(-1), best).max() < 0.02
+    assert history.keys() == {"loss", "margin", "accuracy", "reward", "kl"}
+    assert history["loss"][0] == pytest.approx(math.log(2))
+    assert history["kl"][0] == 0
+    assert sum(history["margin"][-50:]) > 0
+
+
+def test_the_mean_of_k1_is_plus_the_kl_from_the_policy():
+    task = four_answers()
+    uniform = torch.zeros(1, 4, dtype=torch.float64)
+    n = 20_000
+    exact = kl(uniform.log_softmax(-1), task.ref_logps).item()
+    logratios = uniform.log_softmax(-1) - task.ref_logps
+    error = logratios.std(correction=0).item() / n**0.5
+    both = SeparateNetworks(TabularPolicy(uniform), TabularPolicy(uniform[:, :1]))
+    _, history = ppo(task, both, steps=1, batch_size=n)
+    assert exact > 20 * error
+    assert history["kl"] == [pytest.approx(exact, abs=5 * error)]
+    again = fit_reinforce(
+        TabularPolicy(uniform),
+        TabularPolicy(task.ref_logps),
+        task.prompts,
+        true_score(task),
+        beta=0.5,
+        n_samples=n,
+        **settings(steps=1, batch_size=1),
+    )
+    assert again["kl"] == [pytest.approx(exact, abs=5 * error)]
+
+
+def test_beta_follows_its_controller():
+    task = four_answers()
+    best = optimal_logps(task.ref_logps, task.rewards, 0.5)
+    target = kl(best, task.ref_logps).item()
+    controller = AdaptiveKLController(beta=2.0, target=target, horizon=2560)
+    logps, history = ppo(task, beta=controller, steps=250)
+    assert history["beta"][0] == 2.0
+    assert history["beta"][1] == pytest.approx(2.0 * (1 - 0.2 / 10))  # far below the target
+    # E[r] - beta KL at a given KL: beta = .5 again
+    assert kl(logps, task.ref_logps).item() == pytest.approx(target, abs=0.05)
+    assert controller.beta == pytest.approx(0.5, abs=0.1)
+
+
+def test_prompts_take_turns_and_scores_see_what_was_drawn():
+    task = random_bandit(3, 5, generator=seeded(7))
+    asked = []
+
+    def score(prompts, completions):
+        asked.append(prompts.tolist())
+        assert not torch.is_grad_enabled()
+        return true_score(task)(prompts, completions)
+
+    ppo(task, score=score, steps=3, batch_size=7)
+    assert [sorted(rows.count(x) for x in range(3)) for rows in asked] == [[2, 2, 3]] * 3
+    asked.clear()
+    fit_reinforce(
+        TabularPolicy(task.ref_logps), TabularPolicy(task.ref_logps), task.prompts, score,
+        beta=1.0, n_samples=2, **settings(steps=1, batch_size=3),
+    )  # fmt: skip
+    assert asked[0][0::2] == asked[0][1::2]
+    assert sorted(asked[0]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_on_policy_loops_depend_on_their_generator_only():
+    task = four_answers()
+    runs = []
+    for seed, global_seed in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(global_seed)
+        logps, history = ppo(task, steps=5, generator=seeded(seed))
+        runs.append((logps, history))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert not torch.equal(runs[0][0], runs[2][0])
+    seen = []
+    ppo(task, steps=4, progress=lambda steps: (seen.append(step) or step for step in steps))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_token_rewards_by_hand():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    penalties = torch.tensor([[0.5, 0.25, 9.0], [1.0, 2.0, 4.0], [0.0, math.nan, 7.0]])
+    got = token_rewards(torch.tensor([1.0, 10.0, -2.0]), penalties, mask)
+    # ended after two tokens; never ended; ended at once
+    want = torch.tensor([[-0.5, 0.75, 0.0], [-1.0, -2.0, 6.0], [-2.0, 0.0, 0.0]])
+    assert_close(got, want, atol=0, rtol=0)
+    # With no value function, lambda = 1 gives each token all that is still to come.
+    to_come, _ = gae(got, torch.zeros(3, 3), mask, discount=1.0, lam=1.0)
+    assert_close(to_come[:, 0], torch.tensor([0.25, 3.0, -2.0]), atol=0, rtol=0)
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 TASK = three_answers()
@@ -314,6 +618,32 @@ def preferences(pairs=PAIRS, loss=DPO, **changes):
     return fit_preferences(policy(), policy(), pairs, loss, **settings(**changes))
 
 
+def rewards(pairs=PAIRS, **changes):
+    model = RewardModel.for_task(TASK, generator=seeded(), n_layers=1, n_heads=1, width=4)
+    return fit_reward_model(model, pairs, **settings(**changes))
+
+
+def on_policy(fit, *rest):
+    """A call of one of the loops that sample, each on a policy of its own unless told."""
+
+    def call(both=None, reference=None, prompts=TASK.prompts, score=None, **changes):
+        both = both or (actor_critic(TASK) if fit is fit_ppo else policy())
+        weights = {} if fit is fit_online_preferences else {"beta": 0.5}
+        if fit is fit_reinforce:
+            weights["n_samples"] = 2
+        options = {**settings(**weights), **changes}
+        return fit(
+            both, reference or policy(), prompts, score or true_score(TASK), *rest, **options
+        )
+
+    return call
+
+
+run_ppo, run_reinforce = on_policy(fit_ppo), on_policy(fit_reinforce)
+run_online = on_policy(fit_online_preferences, DPO)
+ON_POLICY = [run_ppo, run_reinforce, run_online]
+
+
 SETTINGS_REFUSED = [
     ({"steps": 0}, "steps: got 0, takes a whole number >= 1"),
     ({"steps": 2.0}, "steps: got float, takes a whole number >= 1"),
@@ -327,7 +657,7 @@ SETTINGS_REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "want"), SETTINGS_REFUSED)
-@pytest.mark.parametrize("fit", [sft, preferences])
+@pytest.mark.parametrize("fit", [sft, preferences, rewards, *ON_POLICY])
 def test_bad_settings_are_refused_before_anything_runs(fit, changes, want):
     with pytest.raises((TypeError, ValueError)) as caught:
         fit(**changes)
@@ -409,6 +739,96 @@ def test_bad_input_is_refused(call, want):
     with pytest.raises((TypeError, ValueError)) as caught:
         call()
     assert str(caught.value) == want
+
+
+@pytest.mark.parametrize(
+    ("score", "want"),
+    [
+        (lambda x, y: torch.full((len(y),), math.nan), "score: got nan, takes finite values"),
+        (lambda x, y: torch.full((len(y),), math.inf), "score: got inf, takes finite values"),
+        (lambda x, y: torch.zeros(len(y) - 1), "score: got {less} rewards, takes {n}, one a row"),
+        (lambda x, y: torch.zeros(y.shape), "score: got shape [{n}, 1], takes a non-empty [B]"),
+        (lambda x, y: x, "score: got dtype torch.int64, takes a floating dtype"),
+        (lambda x, y: [0.0] * len(y), "score: got list, takes a floating torch.Tensor [B]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("call", ON_POLICY, ids=["ppo", "reinforce", "online"])
+def test_a_score_that_is_no_score_is_refused(call, score, want):
+    n = 4 if call is run_ppo else 8  # of 4 prompts
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(score=score)
+    assert str(caught.value) == want.format(n=n, less=n - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"beta": 0.0}, "beta: got 0.0, takes a finite number > 0"),
+        ({"beta": "adaptive"}, "beta: got str, takes a number"),
+        ({"lam": 1.1}, "lam: got 1.1, takes a number in [0, 1]"),
+        ({"lam": -0.1}, "lam: got -0.1, takes a number in [0, 1]"),
+        ({"discount": 2.0}, "discount: got 2.0, takes a number in [0, 1]"),
+        ({"n_epochs": 0}, "n_epochs: got 0, takes a whole number >= 1"),
+        ({"n_minibatches": 0}, "n_minibatches: got 0, takes a whole number >= 1"),
+        ({"n_minibatches": 5}, "n_minibatches: got 5, takes at most batch_size = 4"),
+        ({"value_weight": -1.0}, "value_weight: got -1.0, takes a number in [0.0, inf)"),
+        ({"entropy_weight": math.inf}, "entropy_weight: got inf, takes a number in [0.0, inf)"),
+        (
+            {"surrogate": partial(clipped_surrogate_loss, clip_eps=-0.2)},
+            "clip_eps: got -0.2, takes a finite number > 0",
+        ),
+        (
+            {"value_error": partial(clipped_value_loss, clip_eps=0.0)},
+            "clip_eps: got 0.0, takes a finite number > 0",
+        ),
+        ({"normalise": lambda a, mask: a / 0}, "advantages: got nan, takes finite values"),
+        ({"prompts": TASK.prompts[:0]}, "prompts: got shape [0], takes a non-empty [n]"),
+        ({"prompts": TASK.prompts + 1}, "prompts: got 1, takes values in 0..0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_settings_of_ppo_are_refused(changes, want):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        run_ppo(**changes)
+    assert str(caught.value) == want
+
+
+def test_bad_settings_of_reinforce_are_refused():
+    for changes, want in (
+        ({"beta": -1.0}, "beta: got -1.0, takes a finite number > 0"),
+        ({"n_samples": 0}, "n_samples: got 0, takes a whole number >= 1"),
+        ({"n_samples": 1}, "rewards: got 1 sample a row, takes >= 2"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            run_reinforce(**changes)
+        assert str(caught.value) == want
+
+
+@pytest.mark.parametrize("call", ON_POLICY, ids=["ppo", "reinforce", "online"])
+def test_on_policy_loops_refuse_a_reference_that_would_move(call):
+    for view in (False, True):
+        both = actor_critic(TASK) if call is run_ppo else policy()
+        live = both.policy if call is run_ppo else both
+        reference = live
+        if view:
+            reference = policy()
+            reference.logits = nn.Parameter(live.logits.data.view(1, 3))
+        with pytest.raises(ValueError, match="reference: got weights that it shares with the pol"):
+            call(both, reference)
+
+
+def test_token_rewards_refuse():
+    two, mask = torch.zeros(2), torch.ones(2, 3).bool()
+    for arguments, want in (
+        ((torch.zeros(3), torch.zeros(2, 3), mask), "penalties: got 2 rows, takes 3 like scores"),
+        ((two, torch.zeros(2, 2), mask), "completion_mask: got shape [2, 3], takes [2, 2]"),
+        ((two / 0, torch.zeros(2, 3), mask), "scores: got nan, takes finite values"),
+        ((two, torch.zeros(2), mask), "penalties: got shape [2], takes a non-empty [B, T]"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            token_rewards(*arguments)
+        assert str(caught.value) == want
 
 
 def test_a_reference_that_would_move_with_the_policy_is_refused():

@@ -1,0 +1,135 @@
+"""Plausible wrong answers to the exercises of chapter 08, and words of the sentence each gets."""
+
+import torch
+
+
+def backwards(td_errors, decay):
+    result, later = torch.zeros_like(td_errors), 0.0
+    for t in range(len(td_errors) - 1, -1, -1):
+        later = td_errors[t] + decay * later
+        result[t] = later
+    return result
+
+
+def next_values(values, last=0.0):
+    return torch.cat([values[1:], torch.as_tensor([float(last)], dtype=values.dtype)])
+
+
+def td_errors_only(rewards, values, discount, lam):
+    return rewards + discount * next_values(values) - values
+
+
+def no_bootstrap(rewards, values, discount, lam):
+    return backwards(rewards - values, discount * lam)
+
+
+def decay_of_lambda(rewards, values, discount, lam):
+    return backwards(rewards + discount * next_values(values) - values, lam)
+
+
+def looking_back(rewards, values, discount, lam):
+    td_errors = rewards + discount * next_values(values) - values
+    return backwards(td_errors.flip(0), discount * lam).flip(0)
+
+
+def targets_of_the_value(rewards, values, discount, lam):
+    td_errors = rewards + discount * next_values(values) - values
+    return values + backwards(td_errors, discount * lam)
+
+
+def a_value_after_the_end(rewards, values, discount, lam):
+    td_errors = rewards + discount * next_values(values, values[-1]) - values
+    return backwards(td_errors, discount * lam)
+
+
+def clip_without_minimum(logps, old_logps, advantages, clip_eps):
+    ratios = (logps.exp() / old_logps.exp()).clip(1 - clip_eps, 1 + clip_eps)
+    return -(advantages * ratios)
+
+
+def minimum_of_losses(logps, old_logps, advantages, clip_eps):
+    ratios = logps.exp() / old_logps.exp()
+    losses = [-r * advantages for r in (ratios, ratios.clip(1 - clip_eps, 1 + clip_eps))]
+    return torch.stack(losses).amin(0)
+
+
+def objective_for_loss(logps, old_logps, advantages, clip_eps):
+    ratios = logps.exp() / old_logps.exp()
+    clipped = ratios.clip(1 - clip_eps, 1 + clip_eps)
+    return torch.stack([ratios * advantages, clipped * advantages]).amin(0)
+
+
+def old_over_new(logps, old_logps, advantages, clip_eps):
+    ratios = (old_logps - logps).exp()
+    clipped = ratios.clip(1 - clip_eps, 1 + clip_eps)
+    return torch.stack([-ratios * advantages, -clipped * advantages]).amax(0)
+
+
+def no_clip(logps, old_logps, advantages, clip_eps):
+    return -advantages * logps.exp() / old_logps.exp()
+
+
+def clip_of_logs(logps, old_logps, advantages, clip_eps):
+    change = logps - old_logps
+    clipped = change.clip(-clip_eps, clip_eps).exp()
+    return torch.stack([-change.exp() * advantages, -clipped * advantages]).amax(0)
+
+
+def score_at_the_end_of_the_row(scores, logps, ref_logps, mask, beta):
+    rewards = beta * mask * (ref_logps - logps)
+    rewards[:, -1] += scores
+    return rewards
+
+
+def score_everywhere(scores, logps, ref_logps, mask, beta):
+    return mask * scores.unsqueeze(1) + beta * mask * (ref_logps - logps)
+
+
+def at_the_last_token(scores, mask):
+    placed = torch.zeros(mask.shape, dtype=scores.dtype)
+    placed[torch.arange(len(scores)), mask.sum(1) - 1] = scores
+    return placed
+
+
+def paid_for_leaving(scores, logps, ref_logps, mask, beta):
+    return at_the_last_token(scores, mask) + beta * mask * (logps - ref_logps)
+
+
+def padding_pays(scores, logps, ref_logps, mask, beta):
+    return at_the_last_token(scores, mask) - beta * (logps - ref_logps)
+
+
+def nats_for_reward(scores, logps, ref_logps, mask, beta):
+    return at_the_last_token(scores, mask) - mask * (logps - ref_logps)
+
+
+def score_alone(scores, logps, ref_logps, mask, beta):
+    return at_the_last_token(scores, mask)
+
+
+MISTAKES = {
+    "8.1": {
+        "TD error alone": td_errors_only,
+        "value of the next prefix": no_bootstrap,
+        "lambda alone": decay_of_lambda,
+        "over the past": looking_back,
+        "targets of the value function": targets_of_the_value,
+        "past the last token": a_value_after_the_end,
+    },
+    "8.2": {
+        "minimum is missing": clip_without_minimum,
+        "pessimistic": minimum_of_losses,
+        "other sign": objective_for_loss,
+        "upside down": old_over_new,
+        "Nothing is clipped": no_clip,
+        "logarithm of the ratio": clip_of_logs,
+    },
+    "8.3": {
+        "last column": score_at_the_end_of_the_row,
+        "on every token": score_everywhere,
+        "wrong sign": paid_for_leaving,
+        "on padding too": padding_pays,
+        "Beta is missing": nats_for_reward,
+        "KL term is missing": score_alone,
+    },
+}
