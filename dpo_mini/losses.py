@@ -3,14 +3,28 @@ r"""Preference losses: log-probabilities of a batch in, one loss a row out.
 Every loss is pure and leaves the reduction to its caller. In the formulas $d = a - b$ with
 $a = \log\frac{\pi_\theta(y_w|x)}{\pi_{ref}(y_w|x)}$ and
 $b = \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}$, where y_w is the chosen and y_l the rejected
-completion of one prompt x.
+completion of one prompt x. A loss whose arguments are `..._mean_logps` takes the log-probability of
+a completion divided by its number of tokens.
+
+On log-ratios of ten thousand nats no loss and no gradient is NaN or infinite. Where a formula is
+an exponential (`discopop_loss`, `f_dpo_loss` with forward KL or alpha) its docstring says how.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_mini.arguments import check_between, check_finite, check_floats, check_positive
+from dpo_mini.arguments import (
+    as_bool_mask,
+    check_between,
+    check_finite,
+    check_floats,
+    check_positive,
+)
+
+# --- functions of the difference d -----------------------------------------------------------
 
 
 def dpo_loss(
@@ -36,7 +50,8 @@ def dpo_loss(
     Source: Rafailov et al. 2023, Eq. 7, arXiv:2305.18290.
     """
     check_positive("beta", beta)
-    d = _logratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    d = a - b
     # -log(sigmoid(beta * d)) overflows for beta * d < -100; logsigmoid does not.
     return -logsigmoid(beta * d)
 
@@ -63,7 +78,8 @@ def cdpo_loss(
     """
     check_positive("beta", beta)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
-    d = _logratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    d = a - b
     return -(1 - label_smoothing) * logsigmoid(beta * d) - label_smoothing * logsigmoid(-beta * d)
 
 
@@ -91,7 +107,8 @@ def rdpo_loss(
     """
     check_positive("beta", beta)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
-    d = _logratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    d = a - b
     kept = -(1 - label_smoothing) * logsigmoid(beta * d)
     return (kept + label_smoothing * logsigmoid(-beta * d)) / (1 - 2 * label_smoothing)
 
@@ -116,7 +133,8 @@ def ipo_loss(
     Source: Azar et al. 2023, Eq. 17, arXiv:2310.12036.
     """
     check_positive("beta", beta)
-    d = _logratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    d = a - b
     return (d - 1 / (2 * beta)) ** 2
 
 
@@ -144,17 +162,10 @@ def ipo_mean_loss(
     Source: `DPOTrainer` of Hugging Face TRL with `loss_type="ipo"`; compare arXiv:2310.12036.
     """
     check_positive("beta", beta)
-    means = {
-        "chosen_mean_logps": chosen_mean_logps,
-        "rejected_mean_logps": rejected_mean_logps,
-        "ref_chosen_mean_logps": ref_chosen_mean_logps,
-        "ref_rejected_mean_logps": ref_rejected_mean_logps,
-    }
-    check_floats("[B]", **means)
-    check_finite(**means)
-    chosen_logratios = chosen_mean_logps - ref_chosen_mean_logps
-    rejected_logratios = rejected_mean_logps - ref_rejected_mean_logps
-    return (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2
+    a, b = _mean_logratios(
+        chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps
+    )
+    return (a - b - 1 / (2 * beta)) ** 2
 
 
 def hinge_loss(
@@ -176,8 +187,521 @@ def hinge_loss(
     Source: Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657.
     """
     check_positive("beta", beta)
-    d = _logratio_difference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    d = a - b
     return (1 - beta * d).relu()
+
+
+def exo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    r"""EXO: $q[\log q - \log(1-e)] + (1-q)[\log(1-q) - \log e]$ with $q = \sigma(\beta d)$.
+
+    The KL *from* the policy's preference to the label, where cDPO has the KL to it.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
+      label_smoothing: e in (0, 0.5), the probability given to the other answer.
+    Returns:
+      `[B]`, nats per pair; 0 where q = 1 - e.
+    Raises:
+      ValueError: as `dpo_loss`, or `label_smoothing` outside (0, 0.5).
+    Source: Ji et al. 2024, Eq. 16, arXiv:2402.00856.
+    """
+    check_positive("beta", beta)
+    check_positive("label_smoothing", label_smoothing)
+    check_between("label_smoothing", label_smoothing, 0.0, 0.5)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    wins, loses = logsigmoid(beta * (a - b)), logsigmoid(beta * (b - a))  # log q, log(1 - q)
+    kept = wins.exp() * (wins - math.log1p(-label_smoothing))
+    return kept + loses.exp() * (loses - math.log(label_smoothing))
+
+
+def discopop_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    temperature: float = 0.05,
+) -> Tensor:
+    r"""DiscoPOP: $-(1-m)\log\sigma(L) + m e^{-L}$ with $L = \beta d$, $m = \sigma(L/\tau)$.
+
+    A language model found it by search. It is not convex, and as it falls from L = 0 it has a dip
+    and a bump.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
+      temperature: tau > 0. For tau <= 1 the exponential is outweighed by m and the loss is finite
+        everywhere; for tau > 1 it is held at its largest value (and slope) once
+        $-L(1 - 1/\tau)$ is above 0.9 log(largest float): 639 in float64, 79 in float32.
+    Returns:
+      `[B]`, nats per pair.
+    Raises:
+      ValueError: as `dpo_loss`, or `temperature <= 0`.
+    Source: Lu et al. 2024, Eq. 5, arXiv:2406.08414.
+    """
+    check_positive("beta", beta)
+    check_positive("temperature", temperature)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margins = beta * (a - b)
+    # m * exp(-L) is 0 * inf for L < -710; one exponential of log m - L is not.
+    exponential = _held_exp(logsigmoid(margins / temperature) - margins)
+    return exponential - torch.sigmoid(-margins / temperature) * logsigmoid(margins)
+
+
+def f_dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    divergence: str,
+    alpha: float = 0.5,
+) -> Tensor:
+    r"""DPO for another penalty: $-\log\sigma(\beta[f'(e^a) - f'(e^b)])$.
+
+    The optimum of $E[r] - \beta D_f(\pi\Vert\pi_{ref})$ has $r = \beta f'(\pi/\pi_{ref})$ plus
+    a constant of the prompt, which cancels in a pair. With $u = \log(\pi/\pi_{ref})$, $f'$ is
+
+    - `"reverse_kl"`: $u$, which is DPO (its constant 1 cancels);
+    - `"forward_kl"`: $1 - e^{-u}$;
+    - `"js"`: $\log 2 + \log\sigma(u)$, the divergence as the paper scales it;
+    - `"alpha"`: $(e^{(\alpha-1)u} - 1)/(\alpha-1)$: forward KL at alpha = 0, reverse KL at 1.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: as in `dpo_loss`.
+      beta: > 0, weight of the divergence, reward units per nat.
+      divergence: one of the four names.
+      alpha: finite; used by `"alpha"` alone.
+    Returns:
+      `[B]`, nats per pair. Forward KL and alpha are exponentials: where -u, or (alpha - 1) u, is
+      above 0.9 log(largest float) (639 in float64, 79 in float32), both value and slope of the
+      exponential are held at what they are there; the sign of the margin stays right.
+    Raises:
+      ValueError: as `dpo_loss`; an unknown `divergence`; an `alpha` that is not finite.
+    Source: Wang et al. 2023, arXiv:2309.16240.
+    """
+    check_positive("beta", beta)
+    check_finite(alpha=torch.as_tensor(alpha))
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    if divergence == "reverse_kl":
+        margins = a - b
+    elif divergence == "forward_kl":
+        margins = _difference_of_powers(a, b, -1.0)
+    elif divergence == "js":
+        margins = logsigmoid(a) - logsigmoid(b)
+    elif divergence == "alpha":
+        margins = a - b if alpha == 1 else _difference_of_powers(a, b, alpha - 1.0)
+    else:
+        names = "'reverse_kl', 'forward_kl', 'js' or 'alpha'"
+        raise ValueError(f"divergence: got {divergence!r}, takes {names}")
+    return -logsigmoid(beta * margins)
+
+
+# --- functions of a and b, each by itself ----------------------------------------------------
+
+
+def nca_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""NCA of a pair: $-\log\sigma(\beta a) - \frac12\log\sigma(-\beta a)
+    - \frac12\log\sigma(-\beta b)$.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
+    Returns:
+      `[B]`, nats per pair.
+    Raises:
+      ValueError: as `dpo_loss`.
+    Source: Chen et al. 2024, arXiv:2402.05369.
+    """
+    check_positive("beta", beta)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    noise = 0.5 * logsigmoid(-beta * a) + 0.5 * logsigmoid(-beta * b)
+    return -logsigmoid(beta * a) - noise
+
+
+def bco_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""BCO of a pair, without its reward shift: $-\log\sigma(\beta a) - \log\sigma(-\beta b)$.
+
+    Two binary labels, "good" and "bad"; never below the DPO loss of the pair.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
+    Returns:
+      `[B]`, nats per pair.
+    Raises:
+      ValueError: as `dpo_loss`.
+    Source: Jung et al. 2024, arXiv:2404.04656, with a reward shift of 0.
+    """
+    check_positive("beta", beta)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return -logsigmoid(beta * a) - logsigmoid(-beta * b)
+
+
+def sppo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""SPPO with hard labels: $(a - \frac{1}{2\beta})^2 + (b + \frac{1}{2\beta})^2$.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: as in `dpo_loss`.
+      beta: > 0, the inverse of the paper's eta; the targets are +-1 / (2 beta) nats.
+    Returns:
+      `[B]`, nats squared per pair.
+    Raises:
+      ValueError: as `dpo_loss`.
+    Source: Wu et al. 2024, Eq. 4.7, arXiv:2405.00675, with win rates of 1 and 0.
+    """
+    check_positive("beta", beta)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2
+
+
+def apo_zero_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""APO-zero: $1 - \sigma(\beta a) + \sigma(\beta b)$: the chosen answer up, the other down.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
+    Returns:
+      `[B]`, without unit, in 0..2.
+    Raises:
+      ValueError: as `dpo_loss`.
+    Source: D'Oosterlinck et al. 2024, Eq. 7, arXiv:2408.06266.
+    """
+    check_positive("beta", beta)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return torch.sigmoid(-beta * a) + torch.sigmoid(beta * b)
+
+
+def apo_down_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""APO-down: $\sigma(\beta a) + 1 - \sigma(\beta d)$: both down, the rejected answer more.
+
+    Args:
+      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
+    Returns:
+      `[B]`, without unit, in 0..2.
+    Raises:
+      ValueError: as `dpo_loss`.
+    Source: D'Oosterlinck et al. 2024, Eq. 8, arXiv:2408.06266.
+    """
+    check_positive("beta", beta)
+    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return torch.sigmoid(beta * a) + torch.sigmoid(beta * (b - a))
+
+
+# --- means over tokens, and no reference -----------------------------------------------------
+
+
+def dpo_mean_loss(
+    chosen_mean_logps: Tensor,
+    rejected_mean_logps: Tensor,
+    ref_chosen_mean_logps: Tensor,
+    ref_rejected_mean_logps: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""Length-normalised DPO: $-\log\sigma(\beta(a/n_w - b/n_l))$.
+
+    Args:
+      chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps: as in
+        `ipo_mean_loss`.
+      beta: > 0, reward units per nat a token.
+    Returns:
+      `[B]`, nats per pair.
+    Raises:
+      ValueError: as `dpo_loss`.
+    Source: Meng et al. 2024, arXiv:2405.14734; Lambert et al. 2024 (Tulu 3), arXiv:2411.15124.
+    """
+    check_positive("beta", beta)
+    a, b = _mean_logratios(
+        chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps
+    )
+    return -logsigmoid(beta * (a - b))
+
+
+def simpo_loss(
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float, gamma: float
+) -> Tensor:
+    r"""SimPO: $-\log\sigma(\beta(m_w - m_l) - \gamma)$, m the mean log-probability of a token.
+
+    Args:
+      chosen_mean_logps: `[B]`, log pi_theta(y_w|x) divided by its number of tokens, nats a token.
+      rejected_mean_logps: `[B]`, likewise.
+      beta: > 0, reward units per nat a token.
+      gamma: >= 0, the target margin, reward units. Some libraries take gamma / beta instead.
+    Returns:
+      `[B]`, nats per pair.
+    Raises:
+      ValueError: `beta <= 0` or `gamma < 0`; shapes or dtypes differ; a value is not finite.
+    Source: Meng et al. 2024, Eq. 6, arXiv:2405.14734.
+    """
+    check_positive("beta", beta)
+    check_between("gamma", gamma, 0.0, math.inf)
+    means = {"chosen_mean_logps": chosen_mean_logps, "rejected_mean_logps": rejected_mean_logps}
+    check_floats("[B]", **means)
+    check_finite(**means)
+    return -logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
+
+
+def cpo_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, nll_weight: float = 1.0
+) -> Tensor:
+    r"""CPO: $-\log\sigma(\beta[\log\pi(y_w) - \log\pi(y_l)]) - w\log\pi(y_w)$.
+
+    Args:
+      chosen_logps: `[B]`, log pi_theta(y_w|x) summed over completion tokens, nats.
+      rejected_logps: `[B]`, log pi_theta(y_l|x), nats.
+      beta: > 0, reward units per nat.
+      nll_weight: w >= 0 of the likelihood of the chosen answer; the paper has 1, on sums as here,
+        where TRL averages it over tokens.
+    Returns:
+      `[B]`, nats per pair.
+    Raises:
+      ValueError: `beta <= 0` or `nll_weight < 0`; shapes or dtypes differ; a value is not finite.
+    Source: Xu et al. 2024, arXiv:2401.08417.
+    """
+    check_positive("beta", beta)
+    check_between("nll_weight", nll_weight, 0.0, math.inf)
+    check_floats("[B]", chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    check_finite(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    preference = -logsigmoid(beta * (chosen_logps - rejected_logps))
+    return preference - nll_weight * chosen_logps
+
+
+def orpo_loss(
+    chosen_mean_logps: Tensor,
+    rejected_mean_logps: Tensor,
+    *,
+    beta: float,
+    nll_weight: float = 1.0,
+) -> Tensor:
+    r"""ORPO: $-\beta\log\sigma(\log\frac{o_w}{o_l}) - w\,m_w$ with the odds
+    $o = e^m/(1-e^m)$.
+
+    Args:
+      chosen_mean_logps: `[B]`, mean log-probability m_w of a token of y_w, nats, below 0.
+      rejected_mean_logps: `[B]`, likewise.
+      beta: > 0, the paper's lambda.
+      nll_weight: w >= 0 of the likelihood of the chosen answer; the paper has 1.
+    Returns:
+      `[B]`, nats a token, per pair.
+    Raises:
+      ValueError: `beta <= 0` or `nll_weight < 0`; shapes or dtypes differ; a value is not finite,
+        or not below 0: a probability of 1 has no odds.
+    Source: Hong et al. 2024, Eqs. 4 to 7, arXiv:2403.07691.
+    """
+    check_positive("beta", beta)
+    check_between("nll_weight", nll_weight, 0.0, math.inf)
+    means = {"chosen_mean_logps": chosen_mean_logps, "rejected_mean_logps": rejected_mean_logps}
+    check_floats("[B]", **means)
+    check_finite(**means)
+    for name, logps in means.items():
+        if (logps >= 0).any():
+            raise ValueError(f"{name}: got {logps.max().item()}, takes values < 0")
+    chosen_odds, rejected_odds = (m - torch.log(-torch.expm1(m)) for m in means.values())
+    preference = -beta * logsigmoid(chosen_odds - rejected_odds)
+    return preference - nll_weight * chosen_mean_logps
+
+
+# --- one answer a row ------------------------------------------------------------------------
+
+
+def kto_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    *,
+    beta: float,
+    reference_point: float | Tensor,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    r"""KTO: $\lambda(1 - \sigma(\pm\beta(u - z_0)))$, + for desirable answers, $u$ a log-ratio.
+
+    Args:
+      logps: `[B]`, log pi_theta of one answer a row, nats.
+      ref_logps: `[B]`, log pi_ref of it, nats.
+      desirable: `[B]`, bool or 0/1: was the answer liked?
+      beta: > 0, reward units per nat.
+      reference_point: z_0, nats, a number or `[]`; without gradient. See `kto_reference_point`.
+      desirable_weight, undesirable_weight: > 0, lambda of the two kinds.
+    Returns:
+      `[B]`, without unit; the paper takes the mean over all rows, where some libraries add the
+      means of the two kinds, which is twice as much on balanced data.
+    Raises:
+      ValueError: `beta` or a weight <= 0; shapes or dtypes differ; a value is not finite.
+    Source: Ethayarajh et al. 2024, Eq. 8, arXiv:2402.01306.
+    """
+    check_positive("beta", beta)
+    check_positive("desirable_weight", desirable_weight)
+    check_positive("undesirable_weight", undesirable_weight)
+    check_floats("[B]", logps=logps, ref_logps=ref_logps)
+    check_finite(logps=logps, ref_logps=ref_logps)
+    liked = as_bool_mask("desirable", desirable, logps.shape)
+    point = torch.as_tensor(reference_point, dtype=logps.dtype, device=logps.device).detach()
+    if point.dim() > 0:
+        got = list(point.shape)
+        raise ValueError(f"reference_point: got shape {got}, takes one number for the batch")
+    check_finite(reference_point=point)
+    above = beta * (logps - ref_logps - point)
+    good = desirable_weight * torch.sigmoid(-above)
+    return torch.where(liked, good, undesirable_weight * torch.sigmoid(above))
+
+
+def kto_reference_point(mismatched_logps: Tensor, ref_mismatched_logps: Tensor) -> Tensor:
+    r"""KTO's $z_0$: $\max(0, \text{mean of } \log\pi_\theta/\pi_{ref})$ over mismatched pairs.
+
+    Args:
+      mismatched_logps: `[B]`, log pi_theta(y'|x) of answers y' to *other* prompts of the batch,
+        nats.
+      ref_mismatched_logps: `[B]`, log pi_ref of the same, nats.
+    Returns:
+      `[]`, nats, without gradient: an estimate of KL(pi_theta || pi_ref), and a biased one, for y'
+      was not drawn from pi_theta(.|x).
+    Raises:
+      ValueError: shapes or dtypes differ, or a value is not finite.
+    Source: Ethayarajh et al. 2024, below Eq. 8, arXiv:2402.01306.
+    """
+    pair = {"mismatched_logps": mismatched_logps, "ref_mismatched_logps": ref_mismatched_logps}
+    check_floats("[B]", **pair)
+    check_finite(**pair)
+    return (mismatched_logps - ref_mismatched_logps).detach().mean().clamp(min=0)
+
+
+def dro_loss(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, values: Tensor, *, beta: float
+) -> Tensor:
+    r"""DRO: $(r - V(x) - \beta u)^2$: a regression of the reward on the log-ratio u and V.
+
+    Zero for every answer exactly where pi = pi* and V = beta log Z.
+
+    Args:
+      logps: `[B]`, log pi_theta of one answer a row, nats.
+      ref_logps: `[B]`, log pi_ref of it, nats.
+      rewards: `[B]`, reward units.
+      values: `[B]`, V of each row's prompt, reward units: learned together with the policy, or
+        known; gradients flow into it.
+      beta: > 0, reward units per nat.
+    Returns:
+      `[B]`, reward units squared; the paper has half of it.
+    Raises:
+      ValueError: `beta <= 0`; shapes or dtypes differ; a value is not finite.
+    Source: Richemond et al. 2024, arXiv:2405.19107.
+    """
+    check_positive("beta", beta)
+    four = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards, "values": values}
+    check_floats("[B]", **four)
+    check_finite(**four)
+    return (rewards - values - beta * (logps - ref_logps)) ** 2
+
+
+# --- two or more answers with scores ---------------------------------------------------------
+
+
+def rebel_loss(
+    first_logps: Tensor,
+    second_logps: Tensor,
+    ref_first_logps: Tensor,
+    ref_second_logps: Tensor,
+    first_rewards: Tensor,
+    second_rewards: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    r"""REBEL: $(\beta(u_1 - u_2) - (r_1 - r_2))^2$ of two answers to one prompt, with scores.
+
+    Args:
+      first_logps, second_logps: `[B]`, log pi_theta of the two answers, in any order, nats.
+      ref_first_logps, ref_second_logps: `[B]`, log pi_ref of them, nats; in REBEL's own loop the
+        policy of the iteration before.
+      first_rewards, second_rewards: `[B]`, reward units.
+      beta: > 0, reward units per nat; the inverse of the paper's eta.
+    Returns:
+      `[B]`, reward units squared per pair.
+    Raises:
+      ValueError: `beta <= 0`; shapes or dtypes differ; a value is not finite.
+    Source: Gao et al. 2024, arXiv:2404.16767.
+    """
+    check_positive("beta", beta)
+    six = {
+        "first_logps": first_logps,
+        "second_logps": second_logps,
+        "ref_first_logps": ref_first_logps,
+        "ref_second_logps": ref_second_logps,
+        "first_rewards": first_rewards,
+        "second_rewards": second_rewards,
+    }
+    check_floats("[B]", **six)
+    check_finite(**six)
+    margins = (first_logps - ref_first_logps) - (second_logps - ref_second_logps)
+    return (beta * margins - (first_rewards - second_rewards)) ** 2
+
+
+def log_variance_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    r"""Log-variance (VarGrad): the variance of $r - \beta u$ over K answers to one prompt.
+
+    At pi* it is beta log Z for every answer, so the variance is 0. With K = 2 it is half of
+    `rebel_loss`; with K answers, the mean of that half over all pairs.
+
+    Args:
+      logps: `[B, K]`, log pi_theta of K >= 2 completions of one prompt, nats.
+      ref_logps: `[B, K]`, log pi_ref of them, nats.
+      rewards: `[B, K]`, reward units.
+      beta: > 0, reward units per nat.
+    Returns:
+      `[B]`, reward units squared, with divisor K - 1.
+    Raises:
+      ValueError: `beta <= 0`; shapes or dtypes differ; K < 2; a value is not finite.
+    Source: Richter et al. 2020, arXiv:2010.10436.
+    """
+    check_floats("[B, K]", logps=logps, ref_logps=ref_logps, rewards=rewards)
+    check_finite(rewards=rewards)
+    returns = rewards - _listwise_scores(logps, ref_logps, beta)
+    return returns.var(-1)
+
+
+# --- rankings --------------------------------------------------------------------------------
 
 
 def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
@@ -236,13 +760,13 @@ def reward_model_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tenso
     return -logsigmoid(chosen_rewards - rejected_rewards)
 
 
-def _logratio_difference(
+def _logratios(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-) -> Tensor:
-    """d, `[B]` nats: how much more than the reference the policy prefers the chosen answer."""
+) -> tuple[Tensor, Tensor]:
+    """a and b, `[B]` nats each: log(pi_theta / pi_ref) of the chosen and of the rejected answer."""
     four = {
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
@@ -251,7 +775,42 @@ def _logratio_difference(
     }
     check_floats("[B]", **four)
     check_finite(**four)
-    return (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
+    return chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+
+
+def _mean_logratios(
+    chosen_mean_logps: Tensor,
+    rejected_mean_logps: Tensor,
+    ref_chosen_mean_logps: Tensor,
+    ref_rejected_mean_logps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """a / n_w and b / n_l, `[B]` nats a token each."""
+    means = {
+        "chosen_mean_logps": chosen_mean_logps,
+        "rejected_mean_logps": rejected_mean_logps,
+        "ref_chosen_mean_logps": ref_chosen_mean_logps,
+        "ref_rejected_mean_logps": ref_rejected_mean_logps,
+    }
+    check_floats("[B]", **means)
+    check_finite(**means)
+    return chosen_mean_logps - ref_chosen_mean_logps, rejected_mean_logps - ref_rejected_mean_logps
+
+
+def _difference_of_powers(a: Tensor, b: Tensor, exponent: float) -> Tensor:
+    """(e^(k a) - e^(k b)) / k for k = `exponent`: no NaN where both powers overflow or vanish.
+
+    The larger power is taken out of the bracket: e^p - e^q = e^max(p, q) (1 - e^-|p - q|) sign.
+    """
+    p, q = exponent * a, exponent * b
+    gap = p - q
+    bracket = torch.where(gap >= 0, -torch.expm1(-gap.clamp(min=0)), torch.expm1(gap.clamp(max=0)))
+    return _held_exp(torch.maximum(p, q)) * bracket / exponent
+
+
+def _held_exp(exponents: Tensor) -> Tensor:
+    """e^x, and above 0.9 log(largest float) the value and the slope that it has there."""
+    largest = 0.9 * math.log(torch.finfo(exponents.dtype).max)
+    return (exponents - (exponents - largest).clamp(min=0).detach()).exp()
 
 
 def _listwise_scores(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
