@@ -74,7 +74,7 @@ def cdpo_loss(
       `[B]`, nats per pair.
     Raises:
       ValueError: as `dpo_loss`, or `label_smoothing` outside [0, 0.5).
-    Source: Mitchell 2023, "A note on DPO with noisy preferences"; Rafailov et al. 2023.
+    Source: Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3.
     """
     check_positive("beta", beta)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
@@ -103,7 +103,7 @@ def rdpo_loss(
       `[B]`, nats per pair; unbounded below for e > 0.
     Raises:
       ValueError: as `dpo_loss`, or `label_smoothing` outside [0, 0.5).
-    Source: Chowdhury et al. 2024, arXiv:2403.00409.
+    Source: Chowdhury et al. 2024, section 3.1, arXiv:2403.00409.
     """
     check_positive("beta", beta)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
@@ -184,7 +184,8 @@ def hinge_loss(
       `[B]`, without unit, per pair.
     Raises:
       ValueError: as `dpo_loss`.
-    Source: Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657.
+    Source: Liu et al. 2023 (RSO), Eq. 10, arXiv:2309.06657: the hinge of Zhao et al.
+      2023 (SLiC-HF), arXiv:2305.10425, with the reference.
     """
     check_positive("beta", beta)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -327,7 +328,7 @@ def nca_loss(
       `[B]`, nats per pair.
     Raises:
       ValueError: as `dpo_loss`.
-    Source: Chen et al. 2024, arXiv:2402.05369.
+    Source: Chen et al. 2024, section 4.1, arXiv:2402.05369.
     """
     check_positive("beta", beta)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -353,7 +354,7 @@ def bco_loss(
       `[B]`, nats per pair.
     Raises:
       ValueError: as `dpo_loss`.
-    Source: Jung et al. 2024, arXiv:2404.04656, with a reward shift of 0.
+    Source: Jung et al. 2024, section 4, arXiv:2404.04656, with a reward shift of 0.
     """
     check_positive("beta", beta)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -377,7 +378,7 @@ def sppo_loss(
       `[B]`, nats squared per pair.
     Raises:
       ValueError: as `dpo_loss`.
-    Source: Wu et al. 2024, Eq. 4.7, arXiv:2405.00675, with win rates of 1 and 0.
+    Source: Wu et al. 2024, Eq. 4.12 over eta squared, arXiv:2405.00675, with win rates of 1 and 0.
     """
     check_positive("beta", beta)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -451,7 +452,8 @@ def dpo_mean_loss(
       `[B]`, nats per pair.
     Raises:
       ValueError: as `dpo_loss`.
-    Source: Meng et al. 2024, arXiv:2405.14734; Lambert et al. 2024 (Tulu 3), arXiv:2411.15124.
+    Source: Lambert et al. 2024 (Tulu 3), Eq. 6, arXiv:2411.15124; Meng et al. 2024, appendix,
+      arXiv:2405.14734.
     """
     check_positive("beta", beta)
     a, b = _mean_logratios(
@@ -499,7 +501,7 @@ def cpo_loss(
       `[B]`, nats per pair.
     Raises:
       ValueError: `beta <= 0` or `nll_weight < 0`; shapes or dtypes differ; a value is not finite.
-    Source: Xu et al. 2024, arXiv:2401.08417.
+    Source: Xu et al. 2024, Eqs. 3 and 5, arXiv:2401.08417.
     """
     check_positive("beta", beta)
     check_between("nll_weight", nll_weight, 0.0, math.inf)
@@ -571,7 +573,7 @@ def kto_loss(
       means of the two kinds, which is twice as much on balanced data.
     Raises:
       ValueError: `beta` or a weight <= 0; shapes or dtypes differ; a value is not finite.
-    Source: Ethayarajh et al. 2024, Eq. 8, arXiv:2402.01306.
+    Source: Ethayarajh et al. 2024, Eq. 8 (Eq. 7 of the first version), arXiv:2402.01306.
     """
     check_positive("beta", beta)
     check_positive("desirable_weight", desirable_weight)
@@ -627,7 +629,7 @@ def dro_loss(
       `[B]`, reward units squared; the paper has half of it.
     Raises:
       ValueError: `beta <= 0`; shapes or dtypes differ; a value is not finite.
-    Source: Richemond et al. 2024, arXiv:2405.19107.
+    Source: Richemond et al. 2024, Eq. 4, arXiv:2405.19107.
     """
     check_positive("beta", beta)
     four = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards, "values": values}

@@ -370,6 +370,7 @@ def fit_ppo(
     surrogate: Callable[[Tensor, Tensor, Tensor], Tensor] = CLIPPED,
     value_error: Callable[[Tensor, Tensor, Tensor], Tensor] = squared_value_error,
     normalise: Callable[[Tensor, Tensor], Tensor] = whiten,
+    assign: Callable[[Tensor, Tensor, Tensor], Tensor] = token_rewards,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> History:
     r"""PPO on E[r] - beta KL, tokens as actions, in place.
@@ -399,6 +400,8 @@ def fit_ppo(
       value_error: `(values, old_values, returns) -> losses`: `squared_value_error`, or
         `clipped_value_loss` with its `clip_eps` bound.
       normalise: `(advantages, mask) -> advantages`: `whiten`, or `as_they_are`.
+      assign: `(scores [B], penalties [B, T], mask) -> rewards [B, T]`: which token earns what;
+        `token_rewards` puts the score on the last one.
     Returns:
       `{"reward", "kl", "objective", "entropy", "clipped", "value_loss", "beta"}`, each `[steps]`:
       sample means of the score, of k1 of a completion in nats, of score - beta k1, and of the
@@ -436,7 +439,7 @@ def fit_ppo(
             old_logps, old_values, entropies = read_actor_critic(actor_critic, asked, answers)
             ref_logps = _token_logps(reference, asked, answers)
             penalties = weight * reward_penalty(old_logps, ref_logps)
-        rewards = token_rewards(scores.to(old_logps), penalties, mask)
+        rewards = assign(scores.to(old_logps), penalties, mask)
         advantages, returns = gae(rewards, old_values, mask, discount=discount, lam=lam)
         advantages = normalise(advantages, mask)
         for _ in range(n_epochs):

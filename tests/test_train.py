@@ -444,6 +444,18 @@ def test_an_entropy_bonus_moves_the_optimum_by_its_weight():
     assert kl(logps, want) < 0.01
 
 
+def test_what_tokens_earn_is_a_function_of_scores_penalties_and_mask():
+    task = four_answers()
+    logps, _ = ppo(
+        task,
+        normalise=as_they_are,
+        assign=lambda scores, penalties, mask: token_rewards(scores / 2, penalties, mask),
+    )
+    want = optimal_logps(task.ref_logps, task.rewards / 2, 0.5)
+    assert kl(task.ref_logps, want) > 0.03
+    assert kl(logps, want) < 0.01
+
+
 def text_task(generator):
     """Two prompts, at most 3 of 3 words, 15 completions each, random rewards."""
     rewards = torch.randn(2, 15, dtype=torch.float64, generator=generator)
