@@ -20,6 +20,38 @@ from dpo_mini.arguments import (
 )
 
 
+def tilt(prior_logps: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    r"""A prior times weights, normalised: $\log p(y) + w(y) - \log Z$, and $\log Z$.
+
+    What maximises $E_q[w] - KL(q\|p)$ over all q, where the maximum is $\log Z = \log\sum_y
+    p(y)\,e^{w(y)}$. With $w = r/\beta$ that is $\pi^*$; with w a log-likelihood it is Bayes'
+    posterior, and Z the evidence.
+
+    Args:
+      prior_logps: `[X, Y]`, nats; each row's probabilities sum to 1.
+      log_weights: `[X, Y]`, w, nats; -inf is a weight of 0 and excludes its y.
+    Returns:
+      `(logps [X, Y], log_z [X])`, nats.
+    Raises:
+      ValueError: shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities; a weight
+        that is NaN or +inf; a row whose weights leave the prior no mass.
+    Source: the Gibbs variational principle: Donsker & Varadhan 1975.
+    """
+    check_floats("[X, Y]", prior_logps=prior_logps, log_weights=log_weights)
+    _check_tables(prior_logps=prior_logps)
+    bad = torch.isnan(log_weights) | torch.isposinf(log_weights)
+    if bad.any():
+        got = log_weights[bad][0].item()
+        raise ValueError(f"log_weights: got {got}, takes finite values or -inf")
+    joint = prior_logps + log_weights
+    if torch.isneginf(joint).all(-1).any():
+        raise ValueError(
+            "log_weights: got a row of -inf wherever the prior has mass, takes one finite weight "
+            "there"
+        )
+    return joint.log_softmax(-1), joint.logsumexp(-1)
+
+
 def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     r"""$\log Z(x) = \log \sum_y \pi_{ref}(y|x)\, e^{r(x,y)/\beta}$.
 
@@ -34,7 +66,7 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
         a reward that is not finite.
     Source: Rafailov et al. 2023, below Eq. 4, arXiv:2305.18290.
     """
-    return _tilted(ref_logps, rewards, beta).logsumexp(-1)
+    return _tilt_by_rewards(ref_logps, rewards, beta)[1]
 
 
 def optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -46,7 +78,7 @@ def optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
       `[X, Y]`, nats.
     Source: Rafailov et al. 2023, Eq. 4, arXiv:2305.18290.
     """
-    return _tilted(ref_logps, rewards, beta).log_softmax(-1)
+    return _tilt_by_rewards(ref_logps, rewards, beta)[0]
 
 
 def implied_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
@@ -240,13 +272,13 @@ def log_partition_markov(
     return (initial_logps + backward).logsumexp(-1)
 
 
-def _tilted(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """log[pi_ref exp(r / beta)], `[X, Y]`, not yet normalised."""
+def _tilt_by_rewards(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`tilt` by r / beta, refusing in the words of its callers."""
     check_positive("beta", beta)
     check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
     _check_tables(ref_logps=ref_logps)
     check_finite(rewards=rewards)
-    return ref_logps + rewards / beta
+    return tilt(ref_logps, rewards / beta)
 
 
 def _check_tables(**tables: Tensor) -> None:

@@ -20,6 +20,7 @@ from dpo_mini.closed_form import (
     log_partition_markov,
     objective,
     optimal_logps,
+    tilt,
     total_variation,
 )
 
@@ -72,6 +73,20 @@ def test_optimal_logps_tilt_the_reference(random_logps, rewards, beta):
     exact(optimal_logps(ref_logps, rewards, beta).exp(), weights / weights.sum(-1, keepdim=True))
 
 
+def test_tilt_is_bayes_rule_in_exact_fractions():
+    """Three coins, 7 heads of 10: prior times likelihood over evidence, no float on the way."""
+    prior = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
+    heads = [Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)]
+    likelihood = [h**7 * (1 - h) ** 3 for h in heads]
+    evidence = sum(p * like for p, like in zip(prior, likelihood, strict=True))
+    posterior = [p * like / evidence for p, like in zip(prior, likelihood, strict=True)]
+    logps, log_z = tilt(
+        double([[float(p) for p in prior]]).log(), double([[float(x) for x in likelihood]]).log()
+    )
+    exact(logps.exp(), double([[float(p) for p in posterior]]))
+    exact(log_z, double([math.log(evidence)]))
+
+
 def test_kl_and_chi_squared_and_total_variation_sum_over_completions(random_logps):
     logps, others = random_logps(3, 6), random_logps(3, 6)
 
@@ -120,6 +135,39 @@ def test_log_partition_markov_sums_over_every_sequence(random_logps, generator, 
 
 
 # --- identities ------------------------------------------------------------------------------
+
+
+def test_tilt_maximises_mean_weight_less_kl(random_logps, generator):
+    prior, weights = random_logps(3, 6), torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    tilted, log_z = tilt(prior, weights)
+    for _ in range(100):
+        logps = random_logps(3, 6)
+        bound = (logps.exp() * weights).sum(-1) - kl(logps, prior)
+        exact(log_z - bound, kl(logps, tilted))
+    exact((tilted.exp() * weights).sum(-1) - kl(tilted, prior), log_z)
+
+
+def test_tilts_add_up(random_logps, generator):
+    prior = random_logps(3, 6)
+    first, second = torch.randn(2, 3, 6, dtype=torch.float64, generator=generator)
+    halfway, log_z = tilt(prior, first)
+    logps, more_log_z = tilt(halfway, second)
+    at_once, all_log_z = tilt(prior, first + second)
+    exact(logps, at_once)
+    exact(log_z + more_log_z, all_log_z)
+    back, negative = tilt(logps, -first - second)
+    exact(back, prior)
+    exact(negative, -all_log_z)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_log_partition_and_optimal_logps_are_tilts(random_logps, rewards, beta):
+    ref_logps = random_logps(3, 6)
+    logps, log_z = tilt(ref_logps, rewards / beta)
+    assert logps.shape == (3, 6)
+    assert log_z.shape == (3,)
+    assert torch.equal(logps, optimal_logps(ref_logps, rewards, beta))
+    assert torch.equal(log_z, log_partition(ref_logps, rewards, beta))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -280,6 +328,19 @@ def test_the_reference_may_exclude_a_completion(rewards):
     )
 
 
+def test_a_weight_of_zero_is_conditioning(random_logps):
+    prior = random_logps(2, 4)
+    weights = double([[0.0, -INF, 0.0, -INF], [0.0, 0.0, 0.0, 0.0]]).requires_grad_()
+    logps, log_z = tilt(prior, weights)
+    kept = prior[0, [0, 2]]
+    exact(log_z, torch.stack([kept.logsumexp(0), prior[1].logsumexp(0)]))
+    exact(logps[0, [0, 2]], kept - kept.logsumexp(0))
+    assert logps[0, [1, 3]].tolist() == [-INF, -INF]
+    exact(logps[1], prior[1])
+    (slope,) = torch.autograd.grad(log_z.sum(), weights)
+    exact(slope, logps.exp())  # d log Z / d w(y) is the tilted probability
+
+
 def test_a_policy_may_give_up_a_completion():
     logps = double([[1.0, 0.0]]).log()
     half = double([[0.5, 0.5]]).log()
@@ -339,6 +400,8 @@ def test_best_of_n_needs_a_draw(n):
 
 
 TABLE_FUNCTIONS = {
+    "tilt": lambda p, q, r: tilt(q, r)[0] + tilt(q, r)[1][:, None],
+    "tilted_logps": lambda p, q, r: tilt(q, r)[0],
     "log_partition": lambda p, q, r: log_partition(q, r, 0.7),
     "optimal_logps": lambda p, q, r: optimal_logps(q, r, 0.7),
     "implied_rewards": lambda p, q, r: implied_rewards(p, q, 0.7),
@@ -388,6 +451,7 @@ SUMS = (
 )
 # the function, the names of its tables in order, what follows them
 TABLES = {
+    tilt: (("prior_logps", "log_weights"), ()),
     log_partition: (("ref_logps", "rewards"), (1.0,)),
     optimal_logps: (("ref_logps", "rewards"), (1.0,)),
     implied_rewards: (("logps", "ref_logps"), (1.0,)),
@@ -460,6 +524,9 @@ def test_a_table_with_a_bad_value_is_refused(function, at, value):
     only_finite = name == "rewards" or (function is implied_rewards and name == "ref_logps")
     if only_finite:
         assert with_table(function, at, bad)[1] == f"{name}: got {value}, takes finite values"
+    elif name == "log_weights" and value != -INF:
+        want = f"log_weights: got {value}, takes finite values or -inf"
+        assert with_table(function, at, bad)[1] == want
     elif value != -INF:
         shown = "NaN" if math.isnan(value) else "+inf"
         want = f"{name}: got {shown}, takes log-probabilities < inf"
@@ -469,8 +536,18 @@ def test_a_table_with_a_bad_value_is_refused(function, at, value):
 @pytest.mark.parametrize(("function", "at"), EACH_TABLE)
 def test_logits_are_refused_where_probabilities_must_sum_to_one(function, at):
     name = TABLES[function][0][at]
-    if name != "rewards" and function is not implied_rewards:
+    if name not in ("rewards", "log_weights") and function is not implied_rewards:
         assert with_table(function, at, LOGITS)[1] == f"{name}: {SUMS}"
+
+
+def test_weights_that_leave_no_mass_are_refused():
+    want = (
+        "log_weights: got a row of -inf wherever the prior has mass, takes one finite weight there"
+    )
+    for row in ([-INF, -INF, -INF], [-INF, -INF, 1.0]):
+        prior = double([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]]).log()
+        weights = double([[0.0, -INF, 0.0], row])
+        assert refusal(ValueError, tilt, prior, weights) == want
 
 
 @pytest.mark.parametrize("beta", [0, -1.0, NAN, INF])

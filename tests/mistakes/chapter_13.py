@@ -1,0 +1,123 @@
+"""Plausible wrong answers to the exercises of chapter 13, and a word of each one's sentence."""
+
+import math
+
+from torch.nn.functional import kl_div
+
+
+def posterior_of(prior, likelihood):
+    return (prior.log() + likelihood.log()).softmax(0)
+
+
+def elbo_instead_of_its_gap(q, prior, likelihood):
+    return q @ likelihood.log() - kl_div(prior.log(), q, reduction="sum")
+
+
+def elbo_less_evidence(q, prior, likelihood):
+    return -kl_div(posterior_of(prior, likelihood).log(), q, reduction="sum")
+
+
+def distance_from_the_prior(q, prior, likelihood):
+    return kl_div(prior.log(), q, reduction="sum")
+
+
+def forward_kl(q, prior, likelihood):
+    return kl_div(q.log(), posterior_of(prior, likelihood), reduction="sum")
+
+
+def fit_without_penalty(q, prior, likelihood):
+    return (prior @ likelihood).log() - q @ likelihood.log()
+
+
+def flat_prior(q, prior, likelihood):
+    return kl_div((likelihood / likelihood.sum()).log(), q, reduction="sum")
+
+
+def advantage_over_the_reference(ref_probs, q_values, beta):
+    return q_values - ref_probs @ q_values
+
+
+def regret_of_the_greedy(ref_probs, q_values, beta):
+    return q_values - max(q_values.tolist())
+
+
+def log_ratio(ref_probs, q_values, beta):
+    tilted = (ref_probs.log() + q_values / beta).log_softmax(0)
+    return tilted - ref_probs.log()
+
+
+def value_that_forgets_beta(ref_probs, q_values, beta):
+    return q_values - beta * (ref_probs.log() + q_values).logsumexp(0)
+
+
+def advantage_over_the_optimum(ref_probs, q_values, beta):
+    return q_values - (ref_probs.log() + q_values / beta).softmax(0) @ q_values
+
+
+def entropy_regularised(ref_probs, q_values, beta):
+    return beta * (q_values / beta).log_softmax(0)
+
+
+def log_policy(ref_probs, q_values, beta):
+    return beta * (ref_probs.log() + q_values / beta).log_softmax(0)
+
+
+def shrunk(mean, variance, slope, curvature, beta):
+    shrink = 1 + curvature * variance / beta
+    return (mean + slope * variance / beta) / shrink, variance / shrink
+
+
+def at_beta_one(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature, 1)
+
+
+def shift_then_shrink(mean, variance, slope, curvature, beta):
+    shifted = mean + slope * variance / beta
+    return shifted, shrunk(shifted, variance, 0, curvature, beta)[1]
+
+
+def mean_and_precision(mean, variance, slope, curvature, beta):
+    new_mean, _ = shrunk(mean, variance, slope, curvature, beta)
+    return new_mean, 1 / variance + curvature / beta
+
+
+def bent_the_other_way(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, -curvature, beta)
+
+
+def mean_and_deviation(mean, variance, slope, curvature, beta):
+    new_mean, new_variance = shrunk(mean, variance, slope, curvature, beta)
+    return new_mean, math.sqrt(new_variance)
+
+
+def without_the_half(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature + curvature, beta)
+
+
+MISTAKES = {
+    "13.1": {
+        "This is the ELBO itself": elbo_instead_of_its_gap,
+        "turned round": elbo_less_evidence,
+        "KL(q || prior)": distance_from_the_prior,
+        "forward KL": forward_kl,
+        "KL to the prior is missing": fit_without_penalty,
+        "flat one": flat_prior,
+    },
+    "13.2": {
+        "soft maximum": advantage_over_the_reference,
+        "below the maximum": regret_of_the_greedy,
+        "in nats": log_ratio,
+        "not divided by beta": value_that_forgets_beta,
+        "KL that it pays": advantage_over_the_optimum,
+        "reference is missing": entropy_regularised,
+        "beta log pi*": log_policy,
+    },
+    "13.3": {
+        "Beta is missing": at_beta_one,
+        "old variance": shift_then_shrink,
+        "the precision": mean_and_precision,
+        "wrong sign": bent_the_other_way,
+        "standard deviation": mean_and_deviation,
+        "counts twice": without_the_half,
+    },
+}
