@@ -193,6 +193,42 @@ def named_points(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
     ax.legend(frameon=False, loc="upper right")
 
 
+def decision_chart(ax: Axes, questions: Mapping[str, str], *, otherwise: str) -> None:
+    """Questions down the left, each with an arrow to what to do on yes, and on no to the next.
+
+    Args:
+      ax: where to draw; loses its ticks and spines.
+      questions: from first to last, a question to its answer; a text may have several lines.
+      otherwise: what to do where every answer is no, below the last question.
+    Raises:
+      ValueError: no questions, or a text that is empty.
+    """
+    texts = [*questions, *questions.values(), otherwise]
+    if not questions or not all(text.strip() for text in texts):
+        got = f"{len(questions)} questions, texts {texts!r}"
+        raise ValueError(f"questions, otherwise: got {got}, takes at least one and no empty text")
+    last = len(questions)
+    ax.set(xlim=(0, 1), ylim=(last + 0.5, -0.5), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    words = {"ha": "center", "va": "center", "fontsize": 9}
+    outline = {"boxstyle": "round,pad=0.4", "facecolor": "white"}
+    asked, done = outline | {"edgecolor": "black"}, outline | {"edgecolor": "#0072B2"}
+    left = [
+        ax.text(0.25, row, text, bbox=done if row == last else asked, **words)
+        for row, text in enumerate([*questions, otherwise])
+    ]
+    right = [
+        ax.text(0.75, row, text, bbox=done, **words) for row, text in enumerate(texts[last:-1])
+    ]
+    for row, question in enumerate(left[:-1]):
+        for word, to, shift in (("yes", right[row], (0, 7)), ("no", left[row + 1], (10, 0))):
+            boxes = {"patchA": question.get_bbox_patch(), "patchB": to.get_bbox_patch()}
+            ends = to.get_position(), question.get_position()
+            ax.annotate("", *ends, arrowprops={"arrowstyle": "->", "shrinkA": 0, **boxes})
+            middle = np.mean(ends, axis=0)
+            ax.annotate(word, middle, shift, textcoords="offset points", **words)
+
+
 def ternary(ax: Axes, corners: Sequence[str]) -> None:
     """Turn axes into a triangle whose points are the distributions over three actions.
 

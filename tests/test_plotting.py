@@ -166,6 +166,36 @@ def test_named_points_say_each_name_and_value_once():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["right", "wrong"]
 
 
+def test_a_decision_chart_leads_from_question_to_question():
+    fig, ax = axes("which one?", "", "")
+    chart = {"pairs?": "DPO", "scores?": "REBEL\nor DRO"}
+    plotting.decision_chart(ax, chart, otherwise="collect pairs")
+    said = [text.get_text() for text in ax.texts]
+    assert [text for text in said if text not in ("", "yes", "no")] == [
+        "pairs?", "scores?", "collect pairs", "DPO", "REBEL\nor DRO",
+    ]  # fmt: skip
+    assert (said.count("yes"), said.count("no"), said.count("")) == (2, 2, 4)
+    places = {text.get_text(): text.get_position() for text in ax.texts}
+    assert places["pairs?"][0] == places["scores?"][0] == places["collect pairs"][0]
+    assert places["DPO"] == (0.75, 0)
+    assert places["collect pairs"] == (0.25, 2)
+    arrows = [text for text in ax.texts if text.get_text() == ""]
+    assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [
+        ((0.25, 0), (0.75, 0)), ((0.25, 0), (0.25, 1)),
+        ((0.25, 1), (0.75, 1)), ((0.25, 1), (0.25, 2)),
+    ]  # fmt: skip
+    assert "text: pairs? | scores? | collect pairs | DPO | REBEL\nor DRO | yes | no" in receipt(fig)
+
+
+def test_a_decision_chart_refuses_empty_texts():
+    _, ax = axes("t", "x", "y")
+    with pytest.raises(ValueError, match="questions, otherwise: got 0 questions"):
+        plotting.decision_chart(ax, {}, otherwise="stop")
+    for chart, otherwise in (({"a?": " "}, "stop"), ({"": "b"}, "stop"), ({"a?": "b"}, "")):
+        with pytest.raises(ValueError, match="got 1 questions, .*takes at least one and no empty"):
+            plotting.decision_chart(ax, chart, otherwise=otherwise)
+
+
 def test_named_points_refuse_what_they_cannot_draw():
     _, ax = axes("t", "", "")
     with pytest.raises(ValueError, match="groups: got no names"):

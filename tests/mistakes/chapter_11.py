@@ -1,0 +1,104 @@
+"""Plausible wrong answers to the exercises of chapter 11, and a word of each one's sentence."""
+
+import math
+
+import torch
+
+
+def ranks(n, first):
+    return torch.arange(first, n + 1, dtype=torch.float64) / n
+
+
+def ranks_by_the_integral(n, beta):
+    return math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
+
+
+def ranks_that_start_at_zero(n, beta):
+    return (ranks(n - 1, 0) * (n - 1) / (n * beta)).exp().mean().log()
+
+
+def ranks_among_others(n, beta):
+    return (ranks(n, 0) / beta).logsumexp(0) - math.log(n + 1)
+
+
+def ranks_summed(n, beta):
+    return (ranks(n, 1) / beta).logsumexp(0)
+
+
+def ranks_as_z(n, beta):
+    return (ranks(n, 1) / beta).exp().mean()
+
+
+def passes(p, n):
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    rate = torch.tensor(p, dtype=torch.float64)
+    return counts, torch.distributions.Binomial(n, rate).log_prob(counts).exp()
+
+
+def value_of_the_expected_z(p, beta, n):
+    counts, chances = passes(p, n)
+    z = chances @ (1 - counts / n + counts / n * math.exp(1 / beta))
+    return beta * z.log()
+
+
+def value_less_the_first_correction(p, beta, n):
+    z = 1 - p + p * math.exp(1 / beta)
+    second_moment = 1 - p + p * math.exp(2 / beta)
+    return beta * (math.log(z) - (second_moment / z**2 - 1) / (2 * n))
+
+
+def value_in_nats(p, beta, n):
+    counts, chances = passes(p, n)
+    return chances @ (1 - counts / n + counts / n * math.exp(1 / beta)).log()
+
+
+def value_as_mean_reward(p, beta, n):
+    counts, chances = passes(p, n)
+    return chances @ counts / n
+
+
+def tilt_in_nats(best, writer, error, beta):
+    mean_weight = (best**2 / writer).sum()
+    return error * (best**2 / writer / mean_weight - best)
+
+
+def tilt_the_other_way(best, writer, error, beta):
+    mean_weight = (best**2 / writer).sum()
+    return error / beta * (best - best**2 / writer / mean_weight)
+
+
+def tilt_by_bare_weights(best, writer, error, beta):
+    return error / beta * (best**2 / writer - best)
+
+
+def tilt_of_every_answer_alike(best, writer, error, beta):
+    return (error / beta) * best * -1
+
+
+def tilt_as_a_share(best, writer, error, beta):
+    weight = best / writer
+    return error / beta * (weight / (best @ weight) - 1)
+
+
+MISTAKES = {
+    "11.1": {
+        "integral": ranks_by_the_integral,
+        "begin at 0": ranks_that_start_at_zero,
+        "fresh answer": ranks_among_others,
+        "not averaged": ranks_summed,
+        "logarithm is missing": ranks_as_z,
+    },
+    "11.2": {
+        "V itself": value_of_the_expected_z,
+        "delta method": value_less_the_first_correction,
+        "in nats": value_in_nats,
+        "mean reward": value_as_mean_reward,
+    },
+    "11.3": {
+        "Beta is missing": tilt_in_nats,
+        "turned round": tilt_the_other_way,
+        "do not sum to zero": tilt_by_bare_weights,
+        "no longer sum to 1": tilt_of_every_answer_alike,
+        "relative change": tilt_as_a_share,
+    },
+}
