@@ -49,7 +49,7 @@ def tilt(prior_logps: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
             "log_weights: got a row of -inf wherever the prior has mass, takes one finite weight "
             "there"
         )
-    return joint.log_softmax(-1), joint.logsumexp(-1)
+    return _normalise(joint)
 
 
 def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -273,12 +273,17 @@ def log_partition_markov(
 
 
 def _tilt_by_rewards(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`tilt` by r / beta, refusing in the words of its callers."""
+    """`tilt` by r / beta, refusing in the words of its callers; tables are checked once."""
     check_positive("beta", beta)
     check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
     _check_tables(ref_logps=ref_logps)
     check_finite(rewards=rewards)
-    return tilt(ref_logps, rewards / beta)
+    return _normalise(ref_logps + rewards / beta)
+
+
+def _normalise(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """log[p e^w] less log Z, `[X, Y]`, and log Z, `[X]`."""
+    return joint.log_softmax(-1), joint.logsumexp(-1)
 
 
 def _check_tables(**tables: Tensor) -> None:

@@ -9,35 +9,80 @@ import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from dpo_mini.closed_form import optimal_logps, total_variation
+from dpo_mini.closed_form import log_partition, optimal_logps, total_variation
 from dpo_mini.logps import mean_over_tokens, sum_over_tokens
 from dpo_mini.losses import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_loss,
     best_of_k_loss,
     cdpo_loss,
+    cpo_loss,
+    discopop_loss,
     dpo_loss,
+    dpo_mean_loss,
+    dro_loss,
+    exo_loss,
+    f_dpo_loss,
     hinge_loss,
     ipo_loss,
     ipo_mean_loss,
+    kto_loss,
+    kto_reference_point,
+    log_variance_loss,
+    nca_loss,
+    orpo_loss,
     plackett_luce_loss,
     rdpo_loss,
+    rebel_loss,
     reward_model_loss,
+    simpo_loss,
+    sppo_loss,
 )
 from dpo_mini.preferences import bradley_terry_prob, plackett_luce_logp
+from dpo_mini.tasks import random_bandit
 from dpo_mini.train import fit_table, population_loss
 
 NAN, INF = float("nan"), float("inf")
-PAIRED = {
+OF_D = {  # functions of a - b
     "dpo": partial(dpo_loss, beta=0.5),
     "cdpo": partial(cdpo_loss, beta=0.5, label_smoothing=0.1),
     "rdpo": partial(rdpo_loss, beta=0.5, label_smoothing=0.1),
     "ipo": partial(ipo_loss, beta=0.5),
     "ipo_mean": partial(ipo_mean_loss, beta=0.5),
     "hinge": partial(hinge_loss, beta=0.5),
+    "exo": partial(exo_loss, beta=0.5, label_smoothing=0.1),
+    "discopop": partial(discopop_loss, beta=0.5),
+    "hot discopop": partial(discopop_loss, beta=0.5, temperature=3.0),
+    "dpo_mean": partial(dpo_mean_loss, beta=0.5),
+    "f reverse_kl": partial(f_dpo_loss, beta=0.5, divergence="reverse_kl"),
+}
+PAIRED = {
+    **OF_D,
+    "f forward_kl": partial(f_dpo_loss, beta=0.5, divergence="forward_kl"),
+    "f js": partial(f_dpo_loss, beta=0.5, divergence="js"),
+    "f alpha 0.5": partial(f_dpo_loss, beta=0.5, divergence="alpha"),
+    "f alpha 2": partial(f_dpo_loss, beta=0.5, divergence="alpha", alpha=2.0),
+    "nca": partial(nca_loss, beta=0.5),
+    "bco": partial(bco_loss, beta=0.5),
+    "sppo": partial(sppo_loss, beta=0.5),
+    "apo_zero": partial(apo_zero_loss, beta=0.5),
+    "apo_down": partial(apo_down_loss, beta=0.5),
 }
 LISTWISE = {
     "plackett_luce": partial(plackett_luce_loss, beta=0.5),
     "best_of_k": partial(best_of_k_loss, beta=0.5),
 }
+OTHERS = {  # with their own arguments
+    "reward_model": reward_model_loss,
+    "simpo": partial(simpo_loss, beta=0.5, gamma=0.3),
+    "cpo": partial(cpo_loss, beta=0.5),
+    "orpo": partial(orpo_loss, beta=0.5),
+    "dro": partial(dro_loss, beta=0.5),
+    "rebel": partial(rebel_loss, beta=0.5),
+    "log_variance": partial(log_variance_loss, beta=0.5),
+}
+ALL = {**PAIRED, **LISTWISE, **OTHERS}
 
 
 def double(rows):
@@ -93,6 +138,89 @@ def test_listwise_losses_by_hand():
     logps = ref_logps + scores / 0.5
     exact(plackett_luce_loss(logps, ref_logps, beta=0.5), double([math.log(6 / 3 * 3 / 2)]))
     exact(best_of_k_loss(logps, ref_logps, beta=0.5), double([math.log(6 / 3)]))
+
+
+def test_losses_of_the_difference_by_hand():
+    """At beta d = log 3 the chosen answer wins with probability 3/4."""
+    d = double([math.log(9)])
+    got = at_margin(exo_loss, d, beta=0.5, label_smoothing=0.2)
+    exact(got, double([0.75 * math.log(0.75 / 0.8) + 0.25 * math.log(0.25 / 0.2)]))
+    got = at_margin(discopop_loss, d, beta=0.5, temperature=1.0)
+    exact(got, double([0.25 * math.log(4 / 3) + 0.75 / 3]))
+    got = at_margin(discopop_loss, d, beta=0.5, temperature=0.5)  # m = 9/10
+    exact(got, double([0.1 * math.log(4 / 3) + 0.9 / 3]))
+    exact(at_margin(dpo_mean_loss, d, beta=0.5), double([math.log(4 / 3)]))
+
+
+def at_log_ratios(loss, a, b, **options):
+    """The loss where the two answers' log-ratios are `a` and `b`."""
+    ref_chosen, ref_rejected = double([-1.3]), double([-0.4])
+    return loss(ref_chosen + a, ref_rejected + b, ref_chosen, ref_rejected, **options)
+
+
+def test_other_divergences_by_hand():
+    """The chosen answer is twice as likely as under the reference, the other one as likely."""
+    for divergence, options, margin in (
+        ("forward_kl", {}, 1 - 1 / 2),
+        ("js", {}, math.log(4 / 3)),
+        ("alpha", {"alpha": 3.0}, (4 - 1) / 2),
+        ("alpha", {"alpha": 0.0}, 1 / 2),
+        ("alpha", {"alpha": 1.0}, math.log(2)),
+        ("alpha", {"alpha": 0.5}, 2 - math.sqrt(2)),
+        ("reverse_kl", {}, math.log(2)),
+    ):
+        options = {**options, "beta": 0.7, "divergence": divergence}
+        got = at_log_ratios(f_dpo_loss, math.log(2), 0.0, **options)
+        exact(got, double([math.log1p(math.exp(-0.7 * margin))]))
+        got = at_log_ratios(f_dpo_loss, 0.0, math.log(2), **options)
+        exact(got, double([math.log1p(math.exp(0.7 * margin))]))
+        got = at_log_ratios(f_dpo_loss, 0.6, 0.6, **options)
+        exact(got, double([math.log(2)]))
+
+
+def test_losses_of_two_log_ratios_by_hand():
+    log_3 = math.log(3)  # its sigmoid is 3/4
+    for loss, a, b, want in (
+        (nca_loss, log_3, 0.0, math.log(4 / 3) + 0.5 * math.log(4) + 0.5 * math.log(2)),
+        (bco_loss, log_3, 0.0, math.log(4 / 3) + math.log(2)),
+        (bco_loss, 0.0, log_3, math.log(2) + math.log(4)),
+        (apo_zero_loss, log_3, -log_3, 1 - 0.75 + 0.25),
+        (apo_down_loss, log_3, 0.0, 0.75 + 1 - 0.75),
+        (apo_down_loss, 0.0, log_3, 0.5 + 1 - 0.25),
+    ):
+        exact(at_log_ratios(loss, a / 0.7, b / 0.7, beta=0.7), double([want]))
+    exact(at_log_ratios(sppo_loss, 3.0, -2.5, beta=0.25), double([1.0 + 0.25]))
+
+
+def test_losses_without_a_reference_by_hand():
+    log_3 = math.log(3)
+    chosen, rejected = double([-1.0]), double([-1.0 - (log_3 + 0.5) / 2])
+    exact(simpo_loss(chosen, rejected, beta=2.0, gamma=0.5), double([math.log(4 / 3)]))
+    rejected = double([-1.0 - log_3 / 2])
+    exact(cpo_loss(chosen, rejected, beta=2.0), double([math.log(4 / 3) + 1]))
+    exact(cpo_loss(chosen, rejected, beta=2.0, nll_weight=0.2), double([math.log(4 / 3) + 0.2]))
+    half, quarter = double([0.5]).log(), double([0.25]).log()  # odds of 1 and 1/3
+    exact(orpo_loss(half, quarter, beta=0.3), double([0.3 * math.log(4 / 3) + math.log(2)]))
+    exact(orpo_loss(half, quarter, beta=0.3, nll_weight=0.0), double([0.3 * math.log(4 / 3)]))
+
+
+def test_losses_of_single_answers_and_scores_by_hand():
+    ref_logps = double([-2.0, -2.0])
+    logps = ref_logps + 0.4 + math.log(3) / 0.5
+    liked = torch.tensor([True, False])
+    weights = {"desirable_weight": 2.0, "undesirable_weight": 3.0}
+    got = kto_loss(logps, ref_logps, liked, beta=0.5, reference_point=0.4, **weights)
+    exact(got, double([2.0 * 0.25, 3.0 * 0.75]))
+    got = kto_loss(logps, ref_logps, liked.long(), beta=0.5, reference_point=double(0.4))
+    exact(got, double([0.25, 0.75]))
+    exact(kto_reference_point(double([-1.0, -3.0]), double([-2.0, -2.5])), double(0.25))
+    exact(kto_reference_point(double([-2.0, -3.0]), double([-1.0, -2.5])), double(0.0))
+    one = double([1.0])
+    exact(dro_loss(3 * one, one, 2 * one, 0.5 * one, beta=0.25), one)
+    exact(rebel_loss(2 * one, one, one, one, 4 * one, one, beta=0.5), double([2.5**2]))
+    rewards = double([[4.0, 2.0, 9.0]])
+    logps = double([[1.0, 0.0, 2.0]])  # returns of 2, 2 and 5
+    exact(log_variance_loss(logps, 0 * logps, rewards, beta=2.0), double([3.0]))
 
 
 def test_reward_model_loss_by_hand():
@@ -206,10 +334,10 @@ def test_listwise_losses_of_two_are_dpo(loss, lists):
     exact(loss(logps, ref_logps), dpo_loss(*pair, beta=0.5))
 
 
-@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE])
+@pytest.mark.parametrize("name", [*OF_D, *LISTWISE])
 def test_a_shift_shared_within_a_prompt_cancels(name, four, lists, generator):
     shift = torch.randn(8, dtype=torch.float64, generator=generator)
-    if name in PAIRED:
+    if name in OF_D:
         moved = [four[0] + shift, four[1] + shift, four[2], four[3]]
         exact(PAIRED[name](*moved), PAIRED[name](*four))
     else:
@@ -218,38 +346,155 @@ def test_a_shift_shared_within_a_prompt_cancels(name, four, lists, generator):
         )
 
 
+def test_exo_is_the_kl_from_the_policys_preference_to_the_label(four):
+    label = torch.distributions.Bernoulli(probs=double(0.9))
+    margins = 0.7 * ((four[0] - four[2]) - (four[1] - four[3]))
+    policy = torch.distributions.Bernoulli(logits=margins)
+    got = exo_loss(*four, beta=0.7, label_smoothing=0.1)
+    exact(got, torch.distributions.kl_divergence(policy, label.expand(margins.shape)))
+
+
+def test_alpha_joins_the_two_kls(four):
+    at = partial(f_dpo_loss, *four, beta=0.7, divergence="alpha")
+    exact(at(alpha=0.0), f_dpo_loss(*four, beta=0.7, divergence="forward_kl"))
+    exact(at(alpha=1.0), dpo_loss(*four, beta=0.7))
+    exact(f_dpo_loss(*four, beta=0.7, divergence="reverse_kl"), dpo_loss(*four, beta=0.7))
+    assert_close(at(alpha=1 + 1e-9), at(alpha=1.0), atol=1e-7, rtol=0)
+
+
+def test_powers_too_large_for_a_float_keep_their_sign_and_their_slope():
+    for divergence, side in (("forward_kl", -1), ("alpha", 1)):
+        loss = partial(f_dpo_loss, beta=0.5, divergence=divergence, alpha=2.0)
+        a, b = (double([side * size]).requires_grad_() for size in (2e4, 1e4))
+        zero = double([0.0])
+        right, wrong = (b, a) if side < 0 else (a, b)  # the larger f' is the chosen answer's
+        exact(loss(right, wrong, zero, zero).detach(), zero)
+        lost = loss(wrong, right, zero, zero)
+        slopes = torch.autograd.grad(lost, [wrong, right])
+        assert lost > 1e270
+        larger = a if side < 0 else right
+        slope = slopes[0] if larger is wrong else slopes[1]
+        assert slope.abs() > 1e270
+        assert math.copysign(1, slope.item()) == (-1 if larger is wrong else 1)
+
+
+def test_a_hot_discopop_is_held_and_a_cold_one_vanishes():
+    d = double([-1e4]).requires_grad_()
+    zero = double([0.0])
+    cold = discopop_loss(d, zero, zero, zero, beta=1.0)
+    exact(cold.detach(), double([1e4]))  # m = 0: only the logistic part is left
+    hot = discopop_loss(d, zero, zero, zero, beta=1.0, temperature=3.0)
+    assert hot > 1e270
+    (slope,) = torch.autograd.grad(hot, d)
+    assert slope < -1e270
+
+
+def test_bco_is_never_below_dpo(four):
+    assert (bco_loss(*four, beta=0.7) >= dpo_loss(*four, beta=0.7)).all()
+
+
+def test_sppo_is_a_square_of_the_margin_and_one_of_the_sum(four):
+    a, b = four[0] - four[2], four[1] - four[3]
+    half = ((a - b - 1 / 0.7) ** 2 + (a + b) ** 2) / 2
+    exact(sppo_loss(*four, beta=0.7), half)
+
+
+def test_apo_zero_of_swapped_answers_is_what_is_left_of_two(four):
+    swapped = [four[1], four[0], four[3], four[2]]
+    exact(apo_zero_loss(*four, beta=0.7) + apo_zero_loss(*swapped, beta=0.7), double([2.0] * 8))
+
+
+def test_cpo_and_simpo_are_dpo_under_a_uniform_reference(four):
+    same = torch.full_like(four[0], -2.0)
+    want = dpo_loss(four[0], four[1], same, same, beta=0.7)
+    exact(cpo_loss(*four[:2], beta=0.7, nll_weight=0.0), want)
+    exact(simpo_loss(*four[:2], beta=0.7, gamma=0.0), want)
+
+
+def test_a_target_margin_moves_simpo_along(four):
+    moved = simpo_loss(four[0] + 0.4, four[1], beta=0.5, gamma=0.2)
+    exact(moved, simpo_loss(*four[:2], beta=0.5, gamma=0.0))
+
+
+def test_kto_of_both_labels_sums_to_its_weight(four):
+    liked = torch.ones(8).bool()
+    at = partial(kto_loss, four[0], four[1], beta=0.5, reference_point=0.3)
+    exact(at(liked) + at(~liked), double([1.0] * 8))
+
+
+def test_the_reference_point_of_kto_takes_no_gradient(four):
+    logps, point = four[0].requires_grad_(), double(0.3).requires_grad_()
+    liked = torch.ones(8).bool()
+    kto_loss(logps, four[1], liked, beta=0.5, reference_point=point).sum().backward()
+    assert point.grad is None
+    assert not kto_reference_point(logps, four[1]).requires_grad
+
+
+@pytest.mark.parametrize("n_prompts", [1, 3])
+def test_losses_with_scores_vanish_at_the_optimum_and_only_there(n_prompts, generator):
+    task = random_bandit(n_prompts, 4, generator=generator)
+    tables = task.ref_logps, task.rewards
+    best, log_z = optimal_logps(*tables, 0.5), log_partition(*tables, 0.5)
+    values = (0.5 * log_z)[:, None].expand(-1, 4)
+
+    def each(logps):
+        yield dro_loss(*(t.flatten() for t in (logps, *tables, values)), beta=0.5)
+        yield log_variance_loss(logps, *tables, beta=0.5)
+        first, second = ([t[:, at].flatten() for t in (logps, *tables)] for at in (0, 3))
+        pairs = [part for both in zip(first, second, strict=True) for part in both]
+        yield rebel_loss(*pairs, beta=0.5)
+
+    for at_best, at_start in zip(each(best), each(task.ref_logps), strict=True):
+        assert at_best.max() < 1e-24
+        assert at_start.max() > 1e-2
+
+
+def test_log_variance_is_half_of_rebel_over_all_pairs(lists, generator):
+    rewards = torch.randn(8, 5, dtype=torch.float64, generator=generator)
+    first, second = torch.combinations(torch.arange(5)).T
+    columns = [t[:, at].flatten() for t in (*lists, rewards) for at in (first, second)]
+    pairs = rebel_loss(*columns, beta=0.7).view(8, 10)
+    exact(log_variance_loss(*lists, rewards, beta=0.7), pairs.mean(1) / 2)
+
+
 # --- gradients, dtypes, extremes -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE, "reward_model"])
-def test_gradients(name, four, lists):
-    loss = {**PAIRED, **LISTWISE, "reward_model": reward_model_loss}[name]
-    inputs = {"reward_model": four[:2]}.get(name, four if name in PAIRED else lists)
+@pytest.mark.parametrize("name", ALL)
+def test_gradients(name, generator):
+    shape = [8, 5] if SHAPES[name] == "[B, K]" else [8]
+    draws = -4 * torch.rand(len(NAMES[name]), *shape, dtype=torch.float64, generator=generator)
+    inputs = [part.requires_grad_() for part in draws]
     if name == "hinge":
-        assert (loss(*inputs) > 0.05).any()
-        margins = 0.5 * ((four[0] - four[2]) - (four[1] - four[3]))
+        assert (ALL[name](*inputs) > 0.05).any()
+        margins = 0.5 * ((inputs[0] - inputs[2]) - (inputs[1] - inputs[3]))
         assert ((1 - margins).abs() > 1e-3).all()  # away from the kink
-    assert gradcheck(loss, [logps.requires_grad_() for logps in inputs])
+    assert gradcheck(ALL[name], inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE, "reward_model"])
+@pytest.mark.parametrize("name", ALL)
 def test_value_and_gradient_are_finite_at_equality_and_far_away(name, dtype):
-    loss = {**PAIRED, **LISTWISE, "reward_model": reward_model_loss}[name]
-    same, far = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, 1e4, -1e4])
-    if name in PAIRED:
-        inputs = [far, same, same, same]
-    elif name in LISTWISE:
-        inputs = [torch.stack([same, far, -far], 1), torch.stack([same, same, same], 1)]
+    """Each input at -1 or 1e4 nats away from it, in every combination."""
+    if name == "orpo":
+        places = [-1.0, -1e-7, -1e4]
     else:
-        inputs = [far, same]
-    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-    values = loss(*inputs)
+        places = [-1.0, 1e4, -1e4]
+    count = len(NAMES[name])
+    rows = list(itertools.product(places, repeat=min(count, 4)))
+    inputs = [torch.tensor(column) for column in zip(*rows, strict=True)]
+    inputs += [torch.full_like(inputs[0], -1.0)] * (count - len(inputs))
+    if SHAPES[name] == "[B, K]":
+        inputs = [torch.stack([part, part.roll(1), part.flip(0)], 1) for part in inputs]
+    inputs = [part.to(dtype).clone().requires_grad_() for part in inputs]
+    values = ALL[name](*inputs)
     assert values.dtype == dtype
-    assert values.shape == (3,)
-    values.sum().backward()
+    assert values.shape == (len(rows),)
     assert torch.isfinite(values).all()
-    assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)
+    slopes = torch.autograd.grad(values.sum(), inputs)
+    assert all(torch.isfinite(slope).all() for slope in slopes)
+    # A batch's mean may overflow only where single slopes are near the largest float.
+    assert all(slope.abs().max() > 0 for slope in slopes)
 
 
 def test_dpo_far_away_is_a_straight_line():
@@ -274,6 +519,26 @@ def test_where_a_population_of_pairs_leads(loss, want, tolerance):
     bound = partial(loss, beta=0.5)
     fitted = fit_table(lambda logps: population_loss(bound, logps, REF, REWARDS), REF)
     assert distance(fitted) == pytest.approx(want, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "options", "slope"),
+    [
+        ("forward_kl", {}, lambda t: 1 - 1 / t),
+        ("js", {}, lambda t: torch.log(2 * t / (1 + t))),
+        ("alpha", {"alpha": 0.5}, lambda t: (t**-0.5 - 1) / -0.5),
+        ("alpha", {"alpha": 2.0}, lambda t: t - 1),
+    ],
+    ids=["forward KL", "JS", "alpha 0.5", "chi squared"],
+)
+def test_f_dpo_ends_where_reward_less_divergence_is_stationary(divergence, options, slope):
+    """r - beta f'(pi / pi_ref) is one number for all answers: the multiplier of sum pi = 1."""
+    beta = 2.0  # small enough a tilt that chi squared keeps every answer
+    bound = partial(f_dpo_loss, beta=beta, divergence=divergence, **options)
+    fitted = fit_table(lambda logps: population_loss(bound, logps, REF, REWARDS), REF)
+    left = REWARDS - beta * slope((fitted - REF).exp())
+    assert (left - left.mean()).abs().max() < 1e-6
+    assert total_variation(fitted, REF) > 0.05
 
 
 def test_where_hinge_leads_a_population_of_pairs():
@@ -348,28 +613,42 @@ MEANS = (
 NAMES = {
     **dict.fromkeys(PAIRED, FOUR),
     "ipo_mean": MEANS,
+    "dpo_mean": MEANS,
     **dict.fromkeys(LISTWISE, ("logps", "ref_logps")),
     "reward_model": ("chosen_rewards", "rejected_rewards"),
+    "simpo": MEANS[:2],
+    "cpo": FOUR[:2],
+    "orpo": MEANS[:2],
+    "dro": ("logps", "ref_logps", "rewards", "values"),
+    "rebel": (
+        "first_logps",
+        "second_logps",
+        "ref_first_logps",
+        "ref_second_logps",
+        "first_rewards",
+        "second_rewards",
+    ),
+    "log_variance": ("logps", "ref_logps", "rewards"),
 }
+SHAPES = {name: "[B, K]" if name in (*LISTWISE, "log_variance") else "[B]" for name in ALL}
 EACH_INPUT = [(name, at) for name, names in NAMES.items() for at in range(len(names))]
 
 
 def complaint(name, at, bad, kind=ValueError):
     """What the loss says of one bad tensor among good ones."""
-    loss = {**PAIRED, **LISTWISE, "reward_model": reward_model_loss}[name]
-    good = torch.zeros((3, 2) if name in LISTWISE else 3, dtype=torch.float64)
+    good = torch.full((3, 2) if SHAPES[name] == "[B, K]" else (3,), -1.0, dtype=torch.float64)
     inputs = [good.clone() for _ in NAMES[name]]
     inputs[at] = bad(good) if callable(bad) else bad
     with pytest.raises(kind) as caught:
-        loss(*inputs)
+        ALL[name](*inputs)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "at"), EACH_INPUT)
 def test_a_bad_tensor_is_named(name, at):
-    names, shape = NAMES[name], "[B, K]" if name in LISTWISE else "[B]"
+    names, shape = NAMES[name], SHAPES[name]
     argument, first = names[at], names[0]
-    good_shape, bad_shape = ([3, 2], [1, 2]) if name in LISTWISE else ([3], [1])
+    good_shape, bad_shape = ([3, 2], [1, 2]) if shape == "[B, K]" else ([3], [1])
     got = complaint(name, at, [0.0], TypeError)
     assert got == f"{argument}: got list, takes a floating torch.Tensor {shape}"
     got = complaint(name, at, lambda good: good.long())
@@ -394,10 +673,10 @@ def test_a_bad_tensor_is_named(name, at):
 
 
 @pytest.mark.parametrize("beta", [0, -1.0, NAN, INF, "1", True])
-@pytest.mark.parametrize("name", [*PAIRED, *LISTWISE])
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"reward_model"}))
 def test_beta_is_finite_and_positive(name, beta):
-    loss = {**PAIRED, **LISTWISE}[name]
-    one = torch.zeros((1, 2) if name in LISTWISE else 1)
+    loss = ALL[name]
+    one = torch.full((1, 2) if SHAPES[name] == "[B, K]" else (1,), -1.0)
     if isinstance(beta, (str, bool)):
         kind, want = TypeError, f"beta: got {type(beta).__name__}, takes a number"
     else:
@@ -407,22 +686,110 @@ def test_beta_is_finite_and_positive(name, beta):
     assert str(caught.value) == want
 
 
-@pytest.mark.parametrize("name", ["cdpo", "rdpo"])
+@pytest.mark.parametrize("name", ["cdpo", "rdpo", "exo"])
 def test_label_smoothing_is_below_one_half(name):
     one = torch.zeros(1)
-    for value in (0.5, -0.1, NAN, 1.0):
+    for value in (0.5, 1.0) if name == "exo" else (0.5, -0.1, NAN, 1.0):
         with pytest.raises(ValueError) as caught:
             PAIRED[name](one, one, one, one, label_smoothing=value)
         assert str(caught.value) == f"label_smoothing: got {value}, takes a number in [0.0, 0.5)"
     with pytest.raises(TypeError, match="label_smoothing: got NoneType, takes a number"):
         PAIRED[name](one, one, one, one, label_smoothing=None)
-    exact(
-        PAIRED[name](one, one, one, one, label_smoothing=0), dpo_loss(one, one, one, one, beta=0.5)
-    )
+    if name == "exo":
+        with pytest.raises(ValueError, match="label_smoothing: got 0, takes a finite number > 0"):
+            PAIRED[name](one, one, one, one, label_smoothing=0)
+        return
+    same = dpo_loss(one, one, one, one, beta=0.5)
+    exact(PAIRED[name](one, one, one, one, label_smoothing=0), same)
 
 
-@pytest.mark.parametrize("name", LISTWISE)
+@pytest.mark.parametrize("name", [*LISTWISE, "log_variance"])
 def test_a_list_has_two_items_at_least(name):
     with pytest.raises(ValueError) as caught:
-        LISTWISE[name](torch.zeros(3, 1), torch.zeros(3, 1))
+        ALL[name](*[torch.zeros(3, 1)] * len(NAMES[name]))
     assert str(caught.value) == "logps: got 1 completion a row, takes >= 2"
+
+
+@pytest.mark.parametrize(
+    ("call", "want"),
+    [
+        (
+            lambda x: exo_loss(x, x, x, x, beta=1.0, label_smoothing=-0.1),
+            "label_smoothing: got -0.1, takes a finite number > 0",
+        ),
+        (
+            lambda x: discopop_loss(x, x, x, x, beta=1.0, temperature=0.0),
+            "temperature: got 0.0, takes a finite number > 0",
+        ),
+        (
+            lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="kl"),
+            "divergence: got 'kl', takes 'reverse_kl', 'forward_kl', 'js' or 'alpha'",
+        ),
+        (
+            lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="alpha", alpha=INF),
+            "alpha: got inf, takes finite values",
+        ),
+        (
+            lambda x: simpo_loss(x, x, beta=1.0, gamma=-0.5),
+            "gamma: got -0.5, takes a number in [0.0, inf)",
+        ),
+        (
+            lambda x: cpo_loss(x, x, beta=1.0, nll_weight=-1.0),
+            "nll_weight: got -1.0, takes a number in [0.0, inf)",
+        ),
+        (
+            lambda x: orpo_loss(x, x, beta=1.0, nll_weight=NAN),
+            "nll_weight: got nan, takes a number in [0.0, inf)",
+        ),
+        (lambda x: orpo_loss(x + 1, x, beta=1.0), "chosen_mean_logps: got 0.0, takes values < 0"),
+        (lambda x: orpo_loss(x, -x, beta=1.0), "rejected_mean_logps: got 1.0, takes values < 0"),
+        (
+            lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=x),
+            "reference_point: got shape [2], takes one number for the batch",
+        ),
+        (
+            lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=NAN),
+            "reference_point: got nan, takes finite values",
+        ),
+        (
+            lambda x: kto_loss(x, x, x, beta=1.0, reference_point=0.0),
+            "desirable: got -1.0, takes 0 or 1",
+        ),
+        (
+            lambda x: kto_loss(x, x, (x > 0)[:1], beta=1.0, reference_point=0.0),
+            "desirable: got shape [1], takes [2]",
+        ),
+        (
+            lambda x: kto_loss(x, x[:1], x > 0, beta=1.0, reference_point=0.0),
+            "ref_logps: got shape [1], takes [2] like logps",
+        ),
+        (
+            lambda x: kto_loss(x / 0, x, x > 0, beta=1.0, reference_point=0.0),
+            "logps: got -inf, takes finite values",
+        ),
+        (
+            lambda x: kto_loss(x, x, x > 0, beta=0.0, reference_point=0.0),
+            "beta: got 0.0, takes a finite number > 0",
+        ),
+        (
+            lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=0.0, desirable_weight=0.0),
+            "desirable_weight: got 0.0, takes a finite number > 0",
+        ),
+        (
+            lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=0.0, undesirable_weight=-1),
+            "undesirable_weight: got -1, takes a finite number > 0",
+        ),
+        (
+            lambda x: kto_reference_point(x, x[:1]),
+            "ref_mismatched_logps: got shape [1], takes [2] like mismatched_logps",
+        ),
+        (
+            lambda x: kto_reference_point(x, x / 0),
+            "ref_mismatched_logps: got -inf, takes finite values",
+        ),
+    ],
+)
+def test_settings_out_of_range_are_refused(call, want):
+    with pytest.raises(ValueError) as caught:
+        call(torch.tensor([-1.0, -1.0]))
+    assert str(caught.value) == want
