@@ -94,8 +94,9 @@ def diagnose(number: str, candidate: Answer) -> tuple[bool, str]:
 def exercises() -> dict[str, Exercise]:
     """Every exercise of the course by its number."""
     found = {}
-    for chapter in iter_modules(__path__):
-        module = import_module(f"{__name__}.{chapter.name}")
+    chapters = (m.name for m in iter_modules(__path__) if m.name.startswith("chapter_"))
+    for chapter in chapters:
+        module = import_module(f"{__name__}.{chapter}")
         found.update({exercise.number: exercise for exercise in module.EXERCISES})
     return found
 

@@ -1,0 +1,110 @@
+"""Plausible wrong answers to the exercises of chapter 12, and a word of each one's sentence."""
+
+import torch
+
+
+def log_partition(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).logsumexp(0)
+
+
+def gained_by_reward_alone(ref_probs, rewards, beta):
+    return rewards * (1 / beta)
+
+
+def gained_in_units_of_reward(ref_probs, rewards, beta):
+    return rewards - beta * log_partition(ref_probs, rewards, beta)
+
+
+def gained_over_the_average(ref_probs, rewards, beta):
+    return (rewards - (ref_probs * rewards).sum()) / beta
+
+
+def gained_less_z(ref_probs, rewards, beta):
+    return rewards / beta - log_partition(ref_probs, rewards, beta).exp()
+
+
+def gained_with_beta_twice(ref_probs, rewards, beta):
+    return rewards / beta - beta * log_partition(ref_probs, rewards, beta)
+
+
+def log_of_the_optimum(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).log_softmax(0)
+
+
+def rate_that_forgets_the_normaliser(ref_probs, features, chosen, rejected, beta):
+    return beta / 2 * torch.dot(features[chosen], features[chosen] - features[rejected])
+
+
+def rate_of_the_margin(ref_probs, features, chosen, rejected, beta):
+    return beta / 2 * (features[chosen] - features[rejected]).square().sum()
+
+
+def rate_at_full_weight(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - ref_probs @ features
+    return beta * (slope @ (features[chosen] - features[rejected]))
+
+
+def rate_without_strength(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - ref_probs @ features
+    return 0.5 * (slope @ (features[chosen] - features[rejected]))
+
+
+def rate_of_the_loser(ref_probs, features, chosen, rejected, beta):
+    slope = features[rejected] - ref_probs @ features
+    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
+
+
+def rate_about_the_unweighted_mean(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - features.mean(0)
+    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
+
+
+def rate_of_ascent(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - ref_probs @ features
+    return beta / 2 * (slope @ (features[rejected] - features[chosen]))
+
+
+def policy_divided_by_its_sum(ref_probs, rewards, lengths, beta):
+    weights = ref_probs * (lengths * rewards / beta).exp()
+    return weights / weights.sum()
+
+
+def policy_of_sums(ref_probs, rewards, lengths, beta):
+    weights = ref_probs * (rewards / beta).exp()
+    return weights / weights.sum()
+
+
+def policy_of_rewards_a_token(ref_probs, rewards, lengths, beta):
+    weights = ref_probs * (rewards / (lengths * beta)).exp()
+    return weights / weights.sum()
+
+
+def policy_left_alone(ref_probs, rewards, lengths, beta):
+    return (ref_probs.log() + lengths * rewards / beta).exp()
+
+
+MISTAKES = {
+    "12.1": {
+        "Log Z is missing": gained_by_reward_alone,
+        "units of reward": gained_in_units_of_reward,
+        "Jensen": gained_over_the_average,
+        "logarithm of Z": gained_less_z,
+        "One beta too many": gained_with_beta_twice,
+        "log pi* itself": log_of_the_optimum,
+    },
+    "12.2": {
+        "mean feature is missing": rate_that_forgets_the_normaliser,
+        "rate of the margin": rate_of_the_margin,
+        "a half": rate_at_full_weight,
+        "Beta is missing": rate_without_strength,
+        "rejected answer's rate": rate_of_the_loser,
+        "weigh each answer": rate_about_the_unweighted_mean,
+        "turned round": rate_of_ascent,
+    },
+    "12.3": {
+        "divides by a sum": policy_divided_by_its_sum,
+        "DPO on sums": policy_of_sums,
+        "wrong side": policy_of_rewards_a_token,
+        "do not sum to 1": policy_left_alone,
+    },
+}
