@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from dpo_mini.closed_form import optimal_logps, total_variation
@@ -15,6 +15,7 @@ from dpo_mini.losses import (
     best_of_k_loss,
     cdpo_loss,
     dpo_loss,
+    f_dpo_loss,
     hinge_loss,
     ipo_loss,
     ipo_mean_loss,
@@ -426,3 +427,12 @@ def test_a_list_has_two_items_at_least(name):
     with pytest.raises(ValueError) as caught:
         LISTWISE[name](torch.zeros(3, 1), torch.zeros(3, 1))
     assert str(caught.value) == "logps: got 1 completion a row, takes >= 2"
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha", "js"])
+def test_other_divergences_have_right_second_derivatives_at_the_reference(divergence):
+    """Where the policy is the reference both powers are equal, and a maximum has a kink there."""
+    loss = partial(f_dpo_loss, beta=0.5, divergence=divergence)
+    four = [double([-1.0, -2.0, -0.3, -4.0]) for _ in range(4)]
+    four[0][2:] += double([0.7, -2.0])
+    assert gradgradcheck(loss, [logps.requires_grad_() for logps in four])
