@@ -276,6 +276,7 @@ def vector_fields(
     y_label: str,
     *,
     title: str = "",
+    length_label: str = "length",
     columns: int = 5,
     width: float = 11.0,
     height: float = 7.0,
@@ -291,6 +292,7 @@ def vector_fields(
       places: n increasing ticks of both axes; an arrow stands at every second of them.
       x_label, y_label: of the outer panels.
       title: of the whole, the finding.
+      length_label: of the colour bar.
       columns: panels in a row.
       width, height: of the figure, inches.
     Raises:
@@ -328,7 +330,7 @@ def vector_fields(
             ax.set_xlabel(x_label)
         for ax in grid[:, 0]:
             ax.set_ylabel(y_label)
-        bar = fig.colorbar(shade, ax=grid, shrink=0.6, ticks=[-2, -1, 0, 1], label="length")
+        bar = fig.colorbar(shade, ax=grid, shrink=0.6, ticks=[-2, -1, 0, 1], label=length_label)
         bar.ax.set_yticklabels(["0.01", "0.1", "1", "10"])
         fig.suptitle(title, x=0.01, ha="left", fontsize=12)
     return fig

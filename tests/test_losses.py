@@ -436,3 +436,19 @@ def test_other_divergences_have_right_second_derivatives_at_the_reference(diverg
     four = [double([-1.0, -2.0, -0.3, -4.0]) for _ in range(4)]
     four[0][2:] += double([0.7, -2.0])
     assert gradgradcheck(loss, [logps.requires_grad_() for logps in four])
+
+
+def test_other_divergences_by_hand_and_far_away():
+    """f' at a ratio of 4 and of 1, and log-ratios whose powers overflow."""
+    zero, four_times = double([0.0]), double([math.log(4)])
+    for divergence, slope in {"forward_kl": 3 / 4, "alpha": 1.0, "js": math.log(8 / 5)}.items():
+        loss = partial(f_dpo_loss, beta=0.5, divergence=divergence)
+        want = -torch.sigmoid(double([slope / 2])).log()
+        exact(loss(four_times, zero, zero, zero), want)
+        exact(loss(zero, four_times, zero, zero), want + slope / 2)
+        far = [double([1e4, -1e4]).requires_grad_(), double([-1e4, 1e4]).requires_grad_()]
+        values = loss(*far, *[double([0.0, 0.0])] * 2)
+        values.sum().backward()
+        assert values[0] == 0 < values[1]
+        assert torch.isfinite(values).all()
+        assert all(torch.isfinite(tensor.grad).all() for tensor in far)

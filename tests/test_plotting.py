@@ -216,7 +216,12 @@ def test_vector_fields_draw_arrows_where_there_is_a_length():
     assert "arrows: 8, mean 0 0\n[left] x: a (nats) | y: " in text
     assert text.endswith("field (no label): 0.301..0.301\n  arrows: 6, mean -1 0")
     assert "field (no label): 0..0.4515" in text  # the corners' length is 8 ** 0.5
-    swapped = plotting.vector_fields({"out": (-x, y + 1)}, places, "a", "b", columns=1)
+    bar = next(ax for ax in fig.axes if ax.get_label() == "<colorbar>")
+    assert bar.get_ylabel() == "length"
+    swapped = plotting.vector_fields(
+        {"out": (-x, y + 1)}, places, "a", "b", length_label="slope", columns=1
+    )
+    assert swapped.axes[-1].get_ylabel() == "slope"
     assert f"arrows: 9, mean 0 {(1 + 6 / 13**0.5) / 9:.4g}" in receipt(swapped)
 
 
