@@ -801,12 +801,15 @@ def _mean_logratios(
 def _difference_of_powers(a: Tensor, b: Tensor, exponent: float) -> Tensor:
     """(e^(k a) - e^(k b)) / k for k = `exponent`: no NaN where both powers overflow or vanish.
 
-    The larger power is taken out of the bracket: e^p - e^q = e^max(p, q) (1 - e^-|p - q|) sign.
+    The larger power is taken out of the bracket: e^p (1 - e^(q - p)), or e^q (e^(p - q) - 1).
     """
     p, q = exponent * a, exponent * b
     gap = p - q
-    bracket = torch.where(gap >= 0, -torch.expm1(-gap.clamp(min=0)), torch.expm1(gap.clamp(max=0)))
-    return _held_exp(torch.maximum(p, q)) * bracket / exponent
+    # Each branch keeps the gradient of its own power (a maximum would halve it at p = q), so that
+    # first and second derivatives are right where the policy is the reference.
+    if_p = _held_exp(p) * -torch.expm1(-gap.clamp(min=0))
+    if_q = _held_exp(q) * torch.expm1(gap.clamp(max=0))
+    return torch.where(gap >= 0, if_p, if_q) / exponent
 
 
 def _held_exp(exponents: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
+from matplotlib.colors import BoundaryNorm
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.quiver import Quiver
 from PIL import Image
 
 from dpo_mini.files import write_whole
@@ -303,6 +305,73 @@ def ternary_contours(
     ax.tricontour(x, y, heights, levels=inside, colors="white", linewidths=0.8, linestyles="solid")
 
 
+def vector_fields(
+    named: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    places: Sequence[float],
+    x_label: str,
+    y_label: str,
+    *,
+    title: str = "",
+    length_label: str = "length",
+    columns: int = 5,
+    width: float = 11.0,
+    height: float = 7.0,
+) -> Figure:
+    """Small multiples of vector fields over one square: arrows for direction, shade for length.
+
+    All panels share one scale: shades are a third of a decade of the length and lengths outside
+    0.01..10 take the outermost shade; where the length is 0 there is neither arrow nor shade.
+
+    Args:
+      named: a panel's title to the components along x and y, `[n, n]` each, finite; row k, column m
+        is at y = places[k], x = places[m].
+      places: n increasing ticks of both axes; an arrow stands at every second of them.
+      x_label, y_label: of the outer panels.
+      title: of the whole, the finding.
+      length_label: of the colour bar.
+      columns: panels in a row.
+      width, height: of the figure, inches.
+    Raises:
+      ValueError: no panels, `columns < 1`, or a component that is not `[n, n]` or not finite.
+    """
+    if not named or columns < 1:
+        got = f"{len(named)} panels in {columns} columns"
+        raise ValueError(f"named, columns: got {got}, takes at least one of each")
+    at = np.asarray(places, dtype=float)
+    n_rows = -(-len(named) // columns)
+    norm = BoundaryNorm(np.linspace(-2.0, 1.0, 10), 256, extend="both")
+    with matplotlib.rc_context(_FONT):
+        fig = Figure(figsize=(width, height), dpi=100, layout="constrained")
+        FigureCanvasAgg(fig)
+        grid = fig.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False)
+        shade = None
+        for k, (name, parts) in enumerate(named.items()):
+            ax, (u, v) = grid.flat[k], (np.asarray(part, dtype=float) for part in parts)
+            for part in (u, v):
+                if part.shape != (len(at), len(at)) or not np.isfinite(part).all():
+                    got = f"shape {list(part.shape)}, finite: {bool(np.isfinite(part).all())}"
+                    raise ValueError(f"named[{name!r}]: got {got}, takes finite [n, n]")
+            length = np.ma.masked_equal(np.hypot(u, v), 0.0)
+            shade = ax.pcolormesh(at, at, np.ma.log10(length), cmap="Blues", norm=norm)
+            few = (slice(None, None, 2), slice(None, None, 2))
+            directions = [np.ma.filled(part[few] / length[few], np.nan) for part in (u, v)]
+            ax.quiver(
+                at[::2], at[::2], *directions, scale=13, width=0.009, headwidth=4.5, pivot="mid"
+            )
+            ax.set(title=name, aspect="equal")
+            ax.label_outer()
+        for ax in grid.flat[len(named) :]:
+            fig.delaxes(ax)
+        for ax in grid[-1]:
+            ax.set_xlabel(x_label)
+        for ax in grid[:, 0]:
+            ax.set_ylabel(y_label)
+        bar = fig.colorbar(shade, ax=grid, shrink=0.6, ticks=[-2, -1, 0, 1], label=length_label)
+        bar.ax.set_yticklabels(["0.01", "0.1", "1", "10"])
+        fig.suptitle(title, x=0.01, ha="left", fontsize=12)
+    return fig
+
+
 def show(fig: Figure, *, alt: str) -> None:
     """Show a figure in a notebook as a picture with alt text and, in text form, its receipt.
 
@@ -352,7 +421,7 @@ def leave_out_values(*artists: Artist) -> None:
 
 def receipt(fig: Figure) -> str:
     """What was drawn, as text: of every series its label, number of points and ranges."""
-    rows = []
+    rows = [f"[{fig.get_suptitle()}]"] if fig.get_suptitle() else []
     for ax in fig.axes:
         if ax.get_label() == "<colorbar>":
             continue
@@ -370,6 +439,11 @@ def receipt(fig: Figure) -> str:
         for drawn in ax.collections:
             if isinstance(drawn, PathCollection) and len(drawn.get_offsets()):
                 rows.append(f"  points {_name(drawn)}: {_ranges(drawn.get_offsets())}")
+            elif isinstance(drawn, Quiver):
+                drawn_ones = ~np.broadcast_to(drawn.Umask, drawn.U.shape)
+                means = [_number(part[drawn_ones].sum() / max(1, drawn_ones.sum()))
+                         for part in (drawn.U, drawn.V)]  # fmt: skip
+                rows.append(f"  arrows: {drawn_ones.sum()}, mean {' '.join(means)}")
             elif drawn.get_array() is not None:
                 rows.append(f"  field {_name(drawn)}: {_span(drawn.get_array())}")
         for image in ax.images:

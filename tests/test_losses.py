@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from dpo_mini.closed_form import log_partition, optimal_logps, total_variation
@@ -793,3 +793,28 @@ def test_settings_out_of_range_are_refused(call, want):
     with pytest.raises(ValueError) as caught:
         call(torch.tensor([-1.0, -1.0]))
     assert str(caught.value) == want
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha", "js"])
+def test_other_divergences_have_right_second_derivatives_at_the_reference(divergence):
+    """Where the policy is the reference both powers are equal, and a maximum has a kink there."""
+    loss = partial(f_dpo_loss, beta=0.5, divergence=divergence)
+    four = [double([-1.0, -2.0, -0.3, -4.0]) for _ in range(4)]
+    four[0][2:] += double([0.7, -2.0])
+    assert gradgradcheck(loss, [logps.requires_grad_() for logps in four])
+
+
+def test_other_divergences_by_hand_and_far_away():
+    """f' at a ratio of 4 and of 1, and log-ratios whose powers overflow."""
+    zero, four_times = double([0.0]), double([math.log(4)])
+    for divergence, slope in {"forward_kl": 3 / 4, "alpha": 1.0, "js": math.log(8 / 5)}.items():
+        loss = partial(f_dpo_loss, beta=0.5, divergence=divergence)
+        want = -torch.sigmoid(double([slope / 2])).log()
+        exact(loss(four_times, zero, zero, zero), want)
+        exact(loss(zero, four_times, zero, zero), want + slope / 2)
+        far = [double([1e4, -1e4]).requires_grad_(), double([-1e4, 1e4]).requires_grad_()]
+        values = loss(*far, *[double([0.0, 0.0])] * 2)
+        values.sum().backward()
+        assert values[0] == 0 < values[1]
+        assert torch.isfinite(values).all()
+        assert all(torch.isfinite(tensor.grad).all() for tensor in far)

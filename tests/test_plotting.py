@@ -231,3 +231,43 @@ def test_what_varies_is_named_in_the_receipt_without_its_values():
     assert "line 'chaotic': 2 points, which vary" in got
     assert got.endswith("text: said")
     assert not any(number in got for number in ("6.25", "7.5", "8.125"))
+
+
+def test_vector_fields_draw_arrows_where_there_is_a_length():
+    places = np.linspace(-2, 2, 5)
+    x, y = np.meshgrid(places, places)
+    still = np.where(x > 0, 0.0, 2.0)  # nothing in the right half
+    fields = {"out": (x, y), "left": (-still, 0 * x)}
+    fig = plotting.vector_fields(fields, places, "a (nats)", "b (nats)", title="two", columns=3)
+    assert len([ax for ax in fig.axes if ax.get_label() != "<colorbar>"]) == 2
+    text = receipt(fig)
+    assert text.startswith("[two]\n[out] x: a (nats) | y: b (nats)\n")
+    # every second tick: nine arrows less the one at the origin, which cancel out
+    assert "arrows: 8, mean 0 0\n[left] x: a (nats) | y: " in text
+    assert text.endswith("field (no label): 0.301..0.301\n  arrows: 6, mean -1 0")
+    assert "field (no label): 0..0.4515" in text  # the corners' length is 8 ** 0.5
+    bar = next(ax for ax in fig.axes if ax.get_label() == "<colorbar>")
+    assert bar.get_ylabel() == "length"
+    swapped = plotting.vector_fields(
+        {"out": (-x, y + 1)}, places, "a", "b", length_label="slope", columns=1
+    )
+    assert swapped.axes[-1].get_ylabel() == "slope"
+    assert f"arrows: 9, mean 0 {(1 + 6 / 13**0.5) / 9:.4g}" in receipt(swapped)
+
+
+def test_a_field_without_any_arrow_has_a_receipt():
+    nothing = np.zeros((3, 3))
+    fig = plotting.vector_fields({"still": (nothing, nothing)}, [0, 1, 2], "a", "b")
+    assert receipt(fig).endswith("field (no label): nothing finite\n  arrows: 0, mean 0 0")
+
+
+def test_vector_fields_refuse_what_they_cannot_draw():
+    one = np.ones((3, 3))
+    with pytest.raises(ValueError, match="named, columns: got 0 panels in 5 columns"):
+        plotting.vector_fields({}, [0, 1, 2], "a", "b")
+    with pytest.raises(ValueError, match="got 1 panels in 0 columns"):
+        plotting.vector_fields({"f": (one, one)}, [0, 1, 2], "a", "b", columns=0)
+    with pytest.raises(ValueError, match=r"named\['f'\]: got shape \[3, 3\], finite: True"):
+        plotting.vector_fields({"f": (one, one)}, [0, 1], "a", "b")
+    with pytest.raises(ValueError, match=r"got shape \[3, 3\], finite: False, takes finite"):
+        plotting.vector_fields({"f": (one, one * np.inf)}, [0, 1, 2], "a", "b")
