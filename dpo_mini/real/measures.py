@@ -1,0 +1,121 @@
+"""What training did: margins, accuracy, and answers in words."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dpo_mini.arguments import check_count, check_generator, check_rows
+from dpo_mini.logps import PAD, sum_over_tokens
+from dpo_mini.real.models import CausalLMPolicy
+from dpo_mini.real.tokens import TEMPLATE, check_template, encode_prompt, end_token
+from dpo_mini.train import Pairs
+
+
+def preference_margins(
+    policy: nn.Module, reference: nn.Module, pairs: Pairs, *, batch_size: int = 64
+) -> Tensor:
+    r"""How much further than the reference the policy prefers chosen to rejected, a number a pair.
+
+    $\log(\pi_\theta/\pi_{ref})(y_w) - \log(\pi_\theta/\pi_{ref})(y_l)$; times beta it is the
+    margin of the implied rewards.
+
+    Returns:
+      `[n]`, nats, without gradient; 0 where the two answers are the same.
+    """
+    prompts, chosen, rejected = pairs
+    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
+    check_count("batch_size", batch_size)
+
+    def score(model: nn.Module, rows: Tensor, completions: Tensor) -> Tensor:
+        scored = model.token_logps(prompts[rows], completions[rows])
+        return sum_over_tokens(scored, completions[rows] != PAD)
+
+    with torch.no_grad():
+        return torch.cat(
+            [
+                (score(policy, rows, chosen) - score(reference, rows, chosen))
+                - (score(policy, rows, rejected) - score(reference, rows, rejected))
+                for rows in torch.arange(len(prompts), device=prompts.device).split(batch_size)
+            ]
+        )
+
+
+def preference_accuracy(
+    policy: nn.Module, reference: nn.Module, pairs: Pairs, *, batch_size: int = 64
+) -> float:
+    """The share of pairs whose implied reward is higher for the chosen answer.
+
+    A tie counts as wrong, so a pair of twice the same answer is wrong under every policy, and a
+    policy that equals its reference has accuracy 0. Beta does not matter.
+    """
+    margins = preference_margins(policy, reference, pairs, batch_size=batch_size)
+    return (margins > 0).double().mean().item()
+
+
+def greedy_answer(
+    policy: CausalLMPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_tokens: int,
+    template: str = TEMPLATE,
+) -> str:
+    """The answer made of the most probable token each time; one that did not end closes in ….
+
+    Args:
+      max_tokens: the most tokens of prompt and answer together, at most the model's context.
+      template: the one that the model was trained with, as in `encode`.
+    """
+
+    def most_probable(logps: Tensor) -> Tensor:
+        return logps.argmax()
+
+    return _answer(policy, tokenizer, prompt, max_tokens, template, most_probable)
+
+
+def sample_answer(
+    policy: CausalLMPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_tokens: int,
+    generator: torch.Generator,
+    template: str = TEMPLATE,
+) -> str:
+    """An answer drawn from the policy as it is, temperature 1; the rest as in `greedy_answer`."""
+    check_generator(generator)
+
+    def draw(logps: Tensor) -> Tensor:
+        return torch.multinomial(logps.exp(), 1, generator=generator).squeeze(0)
+
+    return _answer(policy, tokenizer, prompt, max_tokens, template, draw)
+
+
+# --- below the surface -----------------------------------------------------------------------
+
+
+def _answer(policy, tokenizer, prompt, max_tokens, template, draw) -> str:
+    """Tokens chosen by `draw` from log-probabilities `[V]`, one after another, as text."""
+    check_count("max_tokens", max_tokens)
+    check_template(template)
+    if policy.context is not None and max_tokens > policy.context:
+        raise ValueError(
+            f"max_tokens: got {max_tokens}, takes at most {policy.context}, the context"
+        )
+    end, tokens = end_token(tokenizer), encode_prompt(tokenizer, prompt, template)
+    if len(tokens) >= max_tokens:
+        raise ValueError(f"prompt: got {len(tokens)} tokens, takes less than {max_tokens}")
+    device = next(policy.parameters()).device
+    unread, path, n_prompt = tokens, None, len(tokens)
+    with torch.no_grad():
+        while len(tokens) < max_tokens and (len(tokens) == n_prompt or tokens[-1] != end):
+            read = policy.model(
+                input_ids=torch.tensor([unread], device=device),
+                past_key_values=path,
+                use_cache=True,
+            )
+            path = read.past_key_values
+            unread = [int(draw(read.logits[0, -1].double().log_softmax(-1)))]
+            tokens = tokens + unread
+    text = tokenizer.decode(tokens[n_prompt:], skip_special_tokens=True)
+    return text if tokens[-1] == end else text + "…"

@@ -1,0 +1,255 @@
+"""Causal language models of `transformers` as policies: loaded, saved, made small."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpo_mini.arguments import check_count, check_generator, check_integers, check_rows
+from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
+from dpo_mini.real.preferences import AnyPath
+
+with warnings.catch_warnings():
+    # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off here.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GPT2Config,
+        GPT2LMHeadModel,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+    from transformers.utils import logging as transformers_logging
+
+
+class CausalLMPolicy(nn.Module):
+    """Any causal language model of `transformers` as a policy.
+
+    The model is held in evaluation mode, also by `train()`: dropout is off. A preference loss takes
+    the difference of a policy's log-probability and a reference's. With dropout each would carry
+    its own noise, summed over the tokens, and at the first step, where the two models are the same,
+    the margins would be noise instead of 0.
+
+    Args:
+      model: causal, so that no token reads what comes after it; kept, not copied.
+      end_token: the token that ends a completion, or None.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, end_token: int | None) -> None:  # noqa: D107
+        super().__init__()
+        self.model = model
+        self.end_token = end_token
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.context = getattr(model.config, "max_position_embeddings", None)
+        if end_token is not None and not 0 <= end_token < self.vocab_size:
+            raise ValueError(f"end_token: got {end_token}, takes None or 0..{self.vocab_size - 1}")
+        self.train()
+
+    def train(self, mode: bool = True) -> "CausalLMPolicy":
+        """As in `nn.Module`, but for the model: it stays in evaluation mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Log-probability of each completion token.
+
+        Args:
+          prompts: `[B, P]` int64, padded on the right with `PAD`.
+          completions: `[B, T]` int64, padded on the right with `PAD`.
+        Returns:
+          `[B, T]`, nats, at least float32; 0 on padding.
+        Raises:
+          ValueError: a prompt or completion is empty, goes on after padding, has a token outside
+            the vocabulary, or together they are longer than the model's context; a completion goes
+            on after its end token.
+        """
+        check_integers("prompts", prompts, "[B, P]")
+        _check_prompts(prompts)
+        completion_mask(completions, self.end_token)
+        check_rows("prompts", prompts, completions=completions)
+        for name, given in (("prompts", prompts), ("completions", completions)):
+            if (given < PAD).any() or (given >= self.vocab_size).any():
+                got = given[(given < PAD) | (given >= self.vocab_size)][0].item()
+                raise ValueError(f"{name}: got token {got}, takes 0..{self.vocab_size - 1}")
+        n_prompt = prompts.shape[1]
+        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
+        real = padded != PAD
+        length = int(real.sum(1).max())  # L, of the longest row
+        if self.context is not None and length - 1 > self.context:
+            raise ValueError(
+                f"completions: got {length} tokens with their prompt, takes at most "
+                f"{self.context + 1}: the model reads all but the last, {self.context} at most"
+            )
+        # Prompt and completion next to each other: the padding between them goes to the end.
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
+        tokens, real = padded.gather(1, order), real.gather(1, order)
+        # No attention mask: in a causal model no token reads the padding that comes after it.
+        read = self.model(input_ids=tokens[:, :-1].clamp(min=0), use_cache=False)
+        logits = read.logits  # [B, L - 1, V]
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        scored = token_logps(logits, tokens, real & (order >= n_prompt))  # [B, L - 1]
+        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], scored)
+        return placed[:, n_prompt:]
+
+    def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """log pi(y|x), `[B]` nats, summed over tokens; arguments as in `token_logps`."""
+        return sum_over_tokens(self.token_logps(prompts, completions), completions != PAD)
+
+
+def tiny_gpt2(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_positions: int,
+    generator: torch.Generator,
+    n_layers: int = 2,
+    n_heads: int = 4,
+    width: int = 128,
+) -> GPT2LMHeadModel:
+    """An untrained GPT-2 with this tokenizer's vocabulary, without dropout, of the default dtype.
+
+    Args:
+      n_positions: the model's context in tokens.
+      n_layers, n_heads, width: its shape; `width` is a multiple of `n_heads`.
+      generator: draws the weights.
+    """
+    sizes = {"n_positions": n_positions, "n_layers": n_layers, "n_heads": n_heads, "width": width}
+    for name, size in sizes.items():
+        check_count(name, size)
+    check_generator(generator)
+    if width % n_heads:
+        raise ValueError(f"width: got {width}, takes a multiple of n_heads = {n_heads}")
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=n_positions,
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_embd=width,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]):  # transformers draws from global state: put it back
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).eval()
+
+
+def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a folder on this machine; nothing is downloaded.
+
+    The weights come as safetensors and in the default dtype: half precision is for running a model,
+    and too coarse for the small steps of training one.
+
+    Raises:
+      OSError: no such folder, or no safetensors in it.
+      ValueError: the model needs code of its own.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"folder: got {str(folder)!r}, takes a folder on this machine; download_model fetches "
+            "a model of the hub by its name"
+        )
+    return _from_pretrained(str(folder), local_files_only=True)
+
+
+def download_model(
+    name: str, *, revision: str = "main"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_model`, of the Hugging Face hub: `download_model("HuggingFaceTB/SmolLM2-135M")`.
+
+    Args:
+      name: the model's name on the hub.
+      revision: its branch, tag or commit; a commit is the only one that cannot change.
+    """
+    return _from_pretrained(name, revision=revision)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: AnyPath) -> None:
+    """Write a model (safetensors) and its tokenizer, whole or not at all.
+
+    Both are written beside `folder`, which then takes their place. A write that fails leaves an old
+    folder as it was; a power cut in the instant between two renames can leave it beside, in a
+    folder whose name ends in `.part`.
+
+    Raises:
+      ValueError: `folder` holds files that are no part of what is written: they would be lost.
+    """
+    folder = Path(folder).resolve()
+    with _staging(folder) as staging, _without_bars():
+        new, old = staging / "new", staging / "old"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        try:
+            if folder.exists():
+                foreign = {file.name for file in folder.iterdir()} - set(os.listdir(new))
+                if foreign:
+                    raise ValueError(
+                        f"folder: got {folder}, which holds {', '.join(sorted(foreign))}; takes a "
+                        "new or empty folder, or one with a saved model alone"
+                    )
+                os.rename(folder, old)
+            os.rename(new, folder)
+        finally:
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+
+
+# --- below the surface -----------------------------------------------------------------------
+
+
+def _check_prompts(prompts: Tensor) -> None:
+    real = prompts != PAD
+    if not real[:, 0].all():
+        row = int((~real[:, 0]).nonzero()[0])
+        raise ValueError(
+            f"prompts: got an empty prompt in row {row}, takes >= 1 token: nothing else predicts "
+            "the first token of the answer"
+        )
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        row = int((real[:, 1:] & ~real[:, :-1]).any(1).nonzero()[0])
+        raise ValueError(f"prompts: got a token after padding in row {row}, pads at the end")
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, gone afterwards: what is finished there is moved, never copied."""
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield staging
+    finally:
+        if path.exists() or not (staging / "old").exists():
+            shutil.rmtree(staging)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of `transformers`, which a notebook would keep in its outputs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _from_pretrained(
+    name: str, **options: str | bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _without_bars():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, **options
+        )
+    return model.to(torch.get_default_dtype()).eval(), tokenizer

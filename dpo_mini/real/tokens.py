@@ -1,0 +1,190 @@
+"""Preference pairs as tokens: tokenizers, the prompt's boundary, the end token."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from dpo_mini.arguments import check_count
+from dpo_mini.logps import PAD
+from dpo_mini.real.preferences import Preference, check_preferences
+from dpo_mini.train import Pairs
+
+with warnings.catch_warnings():
+    # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off here.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import tokenizers
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+"""The end token of a tokenizer that `train_tokenizer` made."""
+
+TEMPLATE = "{prompt}\n"
+"""What the model reads before it answers: here the prompt and a line break."""
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of these texts: every text can be written with it.
+
+    Args:
+      texts: what to learn merges from.
+      vocab_size: the most tokens: 256 bytes, the end token, and merges.
+    Raises:
+      ValueError: no texts, or `vocab_size < 257`.
+    """
+    check_count("vocab_size", vocab_size, least=257)
+    texts = _check_texts("texts", texts)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, clean_up_tokenization_spaces=False
+    )
+
+
+def encode(
+    preferences: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    template: str = TEMPLATE,
+) -> Pairs:
+    """Pairs as tensors of tokens, which is what `fit_sft` and `fit_preferences` take.
+
+    Prompt and answer are tokenised apart. Tokenised in one piece, the last letters of the prompt
+    and the first of the answer may become one token, another one for each answer, and then the two
+    answers no longer have the same prompt.
+
+    Every answer ends in exactly one end token, `tokenizer.eos_token`, whether its text had one or
+    not. A begin token comes first where the tokenizer itself puts one there.
+
+    Args:
+      preferences: n pairs.
+      tokenizer: any with an end token.
+      max_tokens: the most tokens that prompt, answer and end token may have together. Nothing is
+        ever cut: leave out what is too long by `count_tokens`, or raise this up to the model's
+        context.
+      template: what the model reads before it answers, with `{prompt}` once in it.
+    Returns:
+      `(prompts [n, P], chosen [n, T], rejected [n, T])` int64, padded on the right with `PAD`.
+    Raises:
+      ValueError: no pairs, an answer that does not fit, an end token inside an answer, a template
+        without a prompt, a tokenizer without an end token.
+    """
+    check_count("max_tokens", max_tokens)
+    rows = _encode_rows(preferences, tokenizer, template)
+    long = [n for n, row in enumerate(rows) if _row_length(row) > max_tokens]
+    if long:
+        prompt, chosen, rejected = (len(part) for part in rows[long[0]])
+        raise ValueError(
+            f"preferences: got row {long[0]}, first of {len(long)} of {len(rows)} that are too "
+            f"long, with {prompt} tokens of prompt and answers of {chosen} and {rejected}; takes "
+            f"at most max_tokens = {max_tokens} for prompt and answer"
+        )
+    prompts, chosen, rejected = (
+        [torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True)
+    )
+    answers = pad_sequence([*chosen, *rejected], batch_first=True, padding_value=PAD)
+    prompts = pad_sequence(prompts, batch_first=True, padding_value=PAD)
+    return prompts, answers[: len(rows)], answers[len(rows) :]
+
+
+def count_tokens(
+    preferences: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = TEMPLATE,
+) -> list[int]:
+    """How many tokens each pair needs: its prompt, the longer of its answers, the end token."""
+    return [_row_length(row) for row in _encode_rows(preferences, tokenizer, template)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
+    """The tokens of `template` around `prompt`, with the begin token that the tokenizer wants."""
+    # Not format: a template may hold other braces.
+    tokens = _tokenise(tokenizer, template.replace("{prompt}", prompt))
+    begin = tokenizer.bos_token_id
+    if begin is not None and begin not in tokens[:1] and tokenizer("a").input_ids[0] == begin:
+        tokens = [begin, *tokens]
+    if not tokens:
+        raise ValueError(
+            f"template: got {template!r}, which leaves an empty prompt without a token, takes one "
+            "with some text around {prompt}"
+        )
+    return tokens
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's end token, or a ValueError where it has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: got one without an end token, takes one with an eos_token")
+    return tokenizer.eos_token_id
+
+
+def check_template(template: str) -> None:
+    """Refuse a template without exactly one `{prompt}`."""
+    if not isinstance(template, str) or template.count("{prompt}") != 1:
+        raise ValueError(f"template: got {template!r}, takes text with {{prompt}} once in it")
+
+
+# --- below the surface -----------------------------------------------------------------------
+
+
+_Row = tuple[list[int], list[int], list[int]]
+
+
+def _row_length(row: _Row) -> int:
+    prompt, chosen, rejected = row
+    return len(prompt) + max(len(chosen), len(rejected))
+
+
+def _encode_rows(
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[_Row]:
+    """Prompt, chosen and rejected of each pair as tokens."""
+    check_preferences(preferences)
+    check_template(template)
+    end = end_token(tokenizer)
+
+    def answer(row: int, name: str, text: str) -> list[int]:
+        tokens = _tokenise(tokenizer, text)
+        while tokens and tokens[-1] == end:
+            tokens.pop()
+        if not tokens or end in tokens:
+            got = "an end token inside" if tokens else "nothing but end tokens in"
+            raise ValueError(
+                f"preferences: got {got} the {name} answer of row {row}, takes text with no "
+                f"{tokenizer.eos_token} but at its end"
+            )
+        return [*tokens, end]
+
+    rows = []
+    for n, pair in enumerate(preferences):
+        prompt = encode_prompt(tokenizer, pair.prompt, template)
+        chosen, rejected = answer(n, "chosen", pair.chosen), answer(n, "rejected", pair.rejected)
+        rows.append((prompt, chosen, rejected))
+    return rows
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+
+def _check_texts(name: str, texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError(f"{name}: got one text, takes several")
+    texts = list(texts)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got {type(text).__name__} in row {row}, takes text")
+    if not any(texts):
+        raise ValueError(f"{name}: got no text, takes at least one letter")
+    return texts
