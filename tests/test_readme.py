@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 
@@ -55,7 +56,34 @@ def test_the_chapter_table_names_every_chapter_in_order():
 
 def test_links_and_pictures_are_there():
     for link in re.findall(r"\]\(([^)\s]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+        assert link.startswith("http") or (ROOT / link.partition("#")[0]).exists(), link
+
+
+def printed_in_section(path: Path, anchor: str) -> str | None:
+    """What the cells of a section printed when they ran; None where there is no such heading."""
+    printed, inside, found = [], False, False
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            for line in cell.source.splitlines():
+                if line.startswith("## "):
+                    inside = line[3:].replace(" ", "-") == anchor
+                    found |= inside
+        elif inside and cell.execution_count:
+            printed += [output.get("text", "") for output in cell.outputs]
+    return "\n".join(printed) if found else None
+
+
+def test_what_the_usual_account_gets_wrong_is_proved_by_cells_that_ran():
+    (table,) = tables_with("| often said |", README)
+    rows = table.splitlines()[2:]
+    assert len(rows) >= 12
+    for row in rows:
+        proofs = re.findall(r"\]\((notebooks/[^#)]+)#([^)]+)\) `([\d.]+)`", row)
+        assert proofs, row
+        for path, anchor, number in proofs:
+            printed = printed_in_section(ROOT / path, unquote(anchor))
+            assert printed is not None, f"{path} has no section {unquote(anchor)}"
+            assert number in printed, f"{number} is not printed in {path}, {unquote(anchor)}"
 
 
 def test_every_figure_file_is_written_by_a_chapter():
