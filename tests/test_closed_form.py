@@ -137,6 +137,17 @@ def test_log_partition_markov_sums_over_every_sequence(random_logps, generator, 
 # --- identities ------------------------------------------------------------------------------
 
 
+def test_a_tilt_may_exclude_one_answer_everywhere(random_logps):
+    """What is left is the prior given the others; a whole row may not be excluded."""
+    prior, weights = random_logps(2, 3), double([[-math.inf, 0.0, 0.0]] * 2)
+    logps, log_z = tilt(prior, weights)
+    exact(log_z.exp(), 1 - prior[:, 0].exp())
+    exact(logps[:, 1:], prior[:, 1:].log_softmax(-1))
+    weights[1] = -math.inf
+    with pytest.raises(ValueError, match="log_weights: got a row of -inf"):
+        tilt(prior, weights)
+
+
 def test_tilt_maximises_mean_weight_less_kl(random_logps, generator):
     prior, weights = random_logps(3, 6), torch.randn(3, 6, dtype=torch.float64, generator=generator)
     tilted, log_z = tilt(prior, weights)

@@ -182,6 +182,7 @@ def test_losses_of_two_log_ratios_by_hand():
     log_3 = math.log(3)  # its sigmoid is 3/4
     for loss, a, b, want in (
         (nca_loss, log_3, 0.0, math.log(4 / 3) + 0.5 * math.log(4) + 0.5 * math.log(2)),
+        (nca_loss, 0.0, log_3, math.log(2) + 0.5 * math.log(2) + 0.5 * math.log(4)),
         (bco_loss, log_3, 0.0, math.log(4 / 3) + math.log(2)),
         (bco_loss, 0.0, log_3, math.log(2) + math.log(4)),
         (apo_zero_loss, log_3, -log_3, 1 - 0.75 + 0.25),
@@ -198,7 +199,8 @@ def test_losses_without_a_reference_by_hand():
     exact(simpo_loss(chosen, rejected, beta=2.0, gamma=0.5), double([math.log(4 / 3)]))
     rejected = double([-1.0 - log_3 / 2])
     exact(cpo_loss(chosen, rejected, beta=2.0), double([math.log(4 / 3) + 1]))
-    exact(cpo_loss(chosen, rejected, beta=2.0, nll_weight=0.2), double([math.log(4 / 3) + 0.2]))
+    got = cpo_loss(chosen - 1, rejected - 1, beta=2.0, nll_weight=0.2)
+    exact(got, double([math.log(4 / 3) + 0.4]))
     half, quarter = double([0.5]).log(), double([0.25]).log()  # odds of 1 and 1/3
     exact(orpo_loss(half, quarter, beta=0.3), double([0.3 * math.log(4 / 3) + math.log(2)]))
     exact(orpo_loss(half, quarter, beta=0.3, nll_weight=0.0), double([0.3 * math.log(4 / 3)]))
@@ -216,7 +218,7 @@ def test_losses_of_single_answers_and_scores_by_hand():
     exact(kto_reference_point(double([-1.0, -3.0]), double([-2.0, -2.5])), double(0.25))
     exact(kto_reference_point(double([-2.0, -3.0]), double([-1.0, -2.5])), double(0.0))
     one = double([1.0])
-    exact(dro_loss(3 * one, one, 2 * one, 0.5 * one, beta=0.25), one)
+    exact(dro_loss(3 * one, one, 4 * one, 0.5 * one, beta=0.25), 9 * one)
     exact(rebel_loss(2 * one, one, one, one, 4 * one, one, beta=0.5), double([2.5**2]))
     rewards = double([[4.0, 2.0, 9.0]])
     logps = double([[1.0, 0.0, 2.0]])  # returns of 2, 2 and 5
@@ -766,6 +768,18 @@ def test_a_list_has_two_items_at_least(name):
         (
             lambda x: kto_loss(x / 0, x, x > 0, beta=1.0, reference_point=0.0),
             "logps: got -inf, takes finite values",
+        ),
+        (
+            lambda x: kto_loss(x, x / 0, x > 0, beta=1.0, reference_point=0.0),
+            "ref_logps: got -inf, takes finite values",
+        ),
+        (
+            lambda x: kto_loss(x[None], x[None], x[None] > 0, beta=1.0, reference_point=0.0),
+            "logps: got shape [1, 2], takes a non-empty [B]",
+        ),
+        (
+            lambda x: kto_reference_point(x[None], x[None]),
+            "mismatched_logps: got shape [1, 2], takes a non-empty [B]",
         ),
         (
             lambda x: kto_loss(x, x, x > 0, beta=0.0, reference_point=0.0),
