@@ -8,6 +8,14 @@ refused, and nothing is downloaded unless a function with that in its name is ca
 (`download_model`, `load_hub_preferences`).
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off.
+    # Here, before any file of this folder imports transformers.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
+
 from dpo_mini.real.measures import (
     greedy_answer,
     preference_accuracy,
