@@ -1,0 +1,35 @@
+"""Solutions of chapter 15."""
+
+
+def which_fault(chosen_logp, rejected_logp, grad, moved, margin, shared):
+    """15.1: from the forward pass to the backward pass to the step."""
+    if chosen_logp == 0 and rejected_logp == 0:
+        return 2  # all tokens masked
+    if chosen_logp == rejected_logp:
+        return 1  # one answer twice
+    if grad == 0:
+        return 3  # frozen
+    if moved == 0:
+        return 4  # learning rate 0
+    if margin != 0:
+        return 7  # beta of nearly 0
+    return 5 if shared else 6
+
+
+def whole_batch_loss(mean_losses, n_tokens):
+    """15.2: a mean with the token counts as weights."""
+    return mean_losses @ (n_tokens / n_tokens.sum())
+
+
+def z0_of_batch(logps, ref_logps, prompts, answers):
+    """15.3: shift by one, average, and only then clamp."""
+    mismatched = answers.roll(-1)
+    u = logps[prompts, mismatched] - ref_logps[prompts, mismatched]
+    return u.mean().clamp(min=0)
+
+
+SOLUTIONS = {
+    "15.1": which_fault,
+    "15.2": whole_batch_loss,
+    "15.3": z0_of_batch,
+}
