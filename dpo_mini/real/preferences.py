@@ -268,6 +268,7 @@ def _parquet_entries(path: Path, file: BinaryIO, wanted: set[str]) -> Iterator[t
         _check_header(where, names)
         read = [name for name in names if name in wanted]
         batches = table.iter_batches(batch_size=2**10, columns=read)
+        where = f"{path}, row 1"
         for batch in batches:
             for row in range(len(batch)):
                 n += 1
@@ -276,7 +277,7 @@ def _parquet_entries(path: Path, file: BinaryIO, wanted: set[str]) -> Iterator[t
                     where = f"{path}, row {n}: {name}"
                     entry[name] = batch.column(name)[row].as_py()
                 yield f"{path}, row {n}", entry
-            where = f"{path}, after row {n}"
+            where = f"{path}, row {n + 1}"
     except broken as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f"{where}: got invalid Parquet ({reason}), takes a whole file") from None
