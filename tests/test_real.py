@@ -433,7 +433,7 @@ def test_a_bad_value_is_refused_with_its_place(tmp_path, changes, message):
     with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 2: .*{message}"):
         real.load_preferences(path)
     path.write_text(json.dumps([ENTRY, {**ENTRY, **changes}]))
-    with pytest.raises(ValueError, match=rf"pairs\.jsonl, entry 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 1, entry 2: .*{message}"):
         real.load_preferences(path)
 
 

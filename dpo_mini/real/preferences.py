@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def load_preferences(path: AnyPath, *, columns: Columns | None = None) -> list[P
       them is taken too; `trl` wants it removed (`maybe_extract_prompt`).
 
     Stricter than `trl`: an answer of several messages, of which some are the user's, is refused, as
-    are tools, images and roles other than system, user and assistant.
+    are images, tools, reasoning apart from the content, and roles other than system, user and
+    assistant.
 
     Args:
       path: the file. A name that ends in `.csv` or `.parquet` says which form it has; any other
@@ -95,8 +97,8 @@ def load_preferences(path: AnyPath, *, columns: Columns | None = None) -> list[P
       ValueError: invalid UTF-8, JSON, CSV or Parquet, a line of more than `LONGEST_LINE` bytes, a
         key or column twice, a missing column, a value that is not text, an empty answer, answers to
         different prompts, two forms in one file, an id twice, no pairs, an unknown name or a column
-        twice in `columns`. The message has the file, the line, entry or row, counted from 1, and
-        the column.
+        twice in `columns`. The message has the file, the line (and entry of a list, or of
+        Parquet the row), counted from 1, and the column.
     """
     path = Path(path)
     columns = _check_columns(columns)
@@ -207,6 +209,9 @@ def _file_entries(path: Path, wanted: set[str]) -> Iterator[tuple[str, object]]:
             yield from _line_entries(path, file)
 
 
+_BETWEEN_ENTRIES = re.compile(r"[ \t\r\n,]*")
+
+
 def _begins_a_list(file: BinaryIO) -> bool:
     chunk = file.read(2**12).removeprefix(b"\xef\xbb\xbf")
     while chunk and not chunk.strip():
@@ -218,8 +223,13 @@ def _begins_a_list(file: BinaryIO) -> bool:
 def _list_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     lines = enumerate(file.read().split(b"\n"), 1)
     text = "\n".join(_decode(path, line, n) for n, line in lines)
-    for n, entry in enumerate(_json(path, text, 1), 1):
-        yield f"{path}, entry {n}", entry
+    entries, decode = _json(path, text, 1), json.JSONDecoder().raw_decode
+    line, counted, at = 1, 0, text.index("[") + 1
+    for n, entry in enumerate(entries, 1):
+        at = _BETWEEN_ENTRIES.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
+        yield f"{path}, line {line}, entry {n}", entry
+        _, at = decode(text, at)  # once more, to know where the next one begins
 
 
 def _line_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
@@ -354,8 +364,8 @@ def _preferences(
         key = _read_id(where, entry, columns["id"])
         if key is not None and key in ids:
             raise ValueError(
-                f"{where}: id: got {key}, as in {_place(source, ids[key])}, takes each id once "
-                '(columns={"id": ()} does not look)'
+                f"{where}: id: got {_cut(key)}, as in {_place(source, ids[key])}, takes each id "
+                'once (columns={"id": ()} does not look)'
             )
         ids[key] = where
         preferences.append(pair)
@@ -400,13 +410,15 @@ def _check_columns(columns: Columns | None) -> _Mapped:
     return names
 
 
-_UNREAD = ("tools", "chat_template_kwargs", "images", "image")
-"""Columns that change what `trl` gives a model to read, and that nothing here would read."""
+# What changes the tokens that `trl` makes, and nothing here would read: columns, keys of a message.
+_IMAGES = ("images", "image")
+_TOOLS = ("tools", "chat_template_kwargs")
+_MORE_THAN_TEXT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 
 def _wanted(columns: _Mapped) -> set[str]:
     ours = ((name,) if theirs is None else theirs for name, theirs in columns.items())
-    return {*_UNREAD, *(column for theirs in ours for column in theirs)}
+    return {*_IMAGES, *_TOOLS, *(column for theirs in ours for column in theirs)}
 
 
 def _preference(where: str, entry: object, columns: _Mapped) -> tuple[Preference, str]:
@@ -421,6 +433,10 @@ def _preference(where: str, entry: object, columns: _Mapped) -> tuple[Preference
         if isinstance(chosen, str) != isinstance(rejected, str):
             got, first = ("text", "messages") if isinstance(rejected, str) else ("messages", "text")
             raise ValueError(f"rejected: got {got} where chosen is {first}, takes both alike")
+        for column in _IMAGES if isinstance(chosen, str) else (*_IMAGES, *_TOOLS):
+            if entry.get(column):
+                kind = _kind(entry[column])
+                raise ValueError(f"{column}: got {kind}, takes text alone: no such column")
         read = _read_texts if isinstance(chosen, str) else _read_conversations
         return read(entry, columns["prompt"], chosen, rejected)
     except ValueError as error:
@@ -473,9 +489,6 @@ def _read_conversations(
     chosen: Messages,
     rejected: Messages,
 ) -> tuple[Preference, str]:
-    for column in _UNREAD:
-        if entry.get(column):
-            raise ValueError(f"{column}: got {_kind(entry[column])}, takes nothing beside messages")
     *before, (_, answer) = chosen
     *before_rejected, (_, other) = rejected
     if before != before_rejected:
@@ -538,12 +551,7 @@ def _read_id(
     if missing:
         raise ValueError(f"{where}: {_missing('id', missing[0], entry)}")
     values = [entry[column] for column in columns]
-    if any(value is None for value in values):
-        return None
-    for column, value in zip(columns, values, strict=True):
-        if not isinstance(value, str | int | float):
-            raise ValueError(f"{where}: {column}: got {_kind(value)}, takes text or a number")
-    return ", ".join(map(repr, values))
+    return None if None in values else ", ".join(map(repr, values))
 
 
 def _missing(name: str, column: str, entry: Mapping[str, object]) -> str:
@@ -581,8 +589,9 @@ def _read_messages(name: str, value: object) -> Messages:
             raise ValueError(
                 f"{name}: got {got} as the role of message {n}, takes one of {_listed(ROLES)}"
             )
-        if message.get("tool_calls"):
-            raise ValueError(f"{name}: got tool calls in message {n}, takes text alone")
+        for key in _MORE_THAN_TEXT:
+            if message.get(key):
+                raise ValueError(f"{name}: got {key!r} in message {n}, takes role and content")
         if not isinstance(content, str):
             raise ValueError(
                 f"{name}: got {_kind(content)} as the content of message {n}, takes text: no "
@@ -613,7 +622,11 @@ def as_messages(messages: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 def _short(text: str) -> str:
     """Text in quotes, without its middle where it is long."""
-    return repr(text if len(text) <= 80 else f"{text[:50]} … {text[-25:]}")
+    return repr(_cut(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:50]} … {text[-25:]}"
 
 
 def _listed(names: Sequence[str]) -> str:
