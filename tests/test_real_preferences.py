@@ -1,5 +1,6 @@
 """Preference files in every form, good and bad, and their tokens beside those of `trl`."""
 
+import contextlib
 import copy
 import csv
 import io
@@ -708,6 +709,21 @@ def test_there_are_bad_files_enough():
     assert len({what for what, *_ in BAD_FILES}) == len(BAD_FILES) >= 35
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_cut_anywhere_is_refused_or_holds_its_first_pairs(tmp_path, kind):
+    path = tmp_path / f"pairs.{kind}"
+    whole = WRITERS[kind](TEXTS)
+    pairs = [Preference(**row) for row in TEXTS]
+    read = set()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with contextlib.suppress(ValueError):
+            found = real.load_preferences(path)
+            assert found == pairs[: len(found)]
+            read.add(len(found))
+    assert read == ({1, 2, 3} if kind in ("jsonl", "csv") else set())
+
+
 def test_what_is_not_a_file_is_refused_by_name(tmp_path):
     with pytest.raises(OSError, match=str(tmp_path)):
         real.load_preferences(tmp_path)
@@ -800,6 +816,21 @@ def test_a_chat_template_that_fails_is_refused_with_its_row(tokenizer, chat_temp
     for encode in (partial(real.encode, max_tokens=64), real.count_tokens):
         with pytest.raises(ValueError, match=f"^tokenizer: got .*{message}"):
             encode([Preference("hi", "hello", "what")], failing, template=CHAT)
+
+
+def test_a_prompt_that_the_conversation_does_not_go_on_with_is_cut_by_trl(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = CHAT_TEMPLATE.replace("{% endif %}", "<think>{% endif %}")
+    row = {
+        "prompt": said("user: hi"),
+        "chosen": said("assistant: hello"),
+        "rejected": said("assistant: what"),
+    }
+    (theirs,) = trl_tokens(datasets.Dataset.from_list([row]), thinking)
+    assert thinking.decode(theirs[0]) == "<|user|>\nhi<|endoftext|>\n<|assistant|>\n"
+    assert [theirs] == our_tokens([Preference("hi", "hello", "what")], tokenizer, CHAT)
+    with pytest.raises(ValueError, match="'<think>' in the prompt alone, takes one whose"):
+        real.encode([Preference("hi", "hello", "what")], thinking, max_tokens=64, template=CHAT)
 
 
 def test_an_end_token_inside_an_answer_is_refused_under_the_chat_template_too(tokenizer):
