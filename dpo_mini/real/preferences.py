@@ -16,6 +16,7 @@ AnyPath = str | os.PathLike[str]
 Columns = Mapping[str, str | Sequence[str]]
 Messages = tuple[tuple[str, str], ...]
 """A conversation: `(role, content)` pairs, oldest first."""
+_Mapped = Mapping[str, tuple[str, ...] | None]
 
 ROLES = ("system", "user", "assistant")
 """Who can have said a message."""
@@ -97,8 +98,8 @@ def load_preferences(path: AnyPath, *, columns: Columns | None = None) -> list[P
       ValueError: invalid UTF-8, JSON, CSV or Parquet, a line of more than `LONGEST_LINE` bytes, a
         key or column twice, a missing column, a value that is not text, an empty answer, answers to
         different prompts, two forms in one file, an id twice, no pairs, an unknown name or a column
-        twice in `columns`. The message has the file, the line (and entry of a list, or of
-        Parquet the row), counted from 1, and the column.
+        twice in `columns`. The message has the file, the line (of Parquet the row), counted from 1,
+        and the column.
     """
     path = Path(path)
     columns = _check_columns(columns)
@@ -348,7 +349,7 @@ def _json(path: Path, text: str, first_line: int) -> object:
 
 
 def _preferences(
-    source: str, entries: Iterable[tuple[str, object]], columns: "_Mapped"
+    source: str, entries: Iterable[tuple[str, object]], columns: _Mapped
 ) -> list[Preference]:
     preferences, ids = [], {}
     first_where = first_form = None
@@ -377,9 +378,6 @@ def _preferences(
 def _place(source: str, where: str) -> str:
     """`line 3` of `pairs.jsonl, line 3`."""
     return where.removeprefix(f"{source}, ")
-
-
-_Mapped = Mapping[str, tuple[str, ...] | None]
 
 
 def _check_columns(columns: Columns | None) -> _Mapped:
