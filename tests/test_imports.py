@@ -30,6 +30,7 @@ HEAVY = {
     "transformers": {"real"},
     "tokenizers": {"real"},
     "datasets": {"real"},
+    "pyarrow": {"real"},
     "matplotlib": {"plotting"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

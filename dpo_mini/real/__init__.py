@@ -35,9 +35,10 @@ from dpo_mini.real.preferences import (
     load_preferences,
     save_preferences,
 )
-from dpo_mini.real.tokens import END, TEMPLATE, count_tokens, encode, train_tokenizer
+from dpo_mini.real.tokens import CHAT, END, TEMPLATE, count_tokens, encode, train_tokenizer
 
 __all__ = [
+    "CHAT",
     "END",
     "TEMPLATE",
     "CausalLMPolicy",

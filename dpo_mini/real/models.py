@@ -169,7 +169,7 @@ def download_model(
     """As `load_model`, of the Hugging Face hub: `download_model("HuggingFaceTB/SmolLM2-135M")`.
 
     Args:
-      name: the model's name on the hub.
+      name: the model's name on the hub; a folder of this name on this machine is read instead.
       revision: its branch, tag or commit; a commit is the only one that cannot change.
     """
     return _from_pretrained(name, revision=revision)

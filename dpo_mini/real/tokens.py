@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dpo_mini.arguments import check_count
 from dpo_mini.logps import PAD
-from dpo_mini.real.preferences import Preference, check_preferences
+from dpo_mini.real.preferences import Messages, Preference, as_messages, check_preferences
 from dpo_mini.train import Pairs
 
 with warnings.catch_warnings():
@@ -22,6 +22,9 @@ END = "<|endoftext|>"
 
 TEMPLATE = "{prompt}\n"
 """What the model reads before it answers: here the prompt and a line break."""
+
+CHAT = "chat_template"
+"""In place of a template: the chat template of the tokenizer."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -59,12 +62,19 @@ def encode(
 ) -> Pairs:
     """Pairs as tensors of tokens, which is what `fit_sft` and `fit_preferences` take.
 
-    Prompt and answer are tokenised apart. Tokenised in one piece, the last letters of the prompt
-    and the first of the answer may become one token, another one for each answer, and then the two
-    answers no longer have the same prompt.
+    With a template of text, prompt and answer are tokenised apart. Tokenised in one piece, as `trl`
+    does it, the last letters of the prompt and the first of the answer may become one token,
+    another one for each answer; `trl` then leaves these letters out of the prompt. Where nothing
+    merges, the tokens are those of `trl` for the template `"{prompt}"`. Every answer ends in
+    exactly one end token, `tokenizer.eos_token`, whether its text had one or not. A begin token
+    comes first where the tokenizer itself puts one there.
 
-    Every answer ends in exactly one end token, `tokenizer.eos_token`, whether its text had one or
-    not. A begin token comes first where the tokenizer itself puts one there.
+    With `CHAT`, the tokenizer's chat template writes the conversation, which is tokenised in one
+    piece; the prompt is what it writes before an answer, the answer all that follows. A prompt
+    without messages is one message of the user. The tokens are those of `trl` for the same
+    messages, but that a template whose prompt is not the beginning of the conversation is refused
+    here, and cut there. No end token is added: the template ends the answer, and where it goes on
+    after the tokenizer's end token, as with a line break, the policy takes `end_token=None`.
 
     Args:
       preferences: n pairs.
@@ -72,12 +82,15 @@ def encode(
       max_tokens: the most tokens that prompt, answer and end token may have together. Nothing is
         ever cut: leave out what is too long by `count_tokens`, or raise this up to the model's
         context.
-      template: what the model reads before it answers, with `{prompt}` once in it.
+      template: what the model reads before it answers, with `{prompt}` once in it, or `CHAT`.
+        Several messages are lines of `role: content` in the place of `{prompt}`.
     Returns:
       `(prompts [n, P], chosen [n, T], rejected [n, T])` int64, padded on the right with `PAD`.
     Raises:
       ValueError: no pairs, an answer that does not fit, an end token inside an answer, a template
-        without a prompt, a tokenizer without an end token.
+        without a prompt, a tokenizer without an end token; with `CHAT`, a tokenizer without a chat
+        template, one that fails, and one that writes the prompt otherwise before an answer. The
+        message has the row, counted from 0.
     """
     check_count("max_tokens", max_tokens)
     rows = _encode_rows(preferences, tokenizer, template)
@@ -109,6 +122,10 @@ def count_tokens(
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
     """The tokens of `template` around `prompt`, with the begin token that the tokenizer wants."""
+    if template == CHAT:
+        return _apply_chat_template(
+            tokenizer, (("user", prompt),), "prompt", add_generation_prompt=True
+        )
     # Not format: a template may hold other braces.
     tokens = _tokenise(tokenizer, template.replace("{prompt}", prompt))
     begin = tokenizer.bos_token_id
@@ -130,9 +147,11 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_template(template: str) -> None:
-    """Refuse a template without exactly one `{prompt}`."""
-    if not isinstance(template, str) or template.count("{prompt}") != 1:
-        raise ValueError(f"template: got {template!r}, takes text with {{prompt}} once in it")
+    """Refuse a template that is not `CHAT` and has not exactly one `{prompt}`."""
+    if not isinstance(template, str) or (template != CHAT and template.count("{prompt}") != 1):
+        raise ValueError(
+            f"template: got {template!r}, takes text with {{prompt}} once in it, or CHAT"
+        )
 
 
 # --- below the surface -----------------------------------------------------------------------
@@ -166,12 +185,74 @@ def _encode_rows(
             )
         return [*tokens, end]
 
+    if template == CHAT:
+        return [_encode_chat(tokenizer, n, pair) for n, pair in enumerate(preferences)]
     rows = []
     for n, pair in enumerate(preferences):
         prompt = encode_prompt(tokenizer, pair.prompt, template)
         chosen, rejected = answer(n, "chosen", pair.chosen), answer(n, "rejected", pair.rejected)
         rows.append((prompt, chosen, rejected))
     return rows
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, n: int, pair: Preference) -> _Row:
+    messages = pair.messages or (("user", pair.prompt),)
+    where = f"row {n}"
+    prompt = _apply_chat_template(tokenizer, messages, where, add_generation_prompt=True)
+
+    def answer(name: str, text: str) -> list[int]:
+        if tokenizer.eos_token in text:
+            raise ValueError(
+                f"preferences: got an end token inside the {name} answer of {where}, takes text "
+                f"with no {tokenizer.eos_token}: the chat template writes it"
+            )
+        whole = _apply_chat_template(
+            tokenizer, (*messages, ("assistant", text)), f"the {name} answer of {where}"
+        )
+        if whole[: len(prompt)] != prompt:
+            same = next(i for i, token in enumerate(prompt) if [token] != whole[i : i + 1])
+            got, alone = (tokenizer.decode(tokens[same:][:9]) for tokens in (whole, prompt))
+            raise ValueError(
+                f"tokenizer: got a chat template that goes on with {got!r} before the {name} "
+                f"answer of {where} and with {alone!r} in the prompt alone, takes one whose prompt "
+                "is the beginning of the conversation, token by token"
+            )
+        if len(whole) == len(prompt):
+            raise ValueError(
+                f"tokenizer: got a chat template that leaves out the {name} answer of {where}, "
+                "takes one that writes it after the prompt"
+            )
+        return whole[len(prompt) :]
+
+    return prompt, answer("chosen", pair.chosen), answer("rejected", pair.rejected)
+
+
+def _apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    where: str,
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    """The tokens of a conversation, as a prompt with what the template writes before an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError("tokenizer: got one without a chat_template, which template=CHAT takes")
+    try:
+        tokens = tokenizer.apply_chat_template(
+            as_messages(messages),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+        )["input_ids"]
+    except Exception as error:  # a template is a program of somebody else: it may raise anything
+        raise ValueError(
+            f"tokenizer: got a chat template that fails on {where} with {type(error).__name__} "
+            f"({error}), takes one for conversations of {', '.join(role for role, _ in messages)}"
+        ) from error
+    if not tokens:
+        raise ValueError(f"tokenizer: got a chat template that writes nothing for {where}")
+    return tokens
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
