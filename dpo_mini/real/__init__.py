@@ -8,12 +8,15 @@ refused, and nothing is downloaded unless a function with that in its name is ca
 (`download_model`, `load_hub_preferences`).
 """
 
+from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
     greedy_answer,
     preference_accuracy,
     preference_margins,
     sample_answer,
 )
+from dpo_mini.real.memory import bf16_memory, full_memory, lora_memory, sharded_memory
 from dpo_mini.real.models import (
     CausalLMPolicy,
     download_model,
@@ -28,24 +31,59 @@ from dpo_mini.real.preferences import (
     save_preferences,
 )
 from dpo_mini.real.tokens import END, TEMPLATE, count_tokens, encode, train_tokenizer
+from dpo_mini.real.training import (
+    adapter_off,
+    add_lora,
+    bf16_autocast,
+    constant,
+    cut_long,
+    drop_long,
+    full_precision,
+    reference_logps,
+    shuffled_batches,
+    train_preferences,
+    warmup_then_cosine,
+    warmup_then_linear,
+)
 
 __all__ = [
     "END",
     "TEMPLATE",
     "CausalLMPolicy",
+    "Checkpoint",
     "Preference",
+    "adapter_off",
+    "add_lora",
+    "bf16_autocast",
+    "bf16_memory",
+    "constant",
     "count_tokens",
+    "csv_log",
+    "cut_long",
     "download_model",
+    "drop_long",
     "encode",
+    "full_memory",
+    "full_precision",
     "greedy_answer",
+    "load_checkpoint",
     "load_hub_preferences",
     "load_model",
     "load_preferences",
+    "lora_memory",
     "preference_accuracy",
     "preference_margins",
+    "reference_logps",
     "sample_answer",
+    "save_checkpoint",
     "save_model",
     "save_preferences",
+    "sharded_memory",
+    "shuffled_batches",
+    "tensorboard_log",
     "tiny_gpt2",
+    "train_preferences",
     "train_tokenizer",
+    "warmup_then_cosine",
+    "warmup_then_linear",
 ]
