@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from dpo_mini.arguments import (
@@ -30,7 +30,7 @@ from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import shares_storage
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import Log
-from dpo_mini.real.models import CausalLMPolicy
+from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.train import History, Pairs
 
@@ -77,6 +77,12 @@ class OneProcess:
 
     def wait_for_everyone(self) -> None:  # noqa: D102
         pass
+
+    def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
+        return model.state_dict()
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:  # noqa: D102
+        return model
 
 
 # --- precision and learning rates ------------------------------------------------------------
@@ -246,6 +252,29 @@ def train_preferences(
                 )  # fmt: skip
     accelerator.wait_for_everyone()
     return history
+
+
+def save_trained(
+    policy: CausalLMPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: AnyPath,
+    *,
+    accelerator: "Accelerator | OneProcess | None" = None,
+) -> None:
+    """`save_model` of what `train_preferences` trained, called in every process, written in one.
+
+    An adapter is merged into the weights, for good: what is written is a model like any other, and
+    the policy reads the same weights from then on.
+    """
+    accelerator = accelerator or OneProcess()
+    weights = accelerator.get_state_dict(policy.model)  # gathered from all: all must take part
+    model = accelerator.unwrap_model(policy.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+        weights = None
+    if accelerator.is_main_process:
+        save_model(model, tokenizer, folder, weights=weights)
+    accelerator.wait_for_everyone()
 
 
 # --- the order of the rows, and which rows --------------------------------------------------
