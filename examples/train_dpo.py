@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
                 weight_decay=0.0,
             ),
             schedule=real.warmup_then_linear(given.steps, warmup=given.steps // 10),
-            max_grad_norm=1.0,
+            max_grad_norm=given.max_grad_norm,
             precision=precision,
             accelerator=accelerator,
             checkpoints=None if given.no_checkpoints else output / "checkpoints",
@@ -89,6 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=1, help="pairs a pass")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
     parser.add_argument("--checkpoint-every", type=int, default=100)
