@@ -30,6 +30,8 @@ HEAVY = {
     "transformers": {"real"},
     "tokenizers": {"real"},
     "datasets": {"real"},
+    "accelerate": {"real"},
+    "peft": {"real"},
     "matplotlib": {"plotting"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
