@@ -744,6 +744,25 @@ def test_a_run_that_is_stopped_at_any_step_ends_as_if_it_had_not_been(single, pa
     assert farthest(weights(single), true[3]) == 0
 
 
+@needs_peft
+def test_an_adapter_goes_on_too_and_its_model_is_not_written(tokenizer, pairs, tmp_path):
+    def adapted():
+        model = real.add_lora(gpt2(tokenizer), rank=2, generator=seeded())
+        return CausalLMPolicy(model, end_token=END)
+
+    whole, first, second = adapted(), adapted(), adapted()
+    whole_run(whole, real.adapter_off(whole), pairs, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        whole_run(
+            first, real.adapter_off(first), pairs, tmp_path / "cut", progress=stop_at(EVERY + 1)
+        )
+    whole_run(second, real.adapter_off(second), pairs, tmp_path / "cut")
+    assert farthest(weights(second), weights(whole)) == 0
+    written = real.load_checkpoint(tmp_path / "cut").weights
+    assert written
+    assert all("lora" in name for name in written)
+
+
 KILLED = '''
 """A run that stands still at a given moment, so that it can be killed there."""
 import sys
@@ -951,20 +970,56 @@ def launch(folder, arguments):
     )  # fmt: skip
 
 
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@needs_accelerate
+def test_under_accelerates_half_precision_rewards_start_at_0(
+    single, tokenizer, tmp_path, monkeypatch, on_the_cpu, capfd
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    real.save_model(single.model, tokenizer, tmp_path / "start")
+    real.save_preferences(tmp_path / "pairs.jsonl", PAIRS)
+    arguments = ["--model", tmp_path / "start", "--pairs", tmp_path / "pairs.jsonl", "--steps", 2]
+    arguments += ["--output", tmp_path / "run", "--batch-size", 4, "--tensorboard"]
+    _, history = example().main([str(argument) for argument in arguments])
+    assert history["rewards/margins"][0] == history["rewards/chosen"][0] == 0.0
+    assert history["rewards/margins"][1] != 0.0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoints", "metrics.csv", "model", "tensorboard",
+    }  # fmt: skip
+    capfd.readouterr()
+
+
 @needs_accelerate
 @needs_peft
 @pytest.mark.parametrize("adapter", [[], ["--lora-rank", "2"]], ids=["all weights", "adapter"])
-def test_two_processes_compute_what_one_computes(single, tokenizer, tmp_path, monkeypatch, adapter):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def test_two_processes_compute_what_one_computes(
+    single, tokenizer, tmp_path, monkeypatch, adapter, on_the_cpu, capfd
+):
     real.save_model(single.model, tokenizer, tmp_path / "start")
     real.save_preferences(tmp_path / "pairs.jsonl", PAIRS)
     common = ["--model", str(tmp_path / "start"), "--pairs", str(tmp_path / "pairs.jsonl")]
     common += ["--steps", "3", "--batch-size", "8", "--learning-rate", "1e-3"]
     common += ["--max-grad-norm", "1e9", *adapter]
-    for _ in range(3):  # another program may have taken the port
-        done = launch(
-            tmp_path, [*common, "--output", str(tmp_path / "two"), "--micro-batch-size", "2"]
+    two = [*common, "--output", str(tmp_path / "two"), "--micro-batch-size", "2"]
+    if adapter:  # and they go on from a checkpoint of one process
+        stopped = example()
+        monkeypatch.setattr(
+            stopped, "tqdm", lambda steps, disable: stop_at(2)(steps) if len(steps) == 3 else steps
         )
+        with pytest.raises(Stopped):
+            stopped.main([*two, "--checkpoint-every", "2"])
+        assert real.load_checkpoint(tmp_path / "two" / "checkpoints").step == 2
+    for _ in range(3):  # another program may have taken the port
+        done = launch(tmp_path, two)
         if "EADDRINUSE" not in done.stderr:
             break
     assert done.returncode == 0, done.stderr[-3000:]
@@ -979,6 +1034,7 @@ def test_two_processes_compute_what_one_computes(single, tokenizer, tmp_path, mo
     _, history = example().main(
         [*common, "--output", str(tmp_path / "one"), "--micro-batch-size", "8"]
     )
+    capfd.readouterr()
     together = load_file(tmp_path / "gradients.safetensors")
     assert max(gradient.abs().max().item() for gradient in alone.values()) > 1e-2
     assert farthest(together, alone) < 1e-6

@@ -2,6 +2,7 @@
 
 Nothing of the method is here. A pair is read from a file, turned into tokens and scored by any
 causal language model; then `train.fit_sft` and `train.fit_preferences` do what they do on the toys.
+`train_preferences` is the same loop for models that do not fit in one pass, one device or one day.
 
 Files are read and never run: weights are safetensors, code that a model or data set brings along is
 refused, and nothing is downloaded unless a function with that in its name is called

@@ -50,6 +50,9 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rew
 class Scorer(Protocol):
     """Anything that scores completions: a policy, or `adapter_off(policy)`."""
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Of the model: where the first is, tokens are read."""
+
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """`[B, T]` nats, as in `CausalLMPolicy`."""
 
@@ -96,8 +99,9 @@ def full_precision(device_type: str) -> AbstractContextManager:
 def bf16_autocast(device_type: str) -> AbstractContextManager:
     """Matrix products in bfloat16; weights, gradients and log-probabilities stay float32.
 
-    A log-probability is off by some tenths of a nat then, the same tenths for two models with the
-    same weights. So the reference is read in it too: otherwise rewards start at that noise, not 0.
+    A log-probability is off by the rounding of all its tokens then, and by the same for two models
+    with the same weights. So the reference is read in it too: else rewards start at that noise, and
+    not at 0.
     """
     return torch.autocast(device_type, dtype=torch.bfloat16)
 
@@ -213,7 +217,7 @@ def train_preferences(
             # Processes add up their gradients once, in the last pass.
             with nullcontext() if last else accelerator.no_sync(policy.model):
                 chosen, rejected = _pair_logps(policy, pairs, part, reduce, precision)
-                ref_chosen, ref_rejected = (scores.to(chosen) for scores in ref_scores(part))
+                ref_chosen, ref_rejected = (scores.to(chosen.device) for scores in ref_scores(part))
                 losses = loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
                 # A sum over the batch's size, and no mean of means: passes may differ in size.
                 # Processes average what they have, so each has its part times their number.
