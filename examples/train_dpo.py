@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
     """Train; returns the policy, as the accelerator prepared it, and the history."""
     given = parse(arguments)
     accelerator = Accelerator()
-    precision = {"no": real.full_precision, "bf16": real.bf16_autocast}[accelerator.mixed_precision]
+    named = given.precision or accelerator.mixed_precision
+    precision = {"no": real.full_precision, "bf16": real.bf16_autocast}[named]
     bar = partial(tqdm, disable=not accelerator.is_main_process)
     generator = torch.Generator().manual_seed(given.seed)
 
@@ -92,6 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
+    parser.add_argument("--precision", choices=["no", "bf16"], help="by default accelerate's")
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--no-checkpoints", action="store_true", help="as FSDP needs it")
     parser.add_argument("--tensorboard", action="store_true")

@@ -50,6 +50,7 @@ def installed(name):
 
 
 needs_accelerate = pytest.mark.skipif(not installed("accelerate"), reason="no accelerate here")
+needs_tensorboard = pytest.mark.skipif(not installed("tensorboard"), reason="no tensorboard here")
 needs_peft = pytest.mark.skipif(not installed("peft"), reason="no peft here")
 
 
@@ -558,11 +559,14 @@ def test_an_accelerator_that_would_compute_something_else_is_refused(policy, pai
         ({"num_processes": 3}, "batches: got 4 rows a step, takes a multiple of 3 processes"),
         ({"distributed_type": "FSDP"}, "checkpoints: got a folder under FSDP, takes None"),
     ]
+    policy.model.merge_and_unload = None  # as a model with an adapter has it
+    cases.append(({"distributed_type": "FSDP", "checkpoints": None}, "policy: got an adapter"))
     for changes, message in cases:
+        folder = changes.pop("checkpoints", "unused")
         with pytest.raises(ValueError, match=message):
             train(
                 policy, scored, pairs, accelerator=SimpleNamespace(**{**alike, **changes}),
-                checkpoints="unused",
+                checkpoints=folder,
             )  # fmt: skip
 
 
@@ -599,7 +603,7 @@ def test_a_log_that_goes_on_drops_later_and_broken_lines(tmp_path):
         real.csv_log(path)(4, {"loss": 1.0})
 
 
-@pytest.mark.skipif(not installed("tensorboard"), reason="no tensorboard here")
+@needs_tensorboard
 def test_tensorboard_reads_what_was_logged(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of protobuf and numpy, in theirs
@@ -869,6 +873,9 @@ def test_a_run_goes_on_only_from_its_own_checkpoints(single, pairs, tmp_path, to
 
     again("checkpoints: got those of other batches", batches=in_order(12, 4))
     again("checkpoints: got those of a run with .*'beta': 0.1", beta=0.2)
+    again("checkpoints: got those of a run with .*'max_grad_norm': 0.5", max_grad_norm=math.inf)
+    with pytest.raises(ValueError, match="checkpoints: got those of a run with .*'pairs'"):
+        whole_run(copy.deepcopy(start), reference, (pairs[0], *reversed(pairs[1:])), folder)
     other = copy.deepcopy(start)
     again("checkpoints: got .*'lr': 0.001.* takes", other, optimizer=adamw(other, 1e-2))
     other = copy.deepcopy(start)
@@ -981,6 +988,7 @@ def on_the_cpu(monkeypatch):
 
 
 @needs_accelerate
+@needs_tensorboard
 def test_under_accelerates_half_precision_rewards_start_at_0(
     single, tokenizer, tmp_path, monkeypatch, on_the_cpu, capfd
 ):

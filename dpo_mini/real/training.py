@@ -4,6 +4,7 @@
 passes, half precision, adapters, several processes, and runs that are killed and go on.
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -176,7 +177,8 @@ def train_preferences(
       accelerator: an `accelerate.Accelerator` where the run has several processes; every one of
         them makes this call and reads its share of each batch, B / processes pairs.
       checkpoints: a folder of this run alone. A run that finds a checkpoint there goes on from it
-        and ends with the weights, to the last bit on a CPU, of a run that was never stopped.
+        and ends with the weights, to the last bit on a CPU, of a run that was never stopped. Pairs,
+        batches, optimizer, beta and clipping are compared; loss and schedule cannot be.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
@@ -199,7 +201,7 @@ def train_preferences(
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm: got {max_grad_norm}, takes a number > 0")
     model, rates = policy.model, [group["lr"] for group in optimizer.param_groups]
-    settings = _settings(optimizer, beta=beta)
+    settings = _settings(optimizer, pairs, beta=beta, max_grad_norm=max_grad_norm)
     done, history = 0, {}
     if checkpoints is not None:
         done, history = _go_on(checkpoints, model, optimizer, settings, batches, generator)
@@ -506,10 +508,14 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def _settings(optimizer: Optimizer, **others: float) -> dict[str, object]:
+def _settings(optimizer: Optimizer, pairs: Pairs, **others: float) -> dict[str, object]:
     """What a run that goes on must have in common with the one that stopped."""
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    return {"optimizer": type(optimizer).__name__, "groups": groups, **others}
+    digest = hashlib.sha256()
+    for tokens in pairs:
+        digest.update(tokens.cpu().contiguous().numpy())
+    named = {"optimizer": type(optimizer).__name__, "groups": groups, **others}
+    return {**named, "pairs": digest.hexdigest()}
 
 
 def _go_on(
@@ -579,8 +585,11 @@ def _check_run(
         raise ValueError(
             f"accelerator: got gradient_accumulation_steps {got}, takes 1: micro_batch_size does it"
         )
-    if checkpoints is not None and accelerator.distributed_type == "FSDP":
-        raise ValueError("checkpoints: got a folder under FSDP, takes None: weights are in shards")
+    if accelerator.distributed_type == "FSDP":
+        if checkpoints is not None:
+            raise ValueError("checkpoints: got a folder under FSDP, takes None: weights in shards")
+        if hasattr(policy.model, "merge_and_unload"):
+            raise ValueError("policy: got an adapter under FSDP, takes a model without one")
 
 
 def _check_pairs(pairs: Pairs) -> None:
