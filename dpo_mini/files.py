@@ -1,7 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,4 +27,34 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
+        raise
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write in, which is at `path` with all that is in it when the block ends, or not.
+
+    It is made beside `path` under a name that begins with a dot and ends in `.part`. A process that
+    is killed leaves it under that name; the next call for a path in the same folder removes it, so
+    no two processes may write there at a time.
+
+    Raises:
+      OSError: `path` is there, its folder is absent or not writable, or the disk is full.
+    """
+    path = Path(path).resolve()
+    if path.exists():
+        raise FileExistsError(f"path: got {path}, which is there, takes a new folder")
+    for left in path.parent.glob(".*.part"):
+        if left.is_dir():
+            shutil.rmtree(left)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield partial
+        for file in [*(p for p in partial.rglob("*") if p.is_file())]:
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        os.chmod(partial, 0o755)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial)
         raise

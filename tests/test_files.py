@@ -1,8 +1,8 @@
-"""A file is written whole or stays as it was."""
+"""A file is written whole or stays as it was; a folder is there whole or not at all."""
 
 import pytest
 
-from dpo_mini.files import write_whole
+from dpo_mini.files import whole_folder, write_whole
 
 
 def test_it_writes_and_replaces(tmp_path):
@@ -39,3 +39,40 @@ def test_a_link_is_followed_and_kept(tmp_path):
 def test_an_absent_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "absent" / "a", b"new")
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    with whole_folder(tmp_path / "new") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_bytes(b"a")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "inner" / "a").read_bytes() == b"a"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    with (
+        pytest.raises(FileExistsError, match="path: got .*new, which is there, takes a new folder"),
+        whole_folder(tmp_path / "new"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.chmod", "os.rename"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failure_at_any_step_leaves_no_folder(monkeypatch, tmp_path, step, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(type(error)), whole_folder(tmp_path / "new") as partial:
+        (partial / "a").write_bytes(b"a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    left, file, other = tmp_path / ".new.abc.part", tmp_path / ".file.part", tmp_path / "old.part"
+    left.mkdir()
+    (left / "half").write_bytes(b"h")
+    other.mkdir()
+    file.write_bytes(b"a file of somebody")
+    with whole_folder(tmp_path / "new"):
+        assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.part", "new", "old.part"]

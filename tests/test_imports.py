@@ -31,6 +31,8 @@ HEAVY = {
     "tokenizers": {"real"},
     "datasets": {"real"},
     "pyarrow": {"real"},
+    "accelerate": {"real"},
+    "peft": {"real"},
     "matplotlib": {"plotting"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

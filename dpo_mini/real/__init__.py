@@ -2,6 +2,7 @@
 
 Nothing of the method is here. A pair is read from a file, turned into tokens and scored by any
 causal language model; then `train.fit_sft` and `train.fit_preferences` do what they do on the toys.
+`train_preferences` is the same loop for models that do not fit in one pass, one device or one day.
 
 Files are read and never run: weights are safetensors, code that a model or data set brings along is
 refused, and nothing is downloaded unless a function with that in its name is called
@@ -16,12 +17,15 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="IProgress not found")
     from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
 
+from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
     greedy_answer,
     preference_accuracy,
     preference_margins,
     sample_answer,
 )
+from dpo_mini.real.memory import bf16_memory, full_memory, lora_memory, sharded_memory
 from dpo_mini.real.models import (
     CausalLMPolicy,
     download_model,
@@ -36,25 +40,62 @@ from dpo_mini.real.preferences import (
     save_preferences,
 )
 from dpo_mini.real.tokens import CHAT, END, TEMPLATE, count_tokens, encode, train_tokenizer
+from dpo_mini.real.training import (
+    adapter_off,
+    add_lora,
+    bf16_autocast,
+    constant,
+    cut_long,
+    drop_long,
+    full_precision,
+    reference_logps,
+    save_trained,
+    shuffled_batches,
+    train_preferences,
+    warmup_then_cosine,
+    warmup_then_linear,
+)
 
 __all__ = [
     "CHAT",
     "END",
     "TEMPLATE",
     "CausalLMPolicy",
+    "Checkpoint",
     "Preference",
+    "adapter_off",
+    "add_lora",
+    "bf16_autocast",
+    "bf16_memory",
+    "constant",
     "count_tokens",
+    "csv_log",
+    "cut_long",
     "download_model",
+    "drop_long",
     "encode",
+    "full_memory",
+    "full_precision",
     "greedy_answer",
+    "load_checkpoint",
     "load_hub_preferences",
     "load_model",
     "load_preferences",
+    "lora_memory",
     "preference_accuracy",
     "preference_margins",
+    "reference_logps",
     "sample_answer",
+    "save_checkpoint",
     "save_model",
     "save_preferences",
+    "save_trained",
+    "sharded_memory",
+    "shuffled_batches",
+    "tensorboard_log",
     "tiny_gpt2",
+    "train_preferences",
     "train_tokenizer",
+    "warmup_then_cosine",
+    "warmup_then_linear",
 ]

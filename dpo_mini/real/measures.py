@@ -1,20 +1,14 @@
 """What training did: margins, accuracy, and answers in words."""
 
-import warnings
-
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dpo_mini.arguments import check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.real.models import CausalLMPolicy
 from dpo_mini.real.tokens import TEMPLATE, check_template, encode_prompt, end_token
 from dpo_mini.train import Pairs
-
-with warnings.catch_warnings():
-    # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off here.
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    from transformers import PreTrainedTokenizerBase
 
 
 def preference_margins(

@@ -3,30 +3,25 @@
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from dpo_mini.arguments import check_count, check_generator, check_integers, check_rows
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 from dpo_mini.real.preferences import AnyPath
-
-with warnings.catch_warnings():
-    # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off here.
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GPT2Config,
-        GPT2LMHeadModel,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
-    from transformers.utils import logging as transformers_logging
 
 
 class CausalLMPolicy(nn.Module):
@@ -175,20 +170,29 @@ def download_model(
     return _from_pretrained(name, revision=revision)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: AnyPath) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: AnyPath,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model (safetensors) and its tokenizer, whole or not at all.
 
     Both are written beside `folder`, which then takes their place. A write that fails leaves an old
     folder as it was; a power cut in the instant between two renames can leave it beside, in a
     folder whose name ends in `.part`.
 
+    Args:
+      model, tokenizer, folder: what to write, and where.
+      weights: the model's state dict, where its own is dealt out over several processes.
     Raises:
       ValueError: `folder` holds files that are no part of what is written: they would be lost.
     """
     folder = Path(folder).resolve()
     with _staging(folder) as staging, _without_bars():
         new, old = staging / "new", staging / "old"
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         try:
             if folder.exists():

@@ -1,21 +1,16 @@
 """Preference pairs as tokens: tokenizers, the prompt's boundary, the end token."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 
+import tokenizers
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_mini.arguments import check_count
 from dpo_mini.logps import PAD
 from dpo_mini.real.preferences import Messages, Preference, as_messages, check_preferences
 from dpo_mini.train import Pairs
-
-with warnings.catch_warnings():
-    # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off here.
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    import tokenizers
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 """The end token of a tokenizer that `train_tokenizer` made."""

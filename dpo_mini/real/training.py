@@ -1,0 +1,620 @@
+"""DPO and kin on real models: one loop, and the tricks that it needs, each one function.
+
+`train_preferences` is `train.fit_preferences` for models that do not fit: batches in several
+passes, half precision, adapters, several processes, and runs that are killed and go on.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from dpo_mini.arguments import (
+    check_count,
+    check_fraction,
+    check_generator,
+    check_indices,
+    check_integers,
+    check_positive,
+    check_rows,
+)
+from dpo_mini.logps import PAD, sum_over_tokens
+from dpo_mini.policies import shares_storage
+from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.logs import Log
+from dpo_mini.real.models import CausalLMPolicy, save_model
+from dpo_mini.real.preferences import AnyPath
+from dpo_mini.train import History, Pairs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+RefLogps = tuple[Tensor, Tensor]
+"""What `reference_logps` gives: chosen and rejected, `[n]` each, nats."""
+Precision = Callable[[str], AbstractContextManager]
+"""From a device's type, such as `"cuda"`, to the context that a model is read in."""
+Schedule = Callable[[int], float]
+"""From a step, 0 the first, to what the learning rate is multiplied by there."""
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+class Scorer(Protocol):
+    """Anything that scores completions: a policy, or `adapter_off(policy)`."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Of the model: where the first is, tokens are read."""
+
+    def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """`[B, T]` nats, as in `CausalLMPolicy`."""
+
+
+class OneProcess:
+    """What `train_preferences` asks of an `accelerate.Accelerator`, answered for one process."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+    distributed_type, mixed_precision, gradient_accumulation_steps = "NO", "no", 1
+
+    def prepare(self, *parts: object) -> tuple[object, ...]:  # noqa: D102
+        return parts
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:  # noqa: D102
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:  # noqa: D102
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:  # noqa: D102
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:  # noqa: D102
+        return tensor
+
+    def wait_for_everyone(self) -> None:  # noqa: D102
+        pass
+
+    def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
+        return model.state_dict()
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:  # noqa: D102
+        return model
+
+
+# --- precision and learning rates ------------------------------------------------------------
+
+
+def full_precision(device_type: str) -> AbstractContextManager:
+    """Every product in the dtype of the weights."""
+    return nullcontext()
+
+
+def bf16_autocast(device_type: str) -> AbstractContextManager:
+    """Matrix products in bfloat16; weights, gradients and log-probabilities stay float32.
+
+    A log-probability is off by the rounding of all its tokens then, and by the same for two models
+    with the same weights. So the reference is read in it too: else rewards start at that noise, and
+    not at 0.
+    """
+    return torch.autocast(device_type, dtype=torch.bfloat16)
+
+
+def constant(step: int) -> float:
+    """The learning rate as it is."""
+    return 1.0
+
+
+def warmup_then_cosine(steps: int, *, warmup: int) -> Schedule:
+    """Up in equal parts over `warmup` steps to 1, then a cosine down to 0 after the last."""
+    _check_warmup(steps, warmup)
+
+    def schedule(step: int) -> float:
+        after = (step - warmup) / (steps - warmup)
+        return (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * after)) / 2
+
+    return schedule
+
+
+def warmup_then_linear(steps: int, *, warmup: int) -> Schedule:
+    """Up in equal parts over `warmup` steps to 1, then in equal parts down to 0 after the last."""
+    _check_warmup(steps, warmup)
+
+    def schedule(step: int) -> float:
+        return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
+
+    return schedule
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+def train_preferences(
+    policy: CausalLMPolicy,
+    reference: RefLogps | Scorer,
+    pairs: Pairs,
+    loss: Callable[..., Tensor],
+    *,
+    beta: float,
+    batches: Tensor,
+    micro_batch_size: int,
+    optimizer: Optimizer,
+    schedule: Schedule = constant,
+    max_grad_norm: float = math.inf,
+    reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
+    precision: Precision = full_precision,
+    accelerator: "Accelerator | OneProcess | None" = None,
+    checkpoints: AnyPath | None = None,
+    checkpoint_every: int = 100,
+    generator: torch.Generator | None = None,
+    logs: Sequence[Log] = (),
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """Minimise any loss of LOSSES over preference pairs, in place, on a model of any size.
+
+    Args:
+      policy: what is trained; with an accelerator `policy.model` becomes what it prepared.
+      reference: frozen. What `reference_logps` gave, or a model that is read beside the policy: a
+        copy, or `adapter_off(policy)`.
+      pairs: `(prompts [n], chosen [n, T], rejected [n, T])` as `encode` gives them.
+      loss: such as `dpo_loss`, or `partial(cdpo_loss, label_smoothing=0.1)`; called with `beta`.
+      beta: > 0, of the loss and of the rewards that are reported.
+      batches: `[steps, B]`, the rows of each step, as `shuffled_batches` gives them.
+      micro_batch_size: pairs that go through the model at once, in each process. The gradient is
+        that of the mean over the whole batch, whatever this is.
+      optimizer: over the parameters of the policy that are trained, such as `torch.optim.AdamW`.
+      schedule: multiplies the optimizer's learning rates: `constant`, `warmup_then_cosine(...)`.
+      max_grad_norm: > 0; a longer gradient is shortened to it.
+      reduce: as in `train.fit_preferences`; the one that `reference_logps` had.
+      precision: `full_precision` or `bf16_autocast`; the one that `reference_logps` had.
+      accelerator: an `accelerate.Accelerator` where the run has several processes; every one of
+        them makes this call and reads its share of each batch, B / processes pairs.
+      checkpoints: a folder of this run alone. A run that finds a checkpoint there goes on from it
+        and ends with the weights, to the last bit on a CPU, of a run that was never stopped. Pairs,
+        batches, optimizer, beta and clipping are compared; loss and schedule cannot be.
+      checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
+      generator: one that `logs` draw from while training runs, if any: its state is saved too.
+        Nothing else draws: the batches are given and dropout is off.
+      logs: called after each step in the main process: `csv_log(path)`, `tensorboard_log(folder)`.
+    Returns:
+      `{"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+      "grad_norm", "lr"}`, each `[steps]`, of the batch before its step is taken. A reward is
+      beta log(pi / pi_ref); an accuracy counts a margin above 0; the norm is that before clipping.
+    Raises:
+      ValueError: a setting out of range; rows that differ in number; a reference that shares
+        weights with the policy; an optimizer of other parameters; a batch that the processes do not
+        divide; a precision that is not the accelerator's; a checkpoint of another run; a loss or
+        gradient that is not finite.
+    """
+    accelerator = accelerator or OneProcess()
+    _check_run(policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints)
+    check_positive("beta", beta)
+    check_count("micro_batch_size", micro_batch_size)
+    check_count("checkpoint_every", checkpoint_every)
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: got {max_grad_norm}, takes a number > 0")
+    model, rates = policy.model, [group["lr"] for group in optimizer.param_groups]
+    settings = _settings(optimizer, pairs, beta=beta, max_grad_norm=max_grad_norm)
+    done, history = 0, {}
+    if checkpoints is not None:
+        done, history = _go_on(checkpoints, model, optimizer, settings, batches, generator)
+        accelerator.wait_for_everyone()
+    policy.model, optimizer = accelerator.prepare(model, optimizer)
+    policy.train()
+    ref_scores = _reader(reference, pairs, reduce, precision)
+
+    def batch_gradient(rows: Tensor) -> Tensor:
+        """Leaves the gradient of the batch's mean loss in `.grad`; returns METRICS, `[5]`."""
+        mine = rows.chunk(accelerator.num_processes)[accelerator.process_index]
+        passes, sums = mine.split(micro_batch_size), 0.0
+        for n, part in enumerate(passes, start=1):
+            last = n == len(passes)
+            # Processes add up their gradients once, in the last pass.
+            with nullcontext() if last else accelerator.no_sync(policy.model):
+                chosen, rejected = _pair_logps(policy, pairs, part, reduce, precision)
+                ref_chosen, ref_rejected = (scores.to(chosen.device) for scores in ref_scores(part))
+                losses = loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+                # A sum over the batch's size, and no mean of means: passes may differ in size.
+                # Processes average what they have, so each has its part times their number.
+                accelerator.backward(losses.sum() * (accelerator.num_processes / len(rows)))
+            good = beta * (chosen - ref_chosen).detach()
+            bad = beta * (rejected - ref_rejected).detach()
+            seen = (losses.detach(), good, bad, good - bad, (good > bad).to(good))
+            sums = sums + torch.stack([values.sum() for values in seen])
+        return accelerator.reduce(sums, "sum") / len(rows)
+
+    for step in progress(range(done, len(batches))):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(step)
+        optimizer.zero_grad()
+        measured = batch_gradient(batches[step]).tolist()
+        grad_norm = float(accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm))
+        if not (math.isfinite(measured[0]) and math.isfinite(grad_norm)):
+            got = f"{measured[0]} and a gradient of norm {grad_norm}"
+            raise ValueError(f"loss: got {got} at step {step}, takes finite numbers")
+        optimizer.step()
+        metrics = dict(zip(METRICS, measured, strict=True))
+        metrics |= {"grad_norm": grad_norm, "lr": float(optimizer.param_groups[0]["lr"])}
+        for name, value in metrics.items():
+            history.setdefault(name, []).append(value)
+        if accelerator.is_main_process:
+            for log in logs:
+                log(step, metrics)
+            if checkpoints is not None and _is_due(step + 1, checkpoint_every, len(batches)):
+                state = None if generator is None else generator.get_state()
+                save_checkpoint(
+                    checkpoints,
+                    Checkpoint(
+                        step + 1, _trained(model), optimizer.state_dict()["state"], settings,
+                        batches, state, history,
+                    ),
+                )  # fmt: skip
+    accelerator.wait_for_everyone()
+    return history
+
+
+def save_trained(
+    policy: CausalLMPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: AnyPath,
+    *,
+    accelerator: "Accelerator | OneProcess | None" = None,
+) -> None:
+    """`save_model` of what `train_preferences` trained, called in every process, written in one.
+
+    An adapter is merged into the weights, for good: what is written is a model like any other, and
+    the policy reads the same weights from then on.
+    """
+    accelerator = accelerator or OneProcess()
+    weights = accelerator.get_state_dict(policy.model)  # gathered from all: all must take part
+    model = accelerator.unwrap_model(policy.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+        weights = None
+    if accelerator.is_main_process:
+        save_model(model, tokenizer, folder, weights=weights)
+    accelerator.wait_for_everyone()
+
+
+# --- the order of the rows, and which rows --------------------------------------------------
+
+
+def shuffled_batches(
+    n_rows: int, *, steps: int, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """The rows of every step, drawn before the first: a run that is stopped knows how it goes on.
+
+    Every row is seen once before any is seen again. All batches are full: one that reaches the end
+    of the rows goes on at the beginning of their next order.
+
+    Returns:
+      `[steps, batch_size]` int64.
+    """
+    for name, count in {"n_rows": n_rows, "steps": steps, "batch_size": batch_size}.items():
+        check_count(name, count)
+    check_generator(generator)
+    rounds = -(-steps * batch_size // n_rows)
+    device = generator.device
+    orders = [torch.randperm(n_rows, generator=generator, device=device) for _ in range(rounds)]
+    return torch.cat(orders)[: steps * batch_size].view(steps, batch_size).cpu()
+
+
+def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
+    """The pairs that fit, and how many did not.
+
+    Args:
+      pairs: as `encode` gives them, with a `max_tokens` there that lets all of them pass.
+      max_tokens: the most tokens of a prompt and the longer of its answers.
+    Returns:
+      The pairs in their order, without columns of padding alone; the number left out.
+    Raises:
+      ValueError: no pair fits.
+    """
+    prompt, chosen, rejected = _lengths(pairs, max_tokens)
+    kept = prompt + torch.maximum(chosen, rejected) <= max_tokens
+    if not kept.any():
+        shortest = int((prompt + torch.maximum(chosen, rejected)).min())
+        raise ValueError(f"max_tokens: got {max_tokens}, takes >= {shortest}, the shortest pair")
+    prompts, *answers = (tokens[kept] for tokens in pairs)
+    width = int(torch.maximum(chosen, rejected)[kept].max())
+    prompts = prompts[:, : int(prompt[kept].max())]
+    return (prompts, *(tokens[:, :width] for tokens in answers)), int((~kept).sum())
+
+
+def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
+    """The pairs with the ends of long answers cut off, and how many pairs lost some.
+
+    A cut answer has lost its end token too, so it does not teach the policy to stop there. Prompts
+    are never cut: without its beginning, or its end, one is another question.
+
+    Args:
+      pairs, max_tokens: as in `drop_long`.
+    Returns:
+      As many pairs, without columns of padding alone; the number of those that were cut.
+    Raises:
+      ValueError: a prompt leaves no room for an answer.
+    """
+    prompt, chosen, rejected = _lengths(pairs, max_tokens)
+    room = max_tokens - prompt
+    if (room < 1).any():
+        row = int((room < 1).nonzero()[0])
+        raise ValueError(
+            f"max_tokens: got {max_tokens}, takes > {int(prompt[row])}, the prompt of row {row}"
+        )
+    answers = [
+        pad_sequence(
+            [row[: min(n, r)] for row, n, r in zip(tokens, counts, room, strict=True)],
+            batch_first=True,
+            padding_value=PAD,
+        )
+        for tokens, counts in ((pairs[1], chosen), (pairs[2], rejected))
+    ]
+    width = max(tokens.shape[1] for tokens in answers)
+    chosen_cut, rejected_cut = (
+        nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=PAD) for tokens in answers
+    )
+    return (pairs[0], chosen_cut, rejected_cut), int((torch.maximum(chosen, rejected) > room).sum())
+
+
+# --- the reference ---------------------------------------------------------------------------
+
+
+def reference_logps(
+    reference: Scorer,
+    pairs: Pairs,
+    *,
+    micro_batch_size: int = 1,
+    reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
+    precision: Precision = full_precision,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> RefLogps:
+    """Score every pair once, before training: then the reference need not be in memory.
+
+    The numbers are, to the last bit, those that a reference beside the policy would give in a pass
+    over the same pairs. One pair a pass is the same pass in every order. In a pass with others a
+    pair is padded to the longest, sums run in another order, and the last digit may differ: 1e-5 in
+    float32, and far more in bfloat16.
+
+    Args:
+      reference: a model before it is trained, a copy, or `adapter_off(policy)`.
+      pairs, reduce, precision: as in `train_preferences`, and the same there.
+      micro_batch_size: pairs a pass.
+    Returns:
+      Chosen and rejected, `[n]` each, nats, on the CPU and without gradient.
+    """
+    _check_pairs(pairs)
+    check_count("micro_batch_size", micro_batch_size)
+    read = _reader(reference, pairs, reduce, precision)
+    passes = torch.arange(len(pairs[0])).split(micro_batch_size)
+    blocks = [read(passes[n]) for n in progress(range(len(passes)))]
+    chosen, rejected = (torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
+    return chosen, rejected
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    generator: torch.Generator,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+) -> "PeftModel":
+    """The model with a trained adapter, W + (alpha / rank) B A, on every linear layer but the last.
+
+    B starts at 0: the model says what it said before. Its own weights are frozen, so with the
+    adapter switched off it is its own reference, for ever; see `adapter_off`.
+
+    Args:
+      model: changed in place.
+      rank: rows of A.
+      generator: draws A.
+      alpha: the scale, by default 2 rank.
+      dropout: of the adapter's inputs; a `CausalLMPolicy` holds it off.
+    Returns:
+      A `peft.PeftModel`; `merge_and_unload()` gives a model without adapters to save.
+    Source: Hu et al. 2021, arXiv:2106.09685; all linear layers: Dettmers et al. 2023,
+      arXiv:2305.14314.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    check_count("rank", rank)
+    check_generator(generator)
+    check_fraction("dropout", dropout)
+    alpha = 2 * rank if alpha is None else alpha
+    check_positive("alpha", alpha)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),  # GPT-2
+    )
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of transformers to peft, which reads an attribute by a name that goes away.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        torch.manual_seed(seed)  # peft draws from global state: fork_rng puts it back
+        return get_peft_model(model, config)
+
+
+class adapter_off:
+    """The reference of a policy with an adapter: the same weights read without it, no second copy.
+
+    Args:
+      policy: its model is what `add_lora` gave, or any `peft.PeftModel`.
+    """
+
+    def __init__(self, policy: CausalLMPolicy) -> None:  # noqa: D107
+        if not hasattr(policy.model, "disable_adapter"):
+            got = type(policy.model).__name__
+            raise TypeError(f"policy: got a {got}, takes one whose model has an adapter (add_lora)")
+        self.policy = policy
+        self.model = policy.model  # held here: an accelerator wraps the policy's
+        self.unwrapped = CausalLMPolicy(policy.model, end_token=policy.end_token)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the policy's model."""
+        return self.model.parameters()
+
+    def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """As in `CausalLMPolicy`."""
+        with self.model.disable_adapter():
+            return self.unwrapped.token_logps(prompts, completions)
+
+
+# --- below the surface -----------------------------------------------------------------------
+
+
+def _pair_logps(
+    model: Scorer, pairs: Pairs, rows: Tensor, reduce: Callable, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
+    prompts, chosen, rejected = pairs
+    device = next(iter(model.parameters())).device
+    answers = torch.cat([chosen[rows], rejected[rows]]).to(device)
+    # One context a pass: autocast keeps its half-precision weights until the context ends, and
+    # those that it made for a pass without gradient would take none from the policy's.
+    with precision(device.type):
+        scored = model.token_logps(prompts[rows].repeat(2, 1).to(device), answers)
+    chosen_scores, rejected_scores = reduce(scored, answers != PAD).chunk(2)
+    return chosen_scores, rejected_scores
+
+
+def _reader(
+    reference: RefLogps | Scorer, pairs: Pairs, reduce: Callable, precision: Precision
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From rows to the reference's chosen and rejected: looked up, or read without gradient."""
+
+    def look_up(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return reference[0][rows], reference[1][rows]
+
+    @torch.no_grad()
+    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _pair_logps(reference, pairs, rows, reduce, precision)
+
+    return look_up if isinstance(reference, tuple) else read
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, each tied weight once."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _settings(optimizer: Optimizer, pairs: Pairs, **others: float) -> dict[str, object]:
+    """What a run that goes on must have in common with the one that stopped."""
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    digest = hashlib.sha256()
+    for tokens in pairs:
+        digest.update(tokens.cpu().contiguous().numpy())
+    named = {"optimizer": type(optimizer).__name__, "groups": groups, **others}
+    return {**named, "pairs": digest.hexdigest()}
+
+
+def _go_on(
+    folder: AnyPath,
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: dict[str, object],
+    batches: Tensor,
+    generator: torch.Generator | None,
+) -> tuple[int, History]:
+    """Steps done and their history, of a checkpoint that is put into the model and optimizer."""
+    saved = load_checkpoint(folder)
+    if saved is None:
+        return 0, {}
+    saved.check_same_run(_trained(model), settings, batches, generator)
+    with torch.no_grad():
+        for name, weight in _trained(model).items():
+            weight.copy_(saved.weights[name])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
+    if generator is not None:
+        generator.set_state(saved.generator_state)
+    return saved.step, saved.history
+
+
+def _is_due(done: int, every: int, steps: int) -> bool:
+    return done % every == 0 or done == steps
+
+
+def _check_run(
+    policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints
+) -> None:
+    _check_pairs(pairs)
+    n_rows = len(pairs[0])
+    check_indices("batches", batches, "[steps, B]", n_rows)
+    if isinstance(reference, tuple):
+        if len(reference) != 2:
+            raise ValueError(f"reference: got {len(reference)} tensors, takes (chosen, rejected)")
+        check_rows(
+            "pairs", pairs[0], **dict(zip(("reference", "rejected"), reference, strict=True))
+        )
+    elif isinstance(reference, nn.Module) and shares_storage(policy, reference):
+        raise ValueError(
+            "reference: got weights that it shares with the policy, takes reference_logps, "
+            "adapter_off(policy) or a copy (copy.deepcopy)"
+        )
+    trained = {id(weight) for weight in policy.parameters() if weight.requires_grad}
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    if held != trained:
+        raise ValueError(
+            f"optimizer: got {len(held & trained)} of the policy's {len(trained)} trained "
+            f"parameters and {len(held - trained)} others, takes those that are trained"
+        )
+    if batches.shape[1] % accelerator.num_processes:
+        got, n = batches.shape[1], accelerator.num_processes
+        raise ValueError(f"batches: got {got} rows a step, takes a multiple of {n} processes")
+    if accelerator.mixed_precision == "bf16" and precision is not bf16_autocast:
+        raise ValueError(
+            "precision: got another one than the accelerator's 'bf16', takes bf16_autocast here "
+            "and in reference_logps"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        got = accelerator.mixed_precision
+        raise ValueError(f"accelerator: got mixed_precision {got!r}, takes 'no' or 'bf16'")
+    if accelerator.gradient_accumulation_steps != 1:
+        got = accelerator.gradient_accumulation_steps
+        raise ValueError(
+            f"accelerator: got gradient_accumulation_steps {got}, takes 1: micro_batch_size does it"
+        )
+    if accelerator.distributed_type == "FSDP":
+        if checkpoints is not None:
+            raise ValueError("checkpoints: got a folder under FSDP, takes None: weights in shards")
+        if hasattr(policy.model, "merge_and_unload"):
+            raise ValueError("policy: got an adapter under FSDP, takes a model without one")
+
+
+def _check_pairs(pairs: Pairs) -> None:
+    if len(pairs) != 3:
+        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
+    prompts, chosen, rejected = pairs
+    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
+    check_integers("prompts", prompts, "[n, P]")
+    check_integers("chosen", chosen, "[n, T]")
+    check_integers("rejected", rejected, "[n, T]")
+    if rejected.shape != chosen.shape:
+        got, want = list(rejected.shape), list(chosen.shape)
+        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
+
+
+def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of each prompt, chosen and rejected answer, `[n]` each."""
+    _check_pairs(pairs)
+    check_count("max_tokens", max_tokens)
+    prompt, chosen, rejected = ((tokens != PAD).sum(1) for tokens in pairs)
+    return prompt, chosen, rejected
+
+
+def _check_warmup(steps: int, warmup: int) -> None:
+    check_count("steps", steps)
+    check_count("warmup", warmup, least=0)
+    if warmup >= steps:
+        raise ValueError(f"warmup: got {warmup}, takes less than steps = {steps}")

@@ -1,0 +1,105 @@
+"""DPO on a model and a preference file of yours, on one device or many.
+
+    python examples/train_dpo.py --model MODEL_FOLDER --pairs PAIRS.json --output OUT
+    accelerate launch --config_file configs/ddp_8.yaml examples/train_dpo.py ...
+
+Stopped at any moment, the same command goes on from the last checkpoint, under `OUT/checkpoints`.
+It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`.
+"""
+
+import argparse
+import json
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from dpo_mini import real
+from dpo_mini.losses import dpo_loss
+
+
+def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[str, list[float]]]:
+    """Train; returns the policy, as the accelerator prepared it, and the history."""
+    given = parse(arguments)
+    accelerator = Accelerator()
+    named = given.precision or accelerator.mixed_precision
+    precision = {"no": real.full_precision, "bf16": real.bf16_autocast}[named]
+    bar = partial(tqdm, disable=not accelerator.is_main_process)
+    generator = torch.Generator().manual_seed(given.seed)
+
+    model, tokenizer = real.load_model(given.model)
+    preferences = real.load_preferences(given.pairs, columns=given.columns)
+    longest = max(real.count_tokens(preferences, tokenizer))
+    pairs = real.encode(preferences, tokenizer, max_tokens=longest)
+    pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
+    accelerator.print(f"{len(pairs[0])} pairs; {n_dropped} too long and left out")
+
+    if given.lora_rank:
+        model = real.add_lora(model, rank=given.lora_rank, generator=generator)
+    policy = real.CausalLMPolicy(model.to(accelerator.device), end_token=tokenizer.eos_token_id)
+    # Before anything is trained the policy is its own reference, in the same precision.
+    ref_logps = real.reference_logps(policy, pairs, precision=precision, progress=bar)
+    batches = real.shuffled_batches(
+        len(pairs[0]), steps=given.steps, batch_size=given.batch_size, generator=generator
+    )
+    output = Path(given.output)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        logs = [real.csv_log(output / "metrics.csv")]
+        if given.tensorboard:
+            logs.append(stack.enter_context(real.tensorboard_log(output / "tensorboard")))
+        history = real.train_preferences(
+            policy,
+            ref_logps,
+            pairs,
+            dpo_loss,
+            beta=given.beta,
+            batches=batches,
+            micro_batch_size=given.micro_batch_size,
+            optimizer=torch.optim.AdamW(
+                [weight for weight in policy.parameters() if weight.requires_grad],
+                lr=given.learning_rate,
+                weight_decay=0.0,
+            ),
+            schedule=real.warmup_then_linear(given.steps, warmup=given.steps // 10),
+            max_grad_norm=given.max_grad_norm,
+            precision=precision,
+            accelerator=accelerator,
+            checkpoints=None if given.no_checkpoints else output / "checkpoints",
+            checkpoint_every=given.checkpoint_every,
+            logs=logs,
+            progress=bar,
+        )
+    real.save_trained(policy, tokenizer, output / "model", accelerator=accelerator)
+    return policy, history
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="a folder, as real.save_model writes it")
+    parser.add_argument("--pairs", required=True, help="JSON or JSONL, as real.load_preferences")
+    parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
+    parser.add_argument("--output", required=True, help="a folder of this run alone")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs a step, of all processes")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="pairs a pass")
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
+    parser.add_argument("--precision", choices=["no", "bf16"], help="by default accelerate's")
+    parser.add_argument("--checkpoint-every", type=int, default=100)
+    parser.add_argument("--no-checkpoints", action="store_true", help="as FSDP needs it")
+    parser.add_argument("--tensorboard", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
