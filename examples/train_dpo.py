@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_mini import real
 from dpo_mini.losses import dpo_loss
@@ -30,16 +31,19 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
     bar = partial(tqdm, disable=not accelerator.is_main_process)
     generator = torch.Generator().manual_seed(given.seed)
 
-    model, tokenizer = real.load_model(given.model)
-    preferences = real.load_preferences(given.pairs, columns=given.columns)
-    longest = max(real.count_tokens(preferences, tokenizer))
-    pairs = real.encode(preferences, tokenizer, max_tokens=longest)
+    model, tokenizer = load_model(given.model)
+    preferences = load_preferences(given.pairs, given.split, given.columns)
+    template = real.CHAT if given.chat else real.TEMPLATE
+    longest = max(real.count_tokens(preferences, tokenizer, template=template))
+    pairs = real.encode(preferences, tokenizer, max_tokens=longest, template=template)
     pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
     accelerator.print(f"{len(pairs[0])} pairs; {n_dropped} too long and left out")
 
     if given.lora_rank:
         model = real.add_lora(model, rank=given.lora_rank, generator=generator)
-    policy = real.CausalLMPolicy(model.to(accelerator.device), end_token=tokenizer.eos_token_id)
+    # A chat template may go on after its end token, with a line break.
+    end_token = None if given.chat else tokenizer.eos_token_id
+    policy = real.CausalLMPolicy(model.to(accelerator.device), end_token=end_token)
     # Before anything is trained the policy is its own reference, in the same precision.
     ref_logps = real.reference_logps(policy, pairs, precision=precision, progress=bar)
     batches = real.shuffled_batches(
@@ -78,11 +82,27 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
     return policy, history
 
 
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """From a folder; what is no folder is a name of the hub, and is downloaded."""
+    return real.load_model(name) if Path(name).is_dir() else real.download_model(name)
+
+
+def load_preferences(
+    name: str, split: str, columns: dict[str, str] | None
+) -> list[real.Preference]:
+    """From a file; what is no file is a name of the hub, and is downloaded."""
+    if Path(name).is_file():
+        return real.load_preferences(name, columns=columns)
+    return real.load_hub_preferences(name, split=split, columns=columns)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="a folder, as real.save_model writes it")
-    parser.add_argument("--pairs", required=True, help="JSON or JSONL, as real.load_preferences")
+    parser.add_argument("--model", required=True, help="a folder, or a name of the hub")
+    parser.add_argument("--pairs", required=True, help="a file, or a data set of the hub")
+    parser.add_argument("--split", default="train", help="of a data set of the hub")
+    parser.add_argument("--chat", action="store_true", help="the tokenizer's chat template")
     parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
     parser.add_argument("--output", required=True, help="a folder of this run alone")
     parser.add_argument("--steps", type=int, default=1000)
