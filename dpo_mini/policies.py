@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from dpo_mini.arguments import (
     check_count,
@@ -220,9 +220,10 @@ class GELU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         x, gate, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for: that one is torch's
+            return torch.autograd.grad(F.gelu(x, approximate="tanh"), x, grad, create_graph=True)[0]
         slope = torch.addcmul(x.new_tensor(GELU.SLOPE), x, x, value=3 * GELU.CUBIC)  # of 2u
         slope = slope.mul_(torch.addcmul(y, y, gate, value=-1))  # y' = gate + y (1 - gate) (2u)'
         return slope.add_(gate).mul_(grad)
