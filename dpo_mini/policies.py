@@ -120,7 +120,8 @@ def check_completions(
     if completions.shape[1] > model.max_tokens:
         got = completions.shape[1]
         raise ValueError(f"completions: got {got} tokens, takes at most {model.max_tokens}")
-    if (completions >= model.vocab_size).any() or (completions < PAD).any():
+    least, most = completions.aminmax()
+    if least < PAD or most >= model.vocab_size:
         bad = (completions >= model.vocab_size) | (completions < PAD)
         got = completions[bad][0].item()
         raise ValueError(f"completions: got token {got}, takes 0..{model.vocab_size - 1}")
