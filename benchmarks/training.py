@@ -92,8 +92,10 @@ def main() -> None:
     if "dpo" in parts:
         for n_layers, width in DPO_SHAPES:
             report_dpo(n_layers, width, torch.device(options.device))
+        for n_layers, width in DPO_SHAPES:
+            report_crossover(n_layers, width, torch.device(options.device))
     if "race" in parts:
-        report_race(task)
+        report_race(replace(task, rewards=task.rewards.cpu()))
 
 
 def keep_freed_memory() -> None:
@@ -593,6 +595,36 @@ def multiply(n_layers: int, width: int, device: torch.device, _: Pairs, steps: i
     return times, []
 
 
+def report_crossover(n_layers: int, width: int, device: torch.device) -> None:
+    """Where a tree of prefixes begins to cost more than rows: what `faster_reader` goes by."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"n_layers": n_layers, "n_heads": HEADS, "width": width, "generator": generator}
+    sizes = (WORDS, WORDS, PROMPT_LENGTH - 1 + LENGTH)
+    policy = TinyTransformer(*sizes, end_token=None, **shape).to(device)
+    pairs = random_pairs(PAIR_BATCH, generator, device)
+    n_tokens = PAIR_BATCH * (PROMPT_LENGTH + 2 * (LENGTH - 1))
+    counts, runs = [], {}
+
+    def descend(read: Callable[..., Tensor], *batch: Tensor) -> None:
+        policy.zero_grad()
+        read(policy, *batch).sum().backward()
+
+    for n_distinct in (16, 28, 36, 44, 64):
+        batch = [column[torch.arange(PAIR_BATCH) % n_distinct] for column in pairs]
+        prefixes = torch.cat([torch.cat([batch[0][:, None], each], 1) for each in batch[1:]])
+        counts.append(count_distinct(prefixes[:, :-1]))
+        runs[counts[-1]] = partial(descend, rollout.branched_token_logps, *batch)
+    runs["rows"] = partial(descend, rollout.forked_token_logps, *pairs)
+    seconds = median_times(runs, ROUNDS, "crossover", device)
+    print(f"A gradient, {n_layers} layers, width {width}: {n_tokens} tokens in forked rows take ")
+    print(f"{1e3 * seconds['rows']:.1f} ms; as a tree\n")
+    print("| distinct prefixes, of tokens in rows | ms | as many times the rows |\n|---|---|---|")
+    for count in counts:
+        print(f"| {count / n_tokens:.2f} | {1e3 * seconds[count]:.1f} ", end="")
+        print(f"| {seconds[count] / seconds['rows']:.2f} |")
+    print()
+
+
 def answer_with_embedding(
     model: transformers.GPT2LMHeadModel, policy: TinyTransformer
 ) -> transformers.GPT2LMHeadModel:
@@ -641,6 +673,7 @@ def step_trl(
         )
     ]
     gpt2 = answer_with_embedding(make_gpt2_for_trl(policy, **model), policy)
+    gpt2 = gpt2.to(policy.wte.weight.device)
     return train_by_trl(gpt2, wrap(rows), DPO_BETA, steps, PAIR_BATCH, LEARNING_RATE, seed=0)
 
 
@@ -761,7 +794,7 @@ def report_race(task: Task) -> None:
 
     contenders = {"`fit_preferences`, `TinyTransformer`": race_ours}
     if (trl := import_trl()) is not None:
-        contenders[f"trl {trl}, `DPOTrainer`"] = race_trl
+        contenders[f"trl {trl}, `DPOTrainer`, made fast"] = race_trl
     seconds = {name: [] for name in contenders}
     steps = {name: [] for name in contenders}
     for seed in range(RACE_SEEDS):
