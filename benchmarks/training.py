@@ -616,7 +616,7 @@ def report_crossover(n_layers: int, width: int, device: torch.device) -> None:
         runs[counts[-1]] = partial(descend, rollout.branched_token_logps, *batch)
     runs["rows"] = partial(descend, rollout.forked_token_logps, *pairs)
     seconds = median_times(runs, ROUNDS, "crossover", device)
-    print(f"A gradient, {n_layers} layers, width {width}: {n_tokens} tokens in forked rows take ")
+    print(f"A gradient, {n_layers} layers, width {width}: {n_tokens} tokens in forked rows take")
     print(f"{1e3 * seconds['rows']:.1f} ms; as a tree\n")
     print("| distinct prefixes, of tokens in rows | ms | as many times the rows |\n|---|---|---|")
     for count in counts:
