@@ -615,7 +615,7 @@ def _pair_reader(model: nn.Module, prompts: Tensor, chosen: Tensor, rejected: Te
     """`model.token_logps` of both answers, `[2 B, T]`, in the way that is fast on such pairs."""
     if isinstance(model, Policy):
         return partial(faster_reader(model, prompts, chosen, rejected), model)
-    return lambda prompts, *answers: model.token_logps(prompts.repeat(2), torch.cat(answers))
+    return lambda prompts, *answers: model.token_logps(torch.cat([prompts] * 2), torch.cat(answers))
 
 
 def _check_frozen(policy: nn.Module, reference: nn.Module) -> None:

@@ -356,6 +356,19 @@ def test_pairs_are_fitted_alike_however_they_are_read(n_distinct, generator):
     torch.testing.assert_close(*weights, rtol=0, atol=1e-10)
 
 
+def test_a_model_of_another_kind_may_take_prompts_of_many_tokens():
+    class Words(Spy):
+        def token_logps(self, prompts, completions):
+            return super().token_logps(prompts[:, -1], completions)
+
+    prompts = torch.tensor([[7, 0], [8, 1], [9, 0], [7, 1]])
+    answers = [torch.tensor([[0], [1], [0], [1]]), torch.tensor([[1], [0], [1], [0]])]
+    policy, reference = Words(torch.zeros(2, 2)), Words(torch.zeros(2, 2))
+    fit_preferences(policy, reference, (prompts, *answers), DPO, **settings(steps=3))
+    assert reference.asked == [[0, 1, 0, 1] * 2]
+    assert (policy.table.diag() > 0).all()
+
+
 # --- reward model ----------------------------------------------------------------------------
 
 
