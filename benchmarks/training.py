@@ -226,7 +226,7 @@ def report_ppo(task: Task, policy: TinyTransformer, python: str) -> None:
         "`fit_ppo`, `SharedTrunk`": partial(run_ours, task, policy, SharedTrunk),
         "`fit_ppo`, `SeparateNetworks`": partial(run_ours, task, policy, with_critic),
     }
-    command = [python, "-c", "import trl; print(trl.__version__)"]
+    command = [python, "-c", "import trl.experimental.ppo; print(trl.__version__)"]
     version = subprocess.run(command, capture_output=True, text=True)
     if version.returncode:
         print(f"trl is left out: {version.stderr.strip().splitlines()[-1]}\n")
