@@ -147,28 +147,34 @@ def make_gpt2(
     config = transformers.GPT2Config(
         vocab_size=len(policy.wte.weight),
         n_positions=policy.max_tokens,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
+        n_embd=policy.wte.embedding_dim,
+        n_layer=len(policy.blocks),
+        n_head=policy.blocks[0].attn.n_heads,
         activation_function=activation,
         attn_implementation=attention,
         use_cache=False,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
     model = transformers.GPT2LMHeadModel(config).eval()
-    weights = {}
-    for name, weight in policy.state_dict().items():
-        name = name.replace("blocks.", "transformer.h.").replace(".c_fc.", ".mlp.c_fc.")
-        if ".attn." not in name:
-            name = name.replace(".c_proj.", ".mlp.c_proj.")
-        if not name.startswith("transformer."):
-            name = "transformer." + name
-        weights[name] = weight.T if ".c_" in name and weight.dim() == 2 else weight
+    weights = {
+        name_in_gpt2(name): weight.T if ".c_" in name and weight.dim() == 2 else weight
+        for name, weight in policy.state_dict().items()
+    }
     left_out = model.load_state_dict(weights, strict=False)
     assert left_out.missing_keys == ["lm_head.weight"], left_out  # tied to the embedding
     assert not left_out.unexpected_keys, left_out
     return model
+
+
+def name_in_gpt2(name: str) -> str:
+    name = name.replace("blocks.", "h.").replace(".c_fc.", ".mlp.c_fc.")
+    if ".attn." not in name:
+        name = name.replace(".c_proj.", ".mlp.c_proj.")
+    return "transformer." + name
 
 
 def gpt2_logps(policy: TinyTransformer, attention: str, activation: str) -> Scorer:

@@ -1,20 +1,24 @@
-"""How fast the course draws completions and takes steps of PPO, beside the usual libraries.
+"""How fast the course draws completions and takes steps of PPO and DPO, beside the usual libraries.
 
-Run `python benchmarks/training.py` where the package is installed. It takes about two minutes on
-one thread, needs `transformers` and `tqdm`, and prints the tables of RESULTS.md. PPO is compared
-with `trl` 1.10.0, in this environment or in one of its own, where torch, transformers and tqdm are
-too; without it, trl's row is left out:
+Run `python benchmarks/training.py` where the package is installed. It takes about five minutes on
+one thread, needs `transformers` and `tqdm`, and prints the tables of RESULTS.md; the names of parts
+(`sampling`, `ppo`, `dpo`, `race`) print these alone. PPO is compared with `trl` 1.10.0, in this
+environment or in one of its own, where torch, transformers and tqdm are too, DPO with `trl` 1.16.0
+in this environment; without it, trl's row is left out:
 
-    python benchmarks/training.py --trl path/to/another/bin/python
+    python benchmarks/training.py --trl path/to/another/bin/python sampling ppo
+    python benchmarks/training.py dpo race
 
 The third comparison, one exact gradient, is in `enumeration.py`.
 
 All contenders compute in float32, in one shape and from the same weights, and take turns. A time is
-a median, in seconds of processor time, to which other work on the machine adds little. With
+a median, in seconds of processor time, to which other work on the machine adds little. What a step
+frees, it keeps for the next one: see `keep_freed_memory`. With
 `--device cuda` it is a median in seconds on the wall, each call waiting for the device.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -24,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -34,12 +38,13 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from enumeration import HEADS, LAYERS, WIDTH, cpu_model, make_gpt2, make_policy
+from enumeration import HEADS, cpu_model, make_gpt2, make_policy, name_in_gpt2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dpo_mini import rollout, train
-from dpo_mini.logps import PAD
+from dpo_mini import closed_form, rollout, train
+from dpo_mini.logps import PAD, sum_over_tokens
+from dpo_mini.losses import dpo_loss
 from dpo_mini.policies import ScalarTransformer, SeparateNetworks, SharedTrunk, TinyTransformer
 from dpo_mini.policy_gradient import clipped_value_loss
 from dpo_mini.tasks import Task, micro_review_demonstrations, micro_reviews
@@ -49,16 +54,24 @@ PAIRS, PAIR_ROUNDS = 100_000, 7
 BATCH, EPOCHS = 256, 4  # of an iteration of PPO: completions, and steps of Adam on all of them
 ITERATIONS, WARM_UP, BLOCKS = 23, 3, 3  # a block is one training; its first iterations warm up
 BETA, LEARNING_RATE, CLIP = 0.5, 1e-3, 0.2
+PAIR_BATCH, WORDS, PROMPT_LENGTH, LENGTH = 64, 32, 4, 8  # of a step of DPO; lengths in tokens
+DPO_SHAPES = [(2, 64), (4, 128)]  # layers and width; four heads
+DPO_STEPS, DPO_BLOCKS, DPO_BETA = 23, 6, 0.1  # a block is one training, and warms up too
+RACE = {"steps": 300, "batch_size": 1024, "learning_rate": 8e-3}  # as chapter 06 trains
+RACE_PAIRS, RACE_BETA, RACE_KL, RACE_EVERY, RACE_SEEDS = 100_000, 2.0, 0.05, 10, 2
 FASTEST = {"attention": "sdpa", "activation": "gelu_pytorch_tanh"}  # enumeration.py says so
+AS_IT_COMES = {"attention": "sdpa", "activation": "gelu_new"}  # what `GPT2Config` sets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="of sampling, ppo, dpo, race; all if none")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     parser.add_argument("--trl", default=sys.executable, help="a Python that has trl")
     parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)  # folder and seed: be trl
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     task = micro_reviews()
     task = replace(task, rewards=task.rewards.float().to(options.device))
@@ -68,10 +81,32 @@ def main() -> None:
         return
     print(f"{device_name(options.device)}; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}; float32\n")
-    policy = fit_reference(task)
-    report_sampling(policy)
-    report_pairs(task, policy)
-    report_ppo(task, policy, options.trl)
+    parts = options.parts or ["sampling", "ppo", "dpo", "race"]
+    if {"sampling", "ppo"} & set(parts):
+        policy = fit_reference(task)
+    if "sampling" in parts:
+        report_sampling(policy)
+        report_pairs(task, policy)
+    if "ppo" in parts:
+        report_ppo(task, policy, options.trl)
+    if "dpo" in parts:
+        for n_layers, width in DPO_SHAPES:
+            report_dpo(n_layers, width, torch.device(options.device))
+        for n_layers, width in DPO_SHAPES:
+            report_crossover(n_layers, width, torch.device(options.device))
+    if "race" in parts:
+        report_race(replace(task, rewards=task.rewards.cpu()))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: it would give large blocks back, and fetch them anew.
+
+    Whether it does depends on what else lies in memory, and costs a step up to as much again.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # in malloc.h
+        for setting in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(setting, 2**30)
 
 
 def device_name(device: str) -> str:
@@ -145,7 +180,7 @@ def answer_in_words(
     model: transformers.GPT2LMHeadModel, policy: TinyTransformer
 ) -> transformers.GPT2LMHeadModel:
     """Outputs for the words alone, as the policy's: GPT-2 would also say prompts."""
-    model.lm_head = nn.Linear(WIDTH, policy.vocab_size, bias=False)
+    model.lm_head = nn.Linear(policy.wte.embedding_dim, policy.vocab_size, bias=False)
     with torch.no_grad():
         model.lm_head.weight.copy_(policy.wte.weight[: policy.vocab_size])
     return model
@@ -191,7 +226,7 @@ def report_ppo(task: Task, policy: TinyTransformer, python: str) -> None:
         "`fit_ppo`, `SharedTrunk`": partial(run_ours, task, policy, SharedTrunk),
         "`fit_ppo`, `SeparateNetworks`": partial(run_ours, task, policy, with_critic),
     }
-    command = [python, "-c", "import trl; print(trl.__version__)"]
+    command = [python, "-c", "import trl.experimental.ppo; print(trl.__version__)"]
     version = subprocess.run(command, capture_output=True, text=True)
     if version.returncode:
         print(f"trl is left out: {version.stderr.strip().splitlines()[-1]}\n")
@@ -300,7 +335,7 @@ def run_trl(task: Task, folder: Path, seed: int) -> tuple[list[float], list[floa
     device = task.rewards.device
     policy = make_policy(task)
     policy.load_state_dict(torch.load(folder / "policy.pt", map_location="cpu"))
-    model = make_gpt2_for_trl(policy)
+    model = answer_in_words(make_gpt2_for_trl(policy), policy)
     critic = transformers.GPT2ForSequenceClassification(
         transformers.GPT2Config(**{**model.config.to_dict(), "num_labels": 1})
     )
@@ -331,13 +366,7 @@ def run_trl(task: Task, folder: Path, seed: int) -> tuple[list[float], list[floa
         num_sample_generations=0,
         dataloader_pin_memory=False,
     )
-    # fit_ppo's Adam, warm-up and cosine, so that both should learn as fast.
     weights = [*model.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / ITERATIONS)) / 2,
-    )
     times = []
 
     class Clock(transformers.TrainerCallback):
@@ -361,7 +390,7 @@ def run_trl(task: Task, folder: Path, seed: int) -> tuple[list[float], list[floa
         value_model=critic,
         train_dataset=queries * (BATCH // len(queries)),
         data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-        optimizers=(optimizer, schedule),
+        optimizers=adam(weights, ITERATIONS, LEARNING_RATE),
         callbacks=[Clock()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -370,17 +399,484 @@ def run_trl(task: Task, folder: Path, seed: int) -> tuple[list[float], list[floa
     return times, scores
 
 
-def make_gpt2_for_trl(policy: TinyTransformer) -> transformers.GPT2LMHeadModel:
+def make_gpt2_for_trl(
+    policy: TinyTransformer, attention: str = "sdpa", activation: str = "gelu_pytorch_tanh"
+) -> transformers.GPT2LMHeadModel:
     """The policy with a padding token after its prompts, and a position for the last word."""
     sizes = (policy.n_prompts + 1, policy.vocab_size, policy.max_tokens + 1)
-    shape = {"n_layers": LAYERS, "n_heads": HEADS, "width": WIDTH}
+    shape = {"n_layers": len(policy.blocks), "n_heads": HEADS, "width": policy.wte.embedding_dim}
     generator = torch.Generator().manual_seed(0)
     larger = TinyTransformer(*sizes, end_token=policy.end_token, generator=generator, **shape)
     weights = larger.state_dict()
     for name, weight in policy.state_dict().items():
         weights[name][tuple(map(slice, weight.shape))] = weight
     larger.load_state_dict(weights)
-    return answer_in_words(make_gpt2(larger, **FASTEST), larger)
+    return make_gpt2(larger, attention, activation)
+
+
+def adam(
+    weights: list[nn.Parameter], steps: int, learning_rate: float
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """The Adam, warm-up and cosine of `train`, so that all should learn as fast."""
+    optimizer = torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    return optimizer, schedule
+
+
+# --- DPO -------------------------------------------------------------------------------------
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+Run = tuple[list[float], list[float]]  # seconds and loss of each step
+
+
+def report_dpo(n_layers: int, width: int, device: torch.device) -> None:
+    """Steps of DPO on prompts of 4 tokens, the first of which is what the policy calls a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"n_layers": n_layers, "n_heads": HEADS, "width": width, "generator": generator}
+    sizes = (WORDS, WORDS, PROMPT_LENGTH - 1 + LENGTH)
+    policy = TinyTransformer(*sizes, end_token=None, **shape).to(device)
+    reference = TinyTransformer(*sizes, end_token=None, **shape).to(device)
+    pairs = random_pairs(PAIR_BATCH * DPO_STEPS, generator, device)
+    contenders = {
+        "`fit_preferences`, `TinyTransformer`": partial(step_ours, policy, reference),
+        "a bare loop, transformers' GPT-2": partial(step_gpt2, policy, reference),
+    }
+    if (trl := import_trl()) is not None:
+        name = f"trl {trl}, `DPOTrainer`"
+        contenders[f"{name}, made fast"] = partial(step_trl, policy, reference, FASTEST, list)
+        contenders[name] = partial(step_trl, policy, reference, AS_IT_COMES, make_dataset)
+    check_losses(contenders, pairs)
+    contenders["the matrix products alone"] = partial(multiply, n_layers, width, device)
+    seconds = {name: [] for name in contenders}
+    for _ in tqdm(range(DPO_BLOCKS), desc="blocks of DPO", leave=False):
+        for name, run in contenders.items():
+            seconds[name] += run(pairs, DPO_STEPS)[0][WARM_UP:]
+    medians = {name: median(times) for name, times in seconds.items()}
+    *_, as_it_comes, ceiling = medians.values()
+    print(f"A step of DPO: {n_layers} layers, width {width}, {PAIR_BATCH} pairs\n")
+    print("| steps taken by | ms | steps a second | ratio | share of the ceiling |")
+    print("|---|---|---|---|---|")
+    for name, each in medians.items():
+        print(f"| {name} | {1e3 * each:.1f} | {1 / each:.1f} | {as_it_comes / each:.2f} ", end="")
+        print(f"| {ceiling / each:.2f} |")
+    print()
+
+
+def random_pairs(n: int, generator: torch.Generator, device: torch.device) -> Pairs:
+    """Uniform tokens; both answers begin with what is left of the prompt."""
+    draw = partial(torch.randint, WORDS, generator=generator)
+    prompts, rest = draw((n,)), draw((n, PROMPT_LENGTH - 1))
+    answers = [torch.cat([rest, draw((n, LENGTH))], 1) for _ in ("chosen", "rejected")]
+    return tuple(column.to(device) for column in (prompts, *answers))
+
+
+def of_answers(token_logps: Tensor, mask: Tensor) -> Tensor:
+    """The sum over what follows the prompt."""
+    start = PROMPT_LENGTH - 1
+    return sum_over_tokens(token_logps[:, start:], mask[:, start:])
+
+
+@torch.no_grad()
+def reference_logps(reference: TinyTransformer, pairs: Pairs) -> list[Tensor]:
+    """Of the answers alone, chosen and rejected, `[n]` each."""
+    prompts, *both = pairs
+    return [
+        of_answers(reference.token_logps(prompts, each), each != PAD).contiguous() for each in both
+    ]
+
+
+def check_losses(contenders: dict[str, Callable[[Pairs, int], Run]], pairs: Pairs) -> None:
+    """From the same weights, three steps on one batch: the same losses, so the same gradients."""
+    batch = tuple(column[:PAIR_BATCH] for column in pairs)
+    losses = {name: run(batch, 3)[1] for name, run in contenders.items()}
+    first = next(iter(losses.values()))
+    for name, each in losses.items():
+        if max(abs(a - b) for a, b in zip(first, each, strict=True)) > 1e-5:
+            raise SystemExit(f"{name}: losses {each}, where ours are {first}")
+
+
+def step_ours(policy: TinyTransformer, reference: TinyTransformer, pairs: Pairs, steps: int) -> Run:
+    times = []
+    history = train.fit_preferences(
+        deepcopy(policy),
+        reference,
+        pairs,
+        partial(dpo_loss, beta=DPO_BETA),
+        steps=steps,
+        batch_size=PAIR_BATCH,
+        learning_rate=LEARNING_RATE,
+        generator=torch.Generator().manual_seed(0),
+        reduce=of_answers,
+        progress=partial(clocked, times=times, device=policy.wte.weight.device),
+    )
+    return times, history["loss"]
+
+
+def step_gpt2(policy: TinyTransformer, reference: TinyTransformer, pairs: Pairs, steps: int) -> Run:
+    """As short as such a loop can be; it checks and records nothing but the loss."""
+    device = policy.wte.weight.device
+    model = answer_with_embedding(make_gpt2(policy, **FASTEST), policy).to(device).train()
+    optimizer, schedule = adam(list(model.parameters()), steps, LEARNING_RATE)
+    prompts, chosen, rejected = pairs
+    ref_chosen, ref_rejected = reference_logps(reference, pairs)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).to(device)
+    times, losses = [], []
+    for step in clocked(range(steps), times, device):
+        rows = order.split(PAIR_BATCH)[step % (len(order) // PAIR_BATCH)]
+        answers = torch.cat([chosen[rows], rejected[rows]])
+        read = torch.cat([prompts[rows].repeat(2)[:, None] + WORDS, answers[:, :-1]], 1)
+        logits = model(read, logits_to_keep=LENGTH).logits
+        said = answers[:, -LENGTH:].unsqueeze(-1)
+        logps = logits.log_softmax(-1).gather(-1, said).sum((1, 2))
+        chosen_logps, rejected_logps = logps.chunk(2)
+        margins = chosen_logps - rejected_logps - (ref_chosen - ref_rejected)[rows]
+        loss = -nn.functional.logsigmoid(DPO_BETA * margins).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return times, losses
+
+
+def multiply(n_layers: int, width: int, device: torch.device, _: Pairs, steps: int) -> Run:
+    """The products of such a step, forward and backward, and nothing between them: the ceiling.
+
+    What a pair shares is read once: 4 tokens of the prompt and twice 7 of the answers, whose last
+    token is not read. With N = 64 x 18 rows, heads of size d and 4 heads x 64 rows, a layer is
+
+        [N, D] x [D, 3 D]     queries, keys and values      [18, d] x [d, 18]    scores, 256 times
+        [N, D] x [D, D]       after the attention           [18, 18] x [18, d]   values, 256 times
+        [N, D] x [D, 4 D]     and [N, 4 D] x [4 D, D]       the network
+
+    and the words are one more, [64 x 15, D] x [D, 32]. Each has two of its size on the way back,
+    for its left and its right factor. What is no product is left out: where a softmax, a sum or a
+    copy would stand between two of them, any matrix of the right shape goes on.
+    """
+    n_tokens = PROMPT_LENGTH + 2 * (LENGTH - 1)
+    n_rows, n_said = PAIR_BATCH * n_tokens, PAIR_BATCH * (1 + 2 * (LENGTH - 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:  # so scaled that what goes on stays of one size
+        return (torch.randn(shape, generator=generator) / shape[-2] ** 0.5).to(device)
+
+    sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    layers = [[draw(*size) for size in sizes] for _ in range(n_layers)]
+    words, start = draw(width, WORDS), draw(n_rows, width)
+    heads = (PAIR_BATCH * HEADS, n_tokens, width // HEADS)
+    weights = draw(PAIR_BATCH * HEADS, n_tokens, n_tokens)  # for the softmax of the scores
+    times = []
+    for _step in clocked(range(steps), times, device):
+        x, kept = start, []
+        for attend, project, up, down in layers:
+            qkv = x @ attend
+            q, k, v = qkv.view(3, *heads)
+            scores = q @ k.mT
+            mixed = (weights @ v).view(n_rows, width)
+            attended = mixed @ project
+            inner = attended @ up
+            kept.append((x, qkv, scores, mixed, attended, inner))
+            x = inner @ down
+        logits = x[:n_said] @ words
+        _ = x[:n_said].T @ logits, logits @ words.T
+        grad = x
+        for (x, qkv, scores, mixed, attended, inner), (attend, project, up, down) in zip(
+            reversed(kept), reversed(layers), strict=True
+        ):
+            q, k, v = qkv.view(3, *heads)
+            of_inner, _ = grad @ down.T, inner.T @ grad
+            of_attended, _ = of_inner @ up.T, attended.T @ of_inner
+            of_mixed, _ = of_attended @ project.T, mixed.T @ of_attended
+            of_heads = of_mixed.view(heads)
+            _ = of_heads @ v.mT, weights.mT @ of_heads, scores @ k, scores.mT @ q
+            grad, _ = qkv @ attend.T, x.T @ qkv
+    return times, []
+
+
+def report_crossover(n_layers: int, width: int, device: torch.device) -> None:
+    """Where a tree of prefixes begins to cost more than rows: what `faster_reader` goes by."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"n_layers": n_layers, "n_heads": HEADS, "width": width, "generator": generator}
+    sizes = (WORDS, WORDS, PROMPT_LENGTH - 1 + LENGTH)
+    policy = TinyTransformer(*sizes, end_token=None, **shape).to(device)
+    pairs = random_pairs(PAIR_BATCH, generator, device)
+    n_tokens = PAIR_BATCH * (PROMPT_LENGTH + 2 * (LENGTH - 1))
+    counts, runs = [], {}
+
+    def descend(read: Callable[..., Tensor], *batch: Tensor) -> None:
+        policy.zero_grad()
+        read(policy, *batch).sum().backward()
+
+    for n_distinct in (16, 28, 36, 44, 64):
+        batch = [column[torch.arange(PAIR_BATCH) % n_distinct] for column in pairs]
+        prefixes = torch.cat([torch.cat([batch[0][:, None], each], 1) for each in batch[1:]])
+        counts.append(count_distinct(prefixes[:, :-1]))
+        runs[counts[-1]] = partial(descend, rollout.branched_token_logps, *batch)
+    runs["rows"] = partial(descend, rollout.forked_token_logps, *pairs)
+    seconds = median_times(runs, ROUNDS, "crossover", device)
+    print(f"A gradient, {n_layers} layers, width {width}: {n_tokens} tokens in forked rows take")
+    print(f"{1e3 * seconds['rows']:.1f} ms; as a tree\n")
+    print("| distinct prefixes, of tokens in rows | ms | as many times the rows |\n|---|---|---|")
+    for count in counts:
+        print(f"| {count / n_tokens:.2f} | {1e3 * seconds[count]:.1f} ", end="")
+        print(f"| {seconds[count] / seconds['rows']:.2f} |")
+    print()
+
+
+def answer_with_embedding(
+    model: transformers.GPT2LMHeadModel, policy: TinyTransformer
+) -> transformers.GPT2LMHeadModel:
+    """Outputs for the words alone, out of the words' rows of the embedding, as the policy's."""
+    embedding, n_words = model.transformer.wte, policy.vocab_size
+
+    class Head(nn.Module):
+        bias = None
+
+        @property
+        def weight(self) -> Tensor:
+            return embedding.weight[:n_words]
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden @ self.weight.T
+
+    model.lm_head = Head()
+    return model
+
+
+def import_trl() -> str | None:
+    try:
+        import trl
+    except ImportError as error:
+        print(f"trl is left out: {error}\n")
+        return None
+    return trl.__version__
+
+
+def step_trl(
+    policy: TinyTransformer,
+    reference: TinyTransformer,
+    model: dict[str, str],
+    wrap: Callable[[list[dict]], Sequence[dict]],
+    pairs: Pairs,
+    steps: int,
+) -> Run:
+    """Steps of trl on a GPT-2 of some attention and activation, and on rows kept somehow."""
+    start = PROMPT_LENGTH - 1
+    rows = [
+        {"prompt_ids": [WORDS + prompt, *one[:start]], "chosen_ids": one[start:]}
+        | {"rejected_ids": other[start:], "ref_chosen_logps": a, "ref_rejected_logps": b}
+        for prompt, one, other, a, b in zip(
+            *(column.tolist() for column in (*pairs, *reference_logps(reference, pairs))),
+            strict=True,
+        )
+    ]
+    gpt2 = answer_with_embedding(make_gpt2_for_trl(policy, **model), policy)
+    gpt2 = gpt2.to(policy.wte.weight.device)
+    return train_by_trl(gpt2, wrap(rows), DPO_BETA, steps, PAIR_BATCH, LEARNING_RATE, seed=0)
+
+
+def make_dataset(rows: list[dict]) -> Sequence[dict]:
+    """The table in a file that trl asks for, out of which each batch is read."""
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def train_by_trl(
+    model: transformers.GPT2LMHeadModel,
+    rows: Sequence[dict],
+    beta: float,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> Run:
+    """`DPOTrainer` on tokens, with log-probabilities of the reference that are already there.
+
+    All that it does beside training is turned off: checkpoints, reports, evaluation, progress bars,
+    dropout, clipping, recomputed activations, half precision. `stop` is asked after each step,
+    outside the clock.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from trl import DPOConfig, DPOTrainer
+
+    class Ready(DPOTrainer):
+        """Takes the rows as they are, a list or a `Dataset`."""
+
+        def _prepare_dataset(self, *_: object) -> list:
+            return rows
+
+        def _precompute_ref_logps(self, dataset: list, *_: object) -> list:
+            return dataset
+
+        def compute_loss(self, *arguments: object, **options: object) -> Tensor:
+            loss = super().compute_loss(*arguments, **options)
+            losses.append(loss.detach())
+            return loss
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            gc.collect()
+            gc.freeze()
+            self.start = clock(device)
+
+        def on_step_end(
+            self,
+            _: object,
+            state: transformers.TrainerState,
+            control: transformers.TrainerControl,
+            **__: object,
+        ) -> None:
+            times.append(clock(device) - self.start)
+            control.should_training_stop |= stop(state.global_step)
+            self.start = clock(device)
+
+    device = model.transformer.wte.weight.device
+    times, losses = [], []
+    unused = Tokenizer(models.WordLevel({"-": 0}, unk_token="-"))
+    with tempfile.TemporaryDirectory() as folder:
+        options = DPOConfig(
+            output_dir=folder,
+            beta=beta,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            seed=seed,
+            max_length=None,
+            max_grad_norm=0.0,
+            precompute_ref_log_probs=True,
+            remove_unused_columns=False,
+            activation_checkpointing=False,
+            bf16=False,
+            use_cpu=device.type == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Ready(
+            model=model,
+            args=options,
+            processing_class=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=unused, pad_token="-", eos_token="-"
+            ),
+            train_dataset=Dataset.from_list([rows[0]]),
+            optimizers=adam(list(model.parameters()), steps, learning_rate),
+            callbacks=[Clock()],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    gc.unfreeze()
+    return times, [loss.item() for loss in losses]
+
+
+def report_race(task: Task) -> None:
+    """Seconds until the exact KL(pi_theta || pi*) is small, on the reviews of chapter 06."""
+    generator = torch.Generator().manual_seed(0)
+    reference = TinyTransformer.for_task(task, generator=generator, n_layers=1, n_heads=HEADS)
+    rows = micro_review_demonstrations(8000, generator=generator)
+    settings = {"steps": 300, "batch_size": 256, "learning_rate": 1e-2, "generator": generator}
+    train.fit_sft(reference, *rows, **settings)
+    with torch.no_grad():
+        table = rollout.enumerate_logps(reference, task)
+    pairs = task.sample_pairs(table, RACE_PAIRS, generator=generator)
+    best = closed_form.optimal_logps(table.double(), task.rewards.double(), RACE_BETA)
+
+    def distance(policy: TinyTransformer) -> float:
+        with torch.no_grad():
+            logps = rollout.enumerate_logps(policy, task)
+        return closed_form.kl(logps.double().log_softmax(-1), best).mean().item()
+
+    contenders = {"`fit_preferences`, `TinyTransformer`": race_ours}
+    if (trl := import_trl()) is not None:
+        contenders[f"trl {trl}, `DPOTrainer`, made fast"] = race_trl
+    seconds = {name: [] for name in contenders}
+    steps = {name: [] for name in contenders}
+    for seed in range(RACE_SEEDS):
+        for name, run in contenders.items():
+            times, reached = run(reference, pairs, distance, seed)
+            seconds[name].append(sum(times) if reached else math.inf)
+            steps[name].append(len(times))
+    slowest = max(map(median, seconds.values()))
+    print(f"Micro-reviews, until KL(pi_theta || pi*) <= {RACE_KL}: it starts at ", end="")
+    print(f"{distance(reference):.2f}, beta = {RACE_BETA:g}\n")
+    print("| trained by | steps | seconds | ms a step | ratio |\n|---|---|---|---|---|")
+    for name, each in seconds.items():
+        print(f"| {name} | {' and '.join(map(str, steps[name]))} | {median(each):.2f} ", end="")
+        print(f"| {1e3 * sum(each) / sum(steps[name]):.1f} | {slowest / median(each):.2f} |")
+    print()
+
+
+Distance = Callable[[TinyTransformer], float]
+
+
+def race_ours(
+    reference: TinyTransformer, pairs: Pairs, distance: Distance, seed: int
+) -> tuple[list[float], bool]:
+    """Seconds of each step until the distance is small enough, and whether it came to be."""
+    policy, times = deepcopy(reference), []
+    reached = False
+
+    def until_close(steps: range) -> Iterator[int]:
+        nonlocal reached
+        for step in steps:
+            start = clock(torch.device("cpu"))
+            yield step
+            times.append(clock(torch.device("cpu")) - start)  # and measure outside it
+            if (step + 1) % RACE_EVERY == 0 and distance(policy) <= RACE_KL:
+                reached = True
+                return
+
+    train.fit_preferences(
+        policy,
+        reference,
+        pairs,
+        partial(dpo_loss, beta=RACE_BETA),
+        **RACE,
+        generator=torch.Generator().manual_seed(seed),
+        progress=until_close,
+    )
+    return times, reached
+
+
+def race_trl(
+    reference: TinyTransformer, pairs: Pairs, distance: Distance, seed: int
+) -> tuple[list[float], bool]:
+    prompts, *both = pairs
+    with torch.no_grad():
+        ref_logps = [reference.logps(prompts, each).tolist() for each in both]
+    texts = [[[token for token in row if token != PAD] for row in each.tolist()] for each in both]
+    rows = [
+        {"prompt_ids": [reference.vocab_size + prompt], "chosen_ids": one, "rejected_ids": other}
+        | {"ref_chosen_logps": a, "ref_rejected_logps": b}
+        for prompt, one, other, a, b in zip(prompts.tolist(), *texts, *ref_logps, strict=True)
+    ]
+    model = answer_with_embedding(make_gpt2_for_trl(reference), reference)
+    policy, reached = deepcopy(reference), False
+
+    def close(step: int) -> bool:
+        nonlocal reached
+        if step % RACE_EVERY == 0:
+            copy_back(model, policy)
+            reached = distance(policy) <= RACE_KL
+        return reached
+
+    return train_by_trl(model, rows, RACE_BETA, **RACE, seed=seed, stop=close)[0], reached
+
+
+@torch.no_grad()
+def copy_back(model: transformers.GPT2LMHeadModel, policy: TinyTransformer) -> None:
+    """The weights of `make_gpt2_for_trl`, after training, into a policy."""
+    trained = dict(model.named_parameters())
+    for name, weight in policy.named_parameters():
+        found = trained[name_in_gpt2(name)]
+        found = found.T if ".c_" in name and found.dim() == 2 else found
+        weight.copy_(found[tuple(map(slice, weight.shape))])
 
 
 # --- the clock -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from dpo_mini.arguments import (
     check_count,
@@ -65,6 +66,17 @@ class Policy(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, S, V]` of the token after each of `tokens` `[B, S]`, prompt first."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.read_rows(tokens, steps, steps > steps[:, None])
+
+    def read_rows(self, tokens: Tensor, depths: Tensor, beyond: Tensor) -> Tensor:
+        """`forward` on rows whose tokens need not follow one another.
+
+        Args:
+          tokens: `[B, S]` int64, the number of the prompt first.
+          depths: `[S]`, how many tokens stand between the prompt and each, itself included.
+          beyond: `[S, S]` bool, true where the token of a row does not see that of a column.
+        """
         raise NotImplementedError
 
     def read_tree(self, tree: PrefixTree) -> Tensor:
@@ -108,7 +120,8 @@ def check_completions(
     if completions.shape[1] > model.max_tokens:
         got = completions.shape[1]
         raise ValueError(f"completions: got {got} tokens, takes at most {model.max_tokens}")
-    if (completions >= model.vocab_size).any() or (completions < PAD).any():
+    least, most = completions.aminmax()
+    if least < PAD or most >= model.vocab_size:
         bad = (completions >= model.vocab_size) | (completions < PAD)
         got = completions[bad][0].item()
         raise ValueError(f"completions: got token {got}, takes 0..{model.vocab_size - 1}")
@@ -131,7 +144,7 @@ class TabularPolicy(Policy):
         self.max_tokens, self.end_token = 1, None
         self.logits = nn.Parameter(logits.detach().clone())
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def read_rows(self, tokens: Tensor, depths: Tensor, beyond: Tensor) -> Tensor:
         return self.logits[tokens]  # a bandit reads its prompt and nothing else: [B, 1, V]
 
     def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
@@ -150,9 +163,12 @@ class SelfAttention(nn.Module):
         self.n_heads = n_heads
         self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(x)  # each [B, H, S, D/H]
-        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Attention of `x` `[B, S, D]` to itself; `mask` `[S, S]` is 0, or -inf where unseen."""
+        q, k, v = self.heads(x).flatten(1, 2)  # each [B * H, S, D/H]
+        # At these lengths fused attention and its gradient take longer than these three steps.
+        scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)  # [B * H, S, S]
+        return self.merge((scores.softmax(-1) @ v).unflatten(0, (-1, self.n_heads)))
 
     def extend(self, x: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of C siblings `x` `[P, C, D]`, each to the shared path before it and itself."""
@@ -176,19 +192,45 @@ class SelfAttention(nn.Module):
         weights = scores.masked_fill(beyond[:, None], -torch.inf).softmax(-1)
         return self.c_proj((weights.unsqueeze(-1) * v).sum(2).flatten(1))  # [N, D]
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values `[3, B, H, S, D/H]`."""
         batch, length, width = x.shape
         qkv = self.c_attn(x).view(batch, length, 3, self.n_heads, width // self.n_heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.permute(2, 0, 3, 1, 4)
 
     def merge(self, mixed: Tensor) -> Tensor:
         return self.c_proj(mixed.transpose(1, 2).flatten(2))  # [B, S, D]
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GPT-2's GELU, 0.5 x (1 + tanh u), as x sigmoid(2u): its exp is far cheaper than a tanh."""
-    slope = (8 / math.pi) ** 0.5  # 2u = slope * (x + 0.044715 x^3)
-    return x * (x * torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope)).sigmoid()
+class GELU(torch.autograd.Function):
+    """GPT-2's GELU, 0.5 x (1 + tanh u), as x sigmoid(2u): its exp is far cheaper than a tanh.
+
+    The gradient is written out: autograd would take and keep a tensor for each operation, which on
+    these, the widest tensors of the model, takes two to four times as long.
+    """
+
+    SLOPE = (8 / math.pi) ** 0.5  # 2u = SLOPE * x + CUBIC * x^3
+    CUBIC = 0.044715 * SLOPE
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        gate = torch.addcmul(x.new_tensor(GELU.SLOPE), x, x, value=GELU.CUBIC)
+        gate = gate.mul_(x).sigmoid_()
+        y = x * gate
+        ctx.save_for_backward(x, gate, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        x, gate, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for: that one is torch's
+            return torch.autograd.grad(F.gelu(x, approximate="tanh"), x, grad, create_graph=True)[0]
+        slope = torch.addcmul(x.new_tensor(GELU.SLOPE), x, x, value=3 * GELU.CUBIC)  # of 2u
+        slope = slope.mul_(torch.addcmul(y, y, gate, value=-1))  # y' = gate + y (1 - gate) (2u)'
+        return slope.add_(gate).mul_(grad)
+
+
+gelu = GELU.apply
 
 
 class Block(nn.Module):
@@ -200,8 +242,8 @@ class Block(nn.Module):
         self.attn = SelfAttention(width, n_heads)
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.feed(x + self.attn(self.ln_1(x)))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.feed(x + self.attn(self.ln_1(x), mask))
 
     def extend(self, x: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.attn.extend(self.ln_1(x), path)
@@ -274,12 +316,11 @@ class TinyTransformer(Policy):
         sizes = (len(task.prompts), task.vocab_size, task.max_tokens)
         return cls(*sizes, end_token=task.end_token, generator=generator, **shape)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        prompt, completion = tokens[:, :1] + self.vocab_size, tokens[:, 1:]
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.wte(torch.cat([prompt, completion], dim=1)) + self.wpe(positions)  # [B, S, D]
+    def read_rows(self, tokens: Tensor, depths: Tensor, beyond: Tensor) -> Tensor:
+        x = self.wte(tokens + self.vocab_size * (depths == 0)) + self.wpe(depths)  # [B, S, D]
+        mask = x.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return self.unembed(self.ln_f(x))
 
     def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:

@@ -39,6 +39,7 @@ from dpo_mini.policy_gradient import (
 )
 from dpo_mini.preferences import bradley_terry_prob, sample_bradley_terry
 from dpo_mini.rollout import (
+    faster_reader,
     read_actor_critic,
     sample,
     shared_prefix_rewards,
@@ -49,6 +50,8 @@ History = dict[str, list[float]]
 Pairs = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Four `[B]` in the order of `dpo_loss`, one loss a row out; bind beta with `functools.partial`."""
+PairReader = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(prompts [B], chosen [B, T], rejected [B, T]) -> token_logps [2 B, T]`, the chosen first."""
 Score = Callable[[Tensor, Tensor], Tensor]
 """`(prompts [B], completions [B, T]) -> rewards [B]`: the true reward, or a learned one."""
 Penalty = Callable[[Tensor, Tensor], Tensor]
@@ -127,20 +130,22 @@ def fit_preferences(
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
-    def score(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def score(read: PairReader, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
-        answers = torch.cat([chosen[rows], rejected[rows]])
-        scored = _token_logps(model, torch.cat([prompts[rows], prompts[rows]]), answers)
-        chosen_scores, rejected_scores = reduce(scored, answers != PAD).chunk(2)
+        scored = read(prompts[rows], chosen[rows], rejected[rows])
+        mask = torch.cat([chosen[rows], rejected[rows]]) != PAD
+        chosen_scores, rejected_scores = reduce(scored, mask).chunk(2)
         return chosen_scores, rejected_scores
 
+    first = [column[:batch_size] for column in (prompts, chosen, rejected)]
+    read_policy, read_reference = (_pair_reader(model, *first) for model in (policy, reference))
     every = torch.arange(len(prompts), device=prompts.device)
     with torch.no_grad():
-        blocks = [score(reference, rows) for rows in every.split(batch_size)]
+        blocks = [score(read_reference, rows) for rows in every.split(batch_size)]
     ref_chosen, ref_rejected = (torch.cat(parts) for parts in zip(*blocks, strict=True))
 
     def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen_logps, rejected_logps = score(policy, rows)
+        chosen_logps, rejected_logps = score(read_policy, rows)
         per_pair = loss(chosen_logps, rejected_logps, ref_chosen[rows], ref_rejected[rows])
         margins = (chosen_logps - ref_chosen[rows]) - (rejected_logps - ref_rejected[rows])
         margins = margins.detach()
@@ -567,7 +572,10 @@ def _descend(
 def _adam(
     model: nn.Module, steps: int, learning_rate: float
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    # Fused, all weights take one step in one call: a third of the time where they are small.
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
     )
@@ -601,6 +609,13 @@ def _token_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tens
     if isinstance(model, Policy):
         return shared_prefix_token_logps(model, prompts, completions)
     return model.token_logps(prompts, completions)
+
+
+def _pair_reader(model: nn.Module, prompts: Tensor, chosen: Tensor, rejected: Tensor) -> PairReader:
+    """`model.token_logps` of both answers, `[2 B, T]`, in the way that is fast on such pairs."""
+    if isinstance(model, Policy):
+        return partial(faster_reader(model, prompts, chosen, rejected), model)
+    return lambda prompts, *answers: model.token_logps(torch.cat([prompts] * 2), torch.cat(answers))
 
 
 def _check_frozen(policy: nn.Module, reference: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """The policies against `transformers`' GPT-2 with the same weights, and against bad input."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,6 +15,7 @@ from dpo_mini.policies import (
     SharedTrunk,
     TabularPolicy,
     TinyTransformer,
+    gelu,
     shares_storage,
 )
 
@@ -119,6 +122,30 @@ def test_token_logps_are_those_of_gpt2(shape, dtype, tolerance, generator):
             assert (got[row, : len(tokens)] - want).abs().max() < tolerance
             assert (got[row, len(tokens) :] == 0).all()
             assert (totals[row] - want.sum()).abs() < policy.max_tokens * tolerance
+
+
+def test_gelu_and_its_gradient_are_those_of_torch():
+    x = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    weights = torch.linspace(-1, 2, 2001, dtype=torch.float64)
+    got, want = gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    assert_close(got, want, rtol=0, atol=1e-14)
+    slope, other = (torch.autograd.grad((weights * y).sum(), x)[0] for y in (got, want))
+    assert_close(slope, other, rtol=0, atol=1e-14)
+    # 0.5 (1 + tanh u) + 0.5 x (1 - tanh^2 u) u' at x = 1, by hand
+    one = torch.ones((), dtype=torch.float64, requires_grad=True)
+    gelu(one).backward()
+    assert one.grad.item() == pytest.approx(1.0829640838457826, abs=1e-14)
+
+
+def test_gelu_has_a_second_derivative():
+    x = torch.linspace(-4, 4, 30, dtype=torch.float64, requires_grad=True)
+
+    def twice(function):
+        (slope,) = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad((slope * x).sum(), x)[0]
+
+    want = twice(partial(torch.nn.functional.gelu, approximate="tanh"))
+    assert_close(twice(gelu), want, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,8 +17,11 @@ from dpo_mini.policies import (
 )
 from dpo_mini.policy_gradient import entropy
 from dpo_mini.rollout import (
+    branched_token_logps,
     enumerate_logps,
     enumerate_rewards,
+    faster_reader,
+    forked_token_logps,
     prefix_tree,
     read_actor_critic,
     sample,
@@ -388,6 +391,95 @@ def test_shared_prefixes_refuse_what_scoring_refuses(prompts, completions, messa
     policy = transformer(toy(2, 5, 3, 0), generator)
     with pytest.raises(ValueError, match=f"^{message}"):
         shared_prefix_token_logps(policy, torch.tensor(prompts), torch.tensor(completions))
+
+
+# --- forked_token_logps ----------------------------------------------------------------------
+
+
+def random_pairs(task, n, n_shared, generator):
+    """Prompts and two answers, whose first `n_shared` tokens are the same."""
+    prompts = torch.randint(len(task.prompts), (n,), generator=generator)
+    rows = torch.randint(len(task.completions), (2, n), generator=generator)
+    chosen, rejected = task.completions[rows].clone()
+    rejected[:, :n_shared] = chosen[:, :n_shared]
+    if task.end_token is not None:
+        ended = (rejected == task.end_token) | (rejected == PAD)
+        after = (ended.long().cumsum(1) - ended.long()) > 0
+        rejected = rejected.masked_fill(after, PAD)
+    return prompts, chosen, rejected
+
+
+@pytest.mark.parametrize("n_shared", [0, 1, 2, 9])
+@pytest.mark.parametrize("tree", TREES)
+def test_forked_rows_agree_with_separate_scoring_and_the_tree(tree, n_shared, generator):
+    task = toy(*tree)
+    policy = transformer(task, generator)
+    prompts, chosen, rejected = random_pairs(task, 30, n_shared, generator)
+    answers = torch.cat([chosen, rejected])
+    reads = count_reads(policy)
+    got = forked_token_logps(policy, prompts, chosen, rejected)
+    n_tokens = task.max_tokens
+    same = [torch.equal(chosen[:, t], rejected[:, t]) for t in range(n_tokens - 1)]
+    n_same = [*same, False].index(False)
+    assert n_same >= min(n_shared, n_tokens - 1)
+    assert sum(outputs.numel() for outputs in reads) == 30 * (2 * n_tokens - 1 - n_same)
+    assert (got[answers == PAD] == 0).all()
+    weights = torch.randn(got.shape, dtype=torch.float64, generator=generator)
+    mine = gradient(policy, (weights * got).mean())
+    for other in (
+        policy.token_logps(prompts.repeat(2), answers),
+        branched_token_logps(policy, prompts, chosen, rejected),
+    ):
+        assert got.shape == other.shape
+        assert (got - other).abs().max() < 1e-12
+        assert (mine - gradient(policy, (weights * other).mean())).abs().max() < 1e-12
+
+
+def test_an_answer_does_not_see_the_other(generator):
+    policy = transformer(toy(3, 5, 4, None), generator)
+    prompts, chosen, rejected = random_pairs(toy(3, 5, 4, None), 8, 1, generator)
+    before = forked_token_logps(policy, prompts, chosen, rejected)
+    changed = chosen.clone()
+    changed[:, 1:] = (changed[:, 1:] + 1) % 5
+    after = forked_token_logps(policy, prompts, changed, rejected)
+    assert_close(after[8:], before[8:], rtol=0, atol=1e-13)
+    assert (after[:8, 1:] != before[:8, 1:]).all()
+
+
+def test_a_bandit_forks_at_its_prompt(generator):
+    policy = TabularPolicy(torch.randn(3, 4, dtype=torch.float64, generator=generator))
+    prompts, chosen, rejected = torch.tensor([2, 0]), torch.tensor([[1], [3]]), torch.ones(2, 1)
+    got = forked_token_logps(policy, prompts, chosen, rejected.long())
+    logps = policy.logits.log_softmax(-1)
+    want = torch.stack([logps[2, 1], logps[0, 3], logps[2, 1], logps[0, 1]])[:, None]
+    assert_close(got, want, rtol=0, atol=1e-14)
+
+
+def test_pairs_that_begin_alike_are_read_as_a_tree_and_others_in_rows(generator):
+    task = toy(3, 9, 4, None)
+    policy = transformer(task, generator)
+    prompts, chosen, rejected = random_pairs(task, 40, 1, generator)
+    assert faster_reader(policy, prompts, chosen, rejected) is forked_token_logps
+    chosen[:, :3], rejected[:, :3] = chosen[0, :3], rejected[0, :3]
+    assert faster_reader(policy, prompts, chosen, rejected) is branched_token_logps
+
+
+@pytest.mark.parametrize("read", [forked_token_logps, branched_token_logps, faster_reader])
+@pytest.mark.parametrize(
+    ("prompts", "chosen", "rejected", "message"),
+    [
+        ([2], [[1, 0, PAD]], [[2, 0, PAD]], "prompts: got 2"),
+        ([0], [[1, 0, PAD]], [[5, 0, PAD]], "completions: got token 5"),
+        ([0], [[1, 0, 2]], [[2, 0, PAD]], "completions: got a token after the end token"),
+        ([0], [[1, 0, PAD]], [[PAD, PAD, PAD]], "completions: got an empty completion in row 1"),
+        ([0, 1], [[1, 0, PAD]], [[2, 0, PAD]], "completions: got 2 rows, takes 4"),
+        ([0], [[1, 2, 3, 4]], [[1, 2, 3, 1]], "completions: got 4 tokens"),
+    ],
+)
+def test_pairs_are_refused_as_scoring_does(read, prompts, chosen, rejected, message, generator):
+    policy = transformer(toy(2, 5, 3, 0), generator)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        read(policy, *map(torch.tensor, (prompts, chosen, rejected)))
 
 
 # --- values and rewards ----------------------------------------------------------------------

@@ -325,6 +325,50 @@ def test_the_loss_sees_sums_or_means_over_tokens(sentences, loss, options):
     torch.testing.assert_close(changes[0] - changes[1], torch.ones(4).double(), atol=0.3, rtol=0)
 
 
+@pytest.mark.parametrize("n_distinct", [2, 24])
+def test_pairs_are_fitted_alike_however_they_are_read(n_distinct, generator):
+    """As a tree, in forked rows, or as a model that scores each answer on its own."""
+
+    class Alone(nn.Module):
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
+
+        def token_logps(self, prompts, completions):
+            return self.policy.token_logps(prompts, completions)
+
+    shape = {"n_layers": 2, "n_heads": 2, "width": 8, "generator": generator}
+    policy = TinyTransformer(3, 7, 5, end_token=None, **shape).double()
+    rows = torch.arange(24) % n_distinct
+    prompts = torch.randint(3, (24,), generator=generator)[rows]
+    answers = torch.randint(7, (2, 24, 5), generator=generator)[:, rows]
+    answers[1, :, 0] = answers[0, :, 0]
+    options = settings(steps=12, batch_size=12, learning_rate=0.01)
+    losses, weights = [], []
+    for wrap in (lambda model: model, Alone):
+        live, frozen = copy.deepcopy(policy), copy.deepcopy(policy)
+        options["generator"] = seeded()
+        pairs = (prompts, *answers)
+        losses.append(fit_preferences(wrap(live), wrap(frozen), pairs, DPO, **options)["loss"])
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in live.parameters()]))
+    assert losses[0][-1] < losses[0][0] - 0.02
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-10)
+
+
+def test_a_model_of_another_kind_may_take_prompts_of_many_tokens():
+    class Words(Spy):
+        def token_logps(self, prompts, completions):
+            return super().token_logps(prompts[:, -1], completions)
+
+    prompts = torch.tensor([[7, 0], [8, 1], [9, 0], [7, 1]])
+    answers = [torch.tensor([[0], [1], [0], [1]]), torch.tensor([[1], [0], [1], [0]])]
+    policy, reference = Words(torch.zeros(2, 2)), Words(torch.zeros(2, 2))
+    fit_preferences(policy, reference, (prompts, *answers), DPO, **settings(steps=3))
+    assert reference.asked == [[0, 1, 0, 1] * 2]
+    assert (policy.table.diag() > 0).all()
+
+
 # --- reward model ----------------------------------------------------------------------------
 
 
