@@ -126,7 +126,7 @@ def fit_preferences(
       ValueError: no pairs, rows that differ in number, a setting out of range, or a reference that
         shares weights with the policy and so would move with it.
     """
-    prompts, chosen, rejected = _check_pairs(pairs)
+    prompts, chosen, rejected = check_pairs(pairs)
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
@@ -179,7 +179,7 @@ def fit_reward_model(
     Raises:
       ValueError: no pairs, rows that differ in number, or a setting out of range.
     """
-    prompts, chosen, rejected = _check_pairs(pairs)
+    prompts, chosen, rejected = check_pairs(pairs)
     _check_settings(steps, batch_size, learning_rate, generator)
 
     def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -544,6 +544,20 @@ def fit_table(loss: Callable[[Tensor], Tensor], start_logps: Tensor, *, steps: i
     return logits.detach().log_softmax(-1)
 
 
+def check_pairs(pairs: Pairs) -> Pairs:
+    """The three tensors of `pairs`, or a ValueError where they do not belong together."""
+    if len(pairs) != 3:
+        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
+    prompts, chosen, rejected = pairs
+    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
+    check_integers("chosen", chosen, "[n, T]")
+    check_integers("rejected", rejected, "[n, T]")
+    if rejected.shape != chosen.shape:
+        got, want = list(rejected.shape), list(chosen.shape)
+        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
+    return prompts, chosen, rejected
+
+
 def _descend(
     policy: nn.Module,
     batch_loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
@@ -623,19 +637,6 @@ def _check_frozen(policy: nn.Module, reference: nn.Module) -> None:
         raise ValueError(
             "reference: got weights that it shares with the policy, takes a copy (copy.deepcopy)"
         )
-
-
-def _check_pairs(pairs: Pairs) -> Pairs:
-    if len(pairs) != 3:
-        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
-    prompts, chosen, rejected = pairs
-    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
-    check_integers("chosen", chosen, "[n, T]")
-    check_integers("rejected", rejected, "[n, T]")
-    if rejected.shape != chosen.shape:
-        got, want = list(rejected.shape), list(chosen.shape)
-        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
-    return prompts, chosen, rejected
 
 
 def _check_on_policy(policy: nn.Module, reference: nn.Module, prompts: Tensor) -> None:

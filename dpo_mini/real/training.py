@@ -23,7 +23,6 @@ from dpo_mini.arguments import (
     check_fraction,
     check_generator,
     check_indices,
-    check_integers,
     check_positive,
     check_rows,
 )
@@ -33,7 +32,7 @@ from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoi
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
-from dpo_mini.train import History, Pairs
+from dpo_mini.train import History, Pairs, check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -389,7 +388,7 @@ def reference_logps(
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient.
     """
-    _check_pairs(pairs)
+    check_pairs(pairs)
     check_count("micro_batch_size", micro_batch_size)
     read = _reader(reference, pairs, reduce, precision)
     passes = torch.arange(len(pairs[0])).split(micro_batch_size)
@@ -548,7 +547,7 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 def _check_run(
     policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints
 ) -> None:
-    _check_pairs(pairs)
+    check_pairs(pairs)
     n_rows = len(pairs[0])
     check_indices("batches", batches, "[steps, B]", n_rows)
     if isinstance(reference, tuple):
@@ -592,22 +591,9 @@ def _check_run(
             raise ValueError("policy: got an adapter under FSDP, takes a model without one")
 
 
-def _check_pairs(pairs: Pairs) -> None:
-    if len(pairs) != 3:
-        raise ValueError(f"pairs: got {len(pairs)} tensors, takes (prompts, chosen, rejected)")
-    prompts, chosen, rejected = pairs
-    check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
-    check_integers("prompts", prompts, "[n, P]")
-    check_integers("chosen", chosen, "[n, T]")
-    check_integers("rejected", rejected, "[n, T]")
-    if rejected.shape != chosen.shape:
-        got, want = list(rejected.shape), list(chosen.shape)
-        raise ValueError(f"rejected: got shape {got}, takes {want} like chosen")
-
-
 def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of each prompt, chosen and rejected answer, `[n]` each."""
-    _check_pairs(pairs)
+    check_pairs(pairs)
     check_count("max_tokens", max_tokens)
     prompt, chosen, rejected = ((tokens != PAD).sum(1) for tokens in pairs)
     return prompt, chosen, rejected
