@@ -58,7 +58,7 @@ def stamped(path: Path, seed: int) -> str:
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def make_course(folder: Path, seed: int) -> None:
+def make_course(folder: Path, seed: int, sheets: list[Path]) -> None:
     """Write the course directory `folder`, its sources and its student copies."""
     from nbgrader.apps import NbGraderAPI
     from traitlets.config import Config
@@ -73,8 +73,8 @@ def make_course(folder: Path, seed: int) -> None:
     config.CourseDirectory.root = str(folder)
     config.Exchange.root = str(folder / "exchange")
     api = NbGraderAPI(config=config)
-    for number, path in enumerate(SHEETS, 1):
-        print(f"[{number}/{len(SHEETS)}] {path.stem} ...", end=" ", flush=True)
+    for number, path in enumerate(sheets, 1):
+        print(f"[{number}/{len(sheets)}] {path.stem} ...", end=" ", flush=True)
         start = time.perf_counter()
         source = folder / "source" / path.stem / path.name
         source.parent.mkdir(parents=True, exist_ok=True)
@@ -93,11 +93,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the homework sheets of one seed.")
     parser.add_argument("--seed", type=int, default=0, help="the instance: any integer >= 0")
     parser.add_argument("--out", type=Path, default=ROOT / "homework", help="where to write it")
+    parser.add_argument("--sheet", type=int, help="only this one, 1 to 4")
     given = parser.parse_args()
     if given.seed < 0:
         parser.error(f"--seed: got {given.seed}, takes an integer >= 0")
+    sheets = [path for path in SHEETS if given.sheet in (None, int(path.name[0]))]
+    if not sheets:
+        parser.error(f"--sheet: got {given.sheet}, takes one of 1 to {len(SHEETS)}")
     folder = (given.out / f"seed_{given.seed}").resolve()
-    make_course(folder, given.seed)
+    make_course(folder, given.seed, sheets)
     print(f"student copies: {folder / 'release'}")
 
 

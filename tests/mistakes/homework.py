@@ -193,8 +193,9 @@ def variance_unweighted(logits, rewards, baseline):
 
 
 def variance_second_moment(logits, rewards, baseline):
-    p, table = estimates(logits, rewards, baseline)
-    return p @ table.square().sum(1)
+    p = torch.softmax(logits, 0)
+    estimates = (rewards - baseline)[:, None] * (torch.eye(len(logits)) - p)
+    return p @ estimates.square().sum(1)
 
 
 def variance_rooted(logits, rewards, baseline):
