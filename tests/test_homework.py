@@ -1,5 +1,6 @@
 """The homework: each exercise judged, the sheets stamped by seed, and nbgrader grading students."""
 
+import ast
 import html
 import inspect
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+
+from dpo_mini.checks import exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEETS = sorted((ROOT / "notebooks" / "homework").glob("*.ipynb"))
@@ -171,15 +174,33 @@ def test_the_hidden_tests_accept_the_solution_and_refuse_a_mistake(test):
     assert sum(sentence != "" for sentence in refused) >= 2, refused
 
 
+def visible_sentences(source: str) -> list[str]:
+    """All that a visible test can say: its own texts, and those of an exercise of a chapter."""
+    body = ast.parse(HIDDEN.sub("", source))
+    pieces = {id(v) for n in ast.walk(body) if isinstance(n, ast.JoinedStr) for v in n.values[1:]}
+    found = [n for n in ast.walk(body) if isinstance(n, ast.Constant) and id(n) not in pieces]
+    texts = [n.value for n in found]
+    texts = [text for text in texts if isinstance(text, str)]
+    sentences = [text for text in texts if text.count(" ") >= 2]
+    for number in [text for text in texts if text in exercises()]:
+        mistakes = exercises()[number].mistakes
+        sentences += [" ".join(mistake.__doc__.split()) for mistake in mistakes]
+    return sentences
+
+
 @pytest.mark.parametrize("sheet", SHEETS, ids=lambda path: path.stem)
 def test_the_grading_page_explains_every_sentence(sheet):
     page = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (all|\d\.\d) \| (.*?) \|", page, re.M)
     exercise = "0"
     for cell in cells_of(sheet):
         heading = re.match(r"## (\d)\.", cell.source)
-        exercise = heading.group(1) if heading else exercise
-        for words in MISTAKES.get(about(cell).get("grade_id"), ()):
-            assert f"| {sheet.name[0]}.{exercise} | {words} |" in page
+        exercise = f"{sheet.name[0]}.{heading.group(1)}" if heading else exercise
+        if about(cell).get("grade") and cell.cell_type == "code":
+            explained = [words for place, words in rows if place in ("all", exercise)]
+            assert set(MISTAKES[about(cell)["grade_id"]]) <= set(explained)
+            for sentence in visible_sentences(cell.source):
+                assert any(words in sentence for words in explained), (exercise, sentence)
 
 
 @pytest.mark.parametrize("sheet", SHEETS, ids=lambda path: path.stem)
