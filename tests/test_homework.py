@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import torch
 
-from dpo_mini.checks import exercises
+from dpo_mini.checks import exercises, homework
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEETS = sorted((ROOT / "notebooks" / "homework").glob("*.ipynb"))
@@ -237,10 +237,27 @@ def test_numbers_of_one_instance_fail_on_another():
             assert Attempt(test, seed=7).judge(Attempt(test, seed=0).solution) != ""
 
 
+def test_what_is_not_an_answer_gets_a_sentence():
+    nan = float("nan")
+    for result, words in (
+        (None, "you returned None"),
+        ([0.5, None], "a place is still None"),
+        ("two", "you returned a str, not numbers"),
+        ([1.0], r"the shape \[1\] where \[2\]"),
+        ([1.0, nan], "NaN or an infinity"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            homework.numbers(result, [2])
+    with pytest.raises(AssertionError, match=r"why \(here 2.0000, and 1.0000 is wanted\)"):
+        homework.agree([1.0, 2.0], 1.0, "why")
+    with pytest.raises(AssertionError, match="why"):
+        homework.agree([1.0, nan], 1.0, "why")
+    homework.agree([1.0, 1.0 + 1e-9], 1.0, "why")
+
+
 def test_instances_are_proper_ones():
-    instance = runpy.run_path(str(ROOT / "dpo_mini" / "checks" / "homework.py"))["instance"]
     for seed in range(100):
-        ref_probs, rewards, beta = instance(seed)
+        ref_probs, rewards, beta = homework.instance(seed)
         assert torch.allclose(ref_probs.sum(1), torch.ones(2))
         assert beta != 1
         for row in (*ref_probs, *rewards):
