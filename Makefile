@@ -1,11 +1,12 @@
 # make lab: open the course. make test: what CI runs. make run: execute every chapter anew.
+# make homework SEED=7: the sheets of that instance, for nbgrader (INSTRUCTORS.md).
 # Each makes .venv and installs what the course needs when that has not been done or has changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: lab run test
+.PHONY: lab run test homework test-homework
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/00_take_the_tour.ipynb
@@ -18,6 +19,12 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval --nbval-current-env notebooks
+
+homework: $(READY)
+	$(BIN)/python tools/make_homework.py $(if $(SEED),--seed $(SEED))
+
+test-homework: $(READY)
+	$(BIN)/python -m pytest tests/test_homework.py
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \

@@ -49,6 +49,30 @@ def test_the_sentences_of_an_exercise_differ(number):
     assert len(set(sentences)) == len(sentences)
 
 
+def blank(number: str, value: float):
+    """An answer of one value, in the shape of the right one."""
+
+    def answer(*arguments):
+        return torch.full_like(
+            torch.as_tensor(SOLUTIONS[number](*arguments), dtype=torch.float64), value
+        ).detach()
+
+    return answer
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5, 0.25, -1.0])
+@pytest.mark.parametrize("number", EXERCISES)
+def test_zeros_and_constants_fail(number, value):
+    assert not diagnose(number, blank(number, value))[0]
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_stub_fails(number):
+    passed, sentence = diagnose(number, lambda *arguments: None)
+    assert not passed
+    assert "returned None" in sentence
+
+
 def test_an_unfinished_stub_is_told_so():
     passed, sentence = diagnose("0.1", lambda ref_probs, rewards, beta: None)
     assert not passed

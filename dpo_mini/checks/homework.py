@@ -1,0 +1,99 @@
+"""What the homework sheets' own tests stand on: instances from a seed, and two plain assertions.
+
+    numbers(result, [4])                  # the result as a tensor, or a sentence on what it is
+    agree(got, wanted, "the sentence")    # silent, or an AssertionError with the sentence
+
+Like the other checks it imports nothing of the library. It holds no answer to any exercise.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BETAS = (0.25, 0.4, 0.5, 0.8, 1.25, 1.6, 2.0)  # not 1, which would hide a forgotten beta
+SHARES = ((8, 6, 4, 2), (9, 5, 4, 2), (7, 6, 4, 3), (9, 6, 3, 2), (10, 5, 3, 2))  # twentieths
+
+
+def instance(seed: int) -> tuple[Tensor, Tensor, float]:
+    """The instance of `seed`: two prompts with four answers each, in numbers of two decimals.
+
+    Returns:
+      `(ref_probs [2, 4], rewards [2, 4], beta)`, float64; the four rewards of a prompt differ by
+      0.2 at least, and no answer has the probability of another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    ref_probs, rewards = [], []
+    for _ in range(2):
+        shares = torch.tensor(SHARES[draw(len(SHARES))], dtype=torch.float64)
+        ref_probs.append(shares[torch.randperm(4, generator=generator)] / 20)
+        steps = torch.randperm(15, generator=generator)[:4].double()
+        rewards.append((2 * steps - 12) / 10)  # -1.2, -1.0, ... 1.6
+    return torch.stack(ref_probs), torch.stack(rewards), BETAS[draw(len(BETAS))]
+
+
+def other_instances(seed: int, n: int = 4) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """`n` more instances that go with `seed`, of 3 to 6 answers: what hidden tests are run on.
+
+    Returns:
+      `(ref_probs [2, Y], rewards [2, Y], beta)` each, float64.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 + seed)
+    for k in range(n):
+        draws = torch.randn(2, 2, 3 + k % 4, dtype=torch.float64, generator=generator)
+        beta = BETAS[(k + seed) % len(BETAS)]
+        yield draws[0].softmax(-1), draws[1], beta
+
+
+def random_policies(ref_probs: Tensor, seed: int) -> Tensor:
+    """A policy unlike the reference, of its shape `[..., Y]`: positive, each row sums to 1."""
+    generator = torch.Generator().manual_seed(2_000_003 + seed)
+    return torch.randn(ref_probs.shape, dtype=torch.float64, generator=generator).softmax(-1)
+
+
+def numbers(result: Any, shape: Sequence[int]) -> Tensor:
+    """`result` as a float64 tensor of `shape`.
+
+    Raises:
+      AssertionError: it is None, not numbers, of another shape, or holds NaN or an infinity.
+    """
+    assert result is not None, "you returned None: write the body and return the result"
+    blank = isinstance(result, list | tuple) and any(value is None for value in result)
+    assert not blank, "a place is still None: write your number there"
+    try:
+        got = torch.as_tensor(result, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise AssertionError(f"you returned a {type(result).__name__}, not numbers") from None
+    assert list(got.shape) == list(shape), (
+        f"you returned the shape {list(got.shape)} where {list(shape)} is wanted"
+    )
+    assert torch.isfinite(got).all(), "you returned NaN or an infinity: where does it come from?"
+    return got
+
+
+def agree(got: Any, wanted: Any, sentence: str, *, tolerance: float = 1e-8) -> None:
+    """Silent where all of `got` is within `tolerance` of `wanted`.
+
+    Raises:
+      AssertionError: with `sentence`, and the two values that are furthest apart.
+    """
+    got, wanted = torch.broadcast_tensors(_detached(got), _detached(wanted))
+    if not torch.allclose(got, wanted, rtol=0.0, atol=tolerance):
+        at = int((got - wanted).abs().nan_to_num(torch.inf).argmax())
+        found, ought = got.flatten()[at].item(), wanted.flatten()[at].item()
+        raise AssertionError(f"{sentence} (here {found:.4f}, and {ought:.4f} is wanted)")
+
+
+def alike(got: Any, wanted: Any, *, tolerance: float = 1e-6) -> bool:
+    """Whether all of `got` is within `tolerance` of `wanted`."""
+    got, wanted = torch.broadcast_tensors(_detached(got), _detached(wanted))
+    return torch.allclose(got, wanted, rtol=0.0, atol=tolerance)
+
+
+def _detached(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float64).detach()
