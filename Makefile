@@ -1,11 +1,14 @@
 # make lab: open the course. make test: what CI runs. make run: execute every chapter anew.
+# make site: the course as web pages in _build/site, from the committed outputs.
 # Each makes .venv and installs what the course needs when that has not been done or has changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+SITE := _build/venv
+SITE_READY := $(SITE)/ready
 
-.PHONY: lab run test
+.PHONY: lab run site test
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/00_take_the_tour.ipynb
@@ -18,6 +21,20 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval --nbval-current-env notebooks
+
+site: $(SITE_READY)
+	$(SITE)/bin/python docs/stage.py
+	$(SITE)/bin/python -m sphinx -q -j 2 -W --keep-going -c docs -d _build/doctrees _build/source _build/site
+	@echo "The site is in _build/site: open _build/site/index.html"
+
+# The site's own environment stands on .venv: its docstrings are read from modules that import torch.
+$(SITE_READY): $(READY) docs/requirements.txt
+	rm -rf $(SITE)
+	$(BIN)/python -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --disable-pip-version-check -r docs/requirements.txt -c constraints.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(SITE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/course.pth"
+	touch $(SITE_READY)
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
