@@ -33,6 +33,7 @@ html_css_files = ["site.css"]
 html_js_files = ["explorer.js"]
 html_copy_source = False
 html_show_sourcelink = False
+html_domain_indices = False
 html_show_sphinx = False
 html_favicon = "_static/favicon.svg"
 pygments_style = "a11y-high-contrast-light"
