@@ -32,7 +32,7 @@ test-site: site
 	@command -v "$${CHROMIUM:-chromium}" > /dev/null \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } \
 		|| { echo "make test-site needs Chromium: install Debian's package chromium, or set CHROMIUM to its path"; exit 1; }
-	$(SITE)/bin/python -m pytest docs/tests
+	$(SITE)/bin/python -m pytest -n 2 docs/tests
 
 # The site's own environment stands on .venv: its docstrings are read from modules that import torch.
 $(SITE_READY): $(READY) docs/requirements.txt
