@@ -1,6 +1,7 @@
 # make lab: open the course. make test: what CI runs. make run: execute every chapter anew.
 # make site: the course as web pages in _build/site, from the committed outputs. make test-site: every
 # page of it in Chromium, which is installed where that is missing and apt and root are there.
+# make pdf: the same pages as one file to print, _build/dpo_mini.pdf.
 # Each makes .venv and installs what the course needs when that has not been done or has changed.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ READY := .venv/ready
 SITE := _build/venv
 SITE_READY := $(SITE)/ready
 
-.PHONY: lab run site test test-site
+.PHONY: lab pdf run site test test-site
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/00_take_the_tour.ipynb
@@ -28,11 +29,20 @@ site: $(SITE_READY)
 	$(SITE)/bin/python -m sphinx -q -j 2 -W --keep-going -c docs -d _build/doctrees _build/source _build/site
 	@echo "The site is in _build/site: open _build/site/index.html"
 
-test-site: site
+test-site: site $(SITE)/chromium
+	$(SITE)/bin/python -m pytest -n 2 docs/tests
+
+pdf: $(SITE_READY) $(SITE)/chromium
+	$(SITE)/bin/python docs/stage.py
+	$(SITE)/bin/python -m sphinx -q -W --keep-going -b singlehtml -c docs -d _build/doctrees _build/source _build/print
+	$(SITE)/bin/python docs/print.py
+	@echo "The course to print is _build/dpo_mini.pdf"
+
+$(SITE)/chromium: $(SITE_READY)
 	@command -v "$${CHROMIUM:-chromium}" > /dev/null \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } \
-		|| { echo "make test-site needs Chromium: install Debian's package chromium, or set CHROMIUM to its path"; exit 1; }
-	$(SITE)/bin/python -m pytest -n 2 docs/tests
+		|| { echo "This needs Chromium: install Debian's package chromium, or set CHROMIUM to its path"; exit 1; }
+	@touch $@
 
 # The site's own environment stands on .venv: its docstrings are read from modules that import torch.
 $(SITE_READY): $(READY) docs/requirements.txt
