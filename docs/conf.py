@@ -19,7 +19,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
 ]
-smartquotes = False  # what a log says is found as the log says it
+smartquotes_action = "D"  # dashes alone: what a log says is found as the log says it
 nb_execution_mode = "off"  # the committed outputs are what the tests compared
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
