@@ -25,6 +25,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval --nbval-current-env notebooks
 
 site: $(SITE_READY)
+	rm -rf _build/site
 	$(SITE)/bin/python docs/stage.py
 	$(SITE)/bin/python -m sphinx -q -j 2 -W --keep-going -c docs -d _build/doctrees _build/source _build/site
 	@echo "The site is in _build/site: open _build/site/index.html"

@@ -84,7 +84,8 @@ def stage_notebook(path: Path, widget: str) -> None:
                 cell.metadata["mystnb"] = {"image": {"alt": " ".join(alt.split())}}
     if path.name[:2] in EXPLORER_IN:
         ends = [i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source]
-        text = f"## Move it yourself\n\n{widget}"
+        text = "## Move it yourself\n\nThe [explorer](../explorer.md), on this page."
+        text += f"\n\n{widget}"
         notebook.cells.insert(ends[0], nbformat.v4.new_markdown_cell(text))
     write(f"notebooks/{path.name}", nbformat.writes(notebook))
 
