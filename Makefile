@@ -27,7 +27,7 @@ test: $(READY)
 site: $(SITE_READY)
 	rm -rf _build/site
 	$(SITE)/bin/python docs/stage.py
-	$(SITE)/bin/python -m sphinx -q -j 2 -W --keep-going -c docs -d _build/doctrees _build/source _build/site
+	$(SITE)/bin/python -m sphinx -j 2 -W --keep-going -c docs -d _build/doctrees _build/source _build/site
 	@echo "The site is in _build/site: open _build/site/index.html"
 
 test-site: site $(SITE)/chromium
@@ -35,7 +35,7 @@ test-site: site $(SITE)/chromium
 
 pdf: $(SITE_READY) $(SITE)/chromium
 	$(SITE)/bin/python docs/stage.py
-	$(SITE)/bin/python -m sphinx -q -W --keep-going -b singlehtml -c docs -d _build/doctrees _build/source _build/print
+	$(SITE)/bin/python -m sphinx -W --keep-going -b singlehtml -c docs -d _build/doctrees _build/source _build/print
 	$(SITE)/bin/python docs/print.py
 	@echo "The course to print is _build/dpo_mini.pdf"
 

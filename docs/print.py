@@ -23,9 +23,11 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(offline=True)
         page.set_default_timeout(300_000)
+        print("Setting the mathematics ...", flush=True)
         page.goto((BUILD / "print" / "index.html").as_uri())
         page.evaluate("MathJax.startup.promise.then(() => true)")
         page.evaluate(NO_LIBRARY)
+        print("Printing about 300 pages ...", flush=True)
         page.pdf(
             path=BUILD / "dpo_mini.pdf",
             format="A4",
