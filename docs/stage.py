@@ -1,0 +1,201 @@
+"""Lay out the site's source in _build/source from README, the committed notebooks and docs/.
+
+Paths stay as they are in the repository, so that every link between them holds. Three pages are
+made from what stands elsewhere: the losses from docstrings, the questions from chapter 15, and who
+cites what from the chapters.
+"""
+
+import inspect
+import re
+import shutil
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+SOURCE = ROOT / "_build" / "source"
+EXPLORER_IN = ("02", "05", "10")
+CITED = re.compile(r"arXiv:((?:[a-z-]+/)?\d+(?:\.\d+)?)")
+API = {
+    "On exact tables": ["closed_form", "preferences", "losses"],
+    "Gradients through samples": ["policy_gradient", "relaxations"],
+    "Models and tasks": ["logps", "tasks", "policies", "rollout", "train", "real"],
+    "Around it": ["plotting", "progress", "checks", "files"],
+}
+
+sys.path.insert(0, str(ROOT))
+
+
+def anchor(title: str) -> str:
+    """Anchors as Jupyter makes them, so that the links of README and chapters hold here too."""
+    return title.replace(" ", "-")
+
+
+def write(name: str, text: str) -> None:
+    path = SOURCE / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def toctree(caption: str, entries: list[str]) -> str:
+    lines = "\n".join(entries)
+    return f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
+
+
+def explorer(table: str) -> str:
+    page = (DOCS / "explorer.html").read_text(encoding="utf-8").replace("<!-- table -->", table)
+    return f"```{{raw}} html\n{page}\n```\n"
+
+
+def without_scripts() -> str:
+    """What the explorer would show first, as a table that needs no script."""
+    from dpo_mini import closed_form, tasks
+
+    task, beta = tasks.four_answers(), 0.5
+    best = closed_form.optimal_logps(task.ref_logps, task.rewards, beta)
+    implied = closed_form.implied_rewards(best, task.ref_logps, beta)
+    columns = [task.ref_logps.exp(), task.rewards, best.exp(), implied]
+    rows = "".join(
+        f"<tr><th scope='row'>{name}</th>"
+        + "".join(f"<td>{column[0, i].item():.4f}</td>" for column in columns)
+        + "</tr>"
+        for i, name in enumerate("abcd")
+    )
+    log_z = closed_form.log_partition(task.ref_logps, task.rewards, beta).item()
+    heads = ("answer", "π_ref", "reward", "π*", "implied reward")
+    head = "".join(f"<th scope='col'>{name}</th>" for name in heads)
+    caption = f"Four answers at β = {beta}: log Z = {log_z:.4f}, J(π*) = {beta * log_z:.4f}"
+    return f"<table><caption>{caption}</caption><tr>{head}</tr>{rows}</table>"
+
+
+def stage_notebook(path: Path, widget: str) -> None:
+    """A chapter as the site reads it: alt text where Sphinx looks for it, no empty outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [out for out in cell.outputs if out.get("data", {}).get("text/html") != ""]
+        for output in cell.outputs:
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if alt:
+                cell.metadata["mystnb"] = {"image": {"alt": " ".join(alt.split())}}
+    if path.name[:2] in EXPLORER_IN:
+        ends = [i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source]
+        text = "## Move it yourself\n\nThe [explorer](../explorer.md), on this page."
+        text += f"\n\n{widget}"
+        notebook.cells.insert(ends[0], nbformat.v4.new_markdown_cell(text))
+    write(f"notebooks/{path.name}", nbformat.writes(notebook))
+
+
+def losses_page() -> str:
+    from dpo_mini import losses
+
+    rows = []
+    for name, function in inspect.getmembers(losses, inspect.isfunction):
+        if name.startswith("_") or function.__module__ != losses.__name__ or "_loss" not in name:
+            continue
+        doc = inspect.getdoc(function)
+        line = inspect.getsourcelines(function)[1]
+        what = " ".join(doc.split("\n\n")[0].split()).rstrip(".")
+        source = " ".join(re.search(r"Source: (.*)", doc, re.S)[1].split()).rstrip(".")
+        source = CITED.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
+        cells = f"{{py:func}}`{name} <dpo_mini.losses.{name}>`", what, source
+        rows.append((line, "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"))
+    heads = ["| function | loss of a row | source |", "|---|---|---|"]
+    table = "\n".join(heads + [row for _, row in sorted(rows)])
+    text = (DOCS / "losses.md").read_text(encoding="utf-8")
+    return text.replace("<!-- table -->", table)
+
+
+def questions_page(chapter: Path) -> str:
+    prose = "\n".join(c.source for c in nbformat.read(chapter, as_version=4).cells)
+    titles = {n: f"{n}. {text}" for n, text in re.findall(r"^### (\d+)\. (.+)$", prose, re.M)}
+    rows = re.findall(r"^\| (.+) \| (\d+|chapter .+) \|$", prose, re.M)
+    table = []
+    for symptom, target in rows:
+        if target in titles:
+            title = titles[target]
+            anchor = title.replace(" ", "-").replace("`", "")
+            link = f"[{title}](<notebooks/{chapter.name}#{anchor}>)"
+        else:
+            link = f"[{target}](notebooks/12_break_it.ipynb)"
+        table.append(f"| {symptom} | {link} |")
+    if not set(titles) <= {target for _, target in rows}:
+        raise SystemExit("a question of chapter 15 has no symptom")
+    lines = "\n".join(table)
+    return f"# Questions by symptom\n\n| what you see | what answers it |\n|---|---|\n{lines}\n"
+
+
+def bibliography_page(chapters: list[Path]) -> str:
+    """docs/bibliography.md, with the chapters that cite each entry."""
+    citing = {}
+    for path in chapters:
+        for number in CITED.findall(path.read_text(encoding="utf-8")):
+            citing.setdefault(number, set()).add(path)
+    for path in sorted((ROOT / "dpo_mini").rglob("*.py")):
+        for number in CITED.findall(path.read_text(encoding="utf-8")):
+            citing.setdefault(number, set())
+    text = (DOCS / "bibliography.md").read_text(encoding="utf-8")
+    missing = set(citing) - set(CITED.findall(text))
+    if missing:
+        raise SystemExit(f"docs/bibliography.md lacks arXiv {', '.join(sorted(missing))}")
+
+    def cited(found: re.Match) -> str:
+        number = found[1]
+        links = [f"[{p.name[:2]}](notebooks/{p.name})" for p in sorted(citing.get(number, ()))]
+        where = " · chapter " + ", ".join(links) if links else " · the library"
+        return f"[arXiv:{number}](https://arxiv.org/abs/{number}){where}"
+
+    return CITED.sub(cited, text)
+
+
+def api_pages() -> list[str]:
+    index = (DOCS / "api.md").read_text(encoding="utf-8")
+    for part, modules in API.items():
+        index += toctree(part, modules).replace(":hidden:\n", "")
+        for name in modules:
+            title = f"dpo_mini.{name}"
+            options = "   :imported-members:\n" if name == "real" else ""
+            write(
+                f"api/{name}.rst",
+                f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n{options}",
+            )
+    write("api/index.md", index)
+
+
+def main() -> None:
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    table = without_scripts()
+    for path in chapters:
+        stage_notebook(path, explorer(table))
+    shutil.copytree(ROOT / "figures", SOURCE / "figures")
+    for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", "examples/train_dpo.py"):
+        (SOURCE / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, SOURCE / name)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = re.sub(r"(?<=\.ipynb#)[^)]+", lambda found: unquote(found[0]), readme)
+    for folder in ("configs/", "benchmarks/"):  # a folder is no page
+        readme = readme.replace(f"[{folder}]({folder})", f"`{folder}`")
+    shutil.copy(ROOT / "CITATION.cff", SOURCE / "CITATION.cff")
+    pages = ["explorer", "questions", "losses", "notation", "glossary", "bibliography"]
+    more = ["api/index", "CONTRIBUTING", "benchmarks/RESULTS"]
+    readme += toctree("The course", [f"notebooks/{path.stem}" for path in chapters])
+    readme += toctree("Look up", pages) + toctree("The library", more)
+    write("index.md", readme)
+    notation = re.search(r"^## Notation\n(.*?)^## ", readme, re.M | re.S)[1]
+    write("notation.md", "# Notation\n" + notation)
+    write("losses.md", losses_page())
+    write("questions.md", questions_page(chapters[15]))
+    write("bibliography.md", bibliography_page(chapters))
+    shutil.copy(DOCS / "glossary.md", SOURCE / "glossary.md")
+    text = (DOCS / "explorer.md").read_text(encoding="utf-8")
+    write("explorer.md", text + "\n" + explorer(table))
+    api_pages()
+
+
+if __name__ == "__main__":
+    main()
