@@ -176,13 +176,16 @@ def main() -> None:
     for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", "examples/train_dpo.py"):
         (SOURCE / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, SOURCE / name)
+    teaching = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    # The sheets hold their solutions: they are named here, and no pages.
+    write("INSTRUCTORS.md", re.sub(r"\[([^\]]+)\]\(notebooks/homework/[^)]+\)", r"`\1`", teaching))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = re.sub(r"(?<=\.ipynb#)[^)]+", lambda found: unquote(found[0]), readme)
     for folder in ("configs/", "benchmarks/"):  # a folder is no page
         readme = readme.replace(f"[{folder}]({folder})", f"`{folder}`")
     shutil.copy(ROOT / "CITATION.cff", SOURCE / "CITATION.cff")
     pages = ["explorer", "questions", "losses", "notation", "glossary", "bibliography"]
-    more = ["api/index", "CONTRIBUTING", "benchmarks/RESULTS"]
+    more = ["api/index", "INSTRUCTORS", "CONTRIBUTING", "benchmarks/RESULTS"]
     readme += toctree("The course", [f"notebooks/{path.stem}" for path in chapters])
     readme += toctree("Look up", pages) + toctree("The library", more)
     write("index.md", readme)
