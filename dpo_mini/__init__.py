@@ -1,8 +1,14 @@
 """DPO derived, measured and broken on tasks small enough to enumerate.
 
-`import dpo_mini` brings in torch and nothing slower; `plotting` (matplotlib), `progress` (IPython)
-and `real` (transformers) are imported by whoever asks for them.
+`import dpo_mini` brings in torch and nothing slower. `dpo_mini.plotting` (matplotlib),
+`dpo_mini.progress`, `dpo_mini.checks` and `dpo_mini.real` (transformers, which the extra `real`
+installs) are there all the same: each is imported when it is first asked for.
 """
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from dpo_mini import (
     closed_form,
@@ -16,6 +22,12 @@ from dpo_mini import (
     tasks,
     train,
 )
+
+if TYPE_CHECKING:
+    from dpo_mini import checks as checks
+    from dpo_mini import plotting as plotting
+    from dpo_mini import progress as progress
+    from dpo_mini import real as real
 
 __version__ = "0.1.0"
 
@@ -31,3 +43,18 @@ __all__ = [
     "tasks",
     "train",
 ]
+_LATER = ("checks", "plotting", "progress", "real")
+
+
+if not TYPE_CHECKING:  # a type checker that sees this lets every name pass
+
+    def __getattr__(name: str) -> ModuleType:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    # Without transformers `real` is left out: help(dpo_mini) asks for all that is named here.
+    absent = {"real"} if find_spec("transformers") is None else set()
+    return sorted({"__version__", *__all__, *_LATER} - absent)

@@ -138,7 +138,7 @@ def check_rows(first_name: str, first: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name}: got {len(other)} rows, takes {len(first)} like {first_name}")
 
 
-def as_bool_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
+def as_bool_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask as bool, or a ValueError where its shape is another or a value is not 0/1."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: got {type(mask).__name__}, takes a bool or 0/1 tensor")

@@ -19,6 +19,21 @@ from dpo_mini.arguments import (
     check_positive,
 )
 
+__all__ = [
+    "best_of_n_logps",
+    "chi_squared",
+    "expected_reward",
+    "frontier",
+    "implied_rewards",
+    "kl",
+    "log_partition",
+    "log_partition_markov",
+    "objective",
+    "optimal_logps",
+    "tilt",
+    "total_variation",
+]
+
 
 def tilt(prior_logps: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     r"""A prior times weights, normalised: $\log p(y) + w(y) - \log Z$, and $\log Z$.
@@ -294,3 +309,7 @@ def _check_tables(**tables: Tensor) -> None:
 def _check_values(**tables: Tensor) -> None:
     check_logps(**tables)
     check_normalised(**tables)
+
+
+def __dir__() -> list[str]:
+    return __all__

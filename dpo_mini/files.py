@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+__all__ = [
+    "whole_folder",
+    "write_whole",
+]
+
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that after a failure, at any moment, it is as it was before.
@@ -58,3 +63,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
+
+
+def __dir__() -> list[str]:
+    return __all__

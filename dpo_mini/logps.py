@@ -16,6 +16,14 @@ from dpo_mini.arguments import (
     check_logps,
 )
 
+__all__ = [
+    "PAD",
+    "completion_mask",
+    "mean_over_tokens",
+    "sum_over_tokens",
+    "token_logps",
+]
+
 PAD = -1
 """The token id of padding: outside every vocabulary, so it cannot be mistaken for a token."""
 
@@ -121,3 +129,7 @@ def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
         row = int((counts == 0).nonzero()[0])
         raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
     return totals / counts
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -24,6 +24,35 @@ from dpo_mini.arguments import (
     check_positive,
 )
 
+__all__ = [
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_loss",
+    "best_of_k_loss",
+    "cdpo_loss",
+    "cpo_loss",
+    "discopop_loss",
+    "dpo_loss",
+    "dpo_mean_loss",
+    "dro_loss",
+    "exo_loss",
+    "f_dpo_loss",
+    "hinge_loss",
+    "ipo_loss",
+    "ipo_mean_loss",
+    "kto_loss",
+    "kto_reference_point",
+    "log_variance_loss",
+    "nca_loss",
+    "orpo_loss",
+    "plackett_luce_loss",
+    "rdpo_loss",
+    "rebel_loss",
+    "reward_model_loss",
+    "simpo_loss",
+    "sppo_loss",
+]
+
 # --- functions of the difference d -----------------------------------------------------------
 
 
@@ -826,3 +855,7 @@ def _listwise_scores(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     if logps.shape[1] < 2:
         raise ValueError(f"logps: got {logps.shape[1]} completion a row, takes >= 2")
     return beta * (logps - ref_logps)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,6 +7,7 @@ as text: its description and a receipt read back from what was drawn.
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,14 +16,35 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import BoundaryNorm
-from matplotlib.container import BarContainer
+from matplotlib.container import BarContainer, Container
 from matplotlib.figure import Figure
 from matplotlib.quiver import Quiver
 from PIL import Image
 
 from dpo_mini.files import write_whole
 
-STYLES: dict[str, dict] = {
+__all__ = [
+    "STYLES",
+    "axes",
+    "curves",
+    "decision_chart",
+    "grouped_bars",
+    "label_lines",
+    "leave_out_values",
+    "named_points",
+    "panels",
+    "receipt",
+    "save",
+    "show",
+    "style",
+    "ternary",
+    "ternary_contours",
+    "ternary_grid",
+    "ternary_xy",
+    "vector_fields",
+]
+
+STYLES: dict[str, dict[str, Any]] = {
     "optimal": {"color": "black", "linestyle": "--", "label": "π* (exact)"},
     "reference": {"color": "#CC79A7", "linestyle": ":", "label": "π_ref"},
     "dpo": {"color": "#0072B2", "linestyle": "-", "label": "DPO"},
@@ -34,7 +56,7 @@ STYLES: dict[str, dict] = {
 """One colour (Okabe-Ito) and one line style a method, in every figure of the course."""
 
 _VARIES = "varies"
-_FONT = {
+_FONT: Any = {  # rcParams: how their names are typed depends on matplotlib's version
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -45,7 +67,7 @@ _FONT = {
 }
 
 
-def style(method: str, **changes: object) -> dict:
+def style(method: str, **changes: object) -> dict[str, Any]:
     """Keyword arguments for `Axes.plot` that draw `method` as everywhere else in the course.
 
     Raises:
@@ -212,7 +234,7 @@ def decision_chart(ax: Axes, questions: Mapping[str, str], *, otherwise: str) ->
     last = len(questions)
     ax.set(xlim=(0, 1), ylim=(last + 0.5, -0.5), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    words = {"ha": "center", "va": "center", "fontsize": 9}
+    words: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9}
     outline = {"boxstyle": "round,pad=0.4", "facecolor": "white"}
     asked, done = outline | {"edgecolor": "black"}, outline | {"edgecolor": "#0072B2"}
     left = [
@@ -344,7 +366,7 @@ def vector_fields(
         fig = Figure(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(fig)
         grid = fig.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False)
-        shade = None
+        shades = []
         for k, (name, parts) in enumerate(named.items()):
             ax, (u, v) = grid.flat[k], (np.asarray(part, dtype=float) for part in parts)
             for part in (u, v):
@@ -352,7 +374,7 @@ def vector_fields(
                     got = f"shape {list(part.shape)}, finite: {bool(np.isfinite(part).all())}"
                     raise ValueError(f"named[{name!r}]: got {got}, takes finite [n, n]")
             length = np.ma.masked_equal(np.hypot(u, v), 0.0)
-            shade = ax.pcolormesh(at, at, np.ma.log10(length), cmap="Blues", norm=norm)
+            shades += [ax.pcolormesh(at, at, np.ma.log10(length), cmap="Blues", norm=norm)]
             few = (slice(None, None, 2), slice(None, None, 2))
             directions = [np.ma.filled(part[few] / length[few], np.nan) for part in (u, v)]
             ax.quiver(
@@ -366,7 +388,9 @@ def vector_fields(
             ax.set_xlabel(x_label)
         for ax in grid[:, 0]:
             ax.set_ylabel(y_label)
-        bar = fig.colorbar(shade, ax=grid, shrink=0.6, ticks=[-2, -1, 0, 1], label=length_label)
+        bar = fig.colorbar(
+            shades[-1], ax=grid, shrink=0.6, ticks=[-2, -1, 0, 1], label=length_label
+        )
         bar.ax.set_yticklabels(["0.01", "0.1", "1", "10"])
         fig.suptitle(title, x=0.01, ha="left", fontsize=12)
     return fig
@@ -437,18 +461,21 @@ def receipt(fig: Figure) -> str:
             heights = " ".join(_number(patch.get_height()) for patch in bar.patches)
             rows.append(f"  bars {_name(bar)}: {heights}")
         for drawn in ax.collections:
-            if isinstance(drawn, PathCollection) and len(drawn.get_offsets()):
-                rows.append(f"  points {_name(drawn)}: {_ranges(drawn.get_offsets())}")
+            places: np.ndarray = np.ma.asarray(drawn.get_offsets())
+            field = drawn.get_array()
+            if isinstance(drawn, PathCollection) and len(places):
+                rows.append(f"  points {_name(drawn)}: {_ranges(places)}")
             elif isinstance(drawn, Quiver):
-                drawn_ones = ~np.broadcast_to(drawn.Umask, drawn.U.shape)
-                means = [_number(part[drawn_ones].sum() / max(1, drawn_ones.sum()))
-                         for part in (drawn.U, drawn.V)]  # fmt: skip
-                rows.append(f"  arrows: {drawn_ones.sum()}, mean {' '.join(means)}")
-            elif drawn.get_array() is not None:
-                rows.append(f"  field {_name(drawn)}: {_span(drawn.get_array())}")
+                parts = np.stack([np.asarray(drawn.U), np.asarray(drawn.V)])
+                arrows = ~np.broadcast_to(drawn.Umask, parts[0].shape)
+                means = [_number(part[arrows].sum() / max(1, arrows.sum())) for part in parts]
+                rows.append(f"  arrows: {arrows.sum()}, mean {' '.join(means)}")
+            elif field is not None:
+                rows.append(f"  field {_name(drawn)}: {_span(field)}")
         for image in ax.images:
-            shape = "x".join(str(n) for n in image.get_array().shape)
-            rows.append(f"  image {shape}: {_span(image.get_array())}")
+            pixels: np.ndarray = np.ma.asarray(image.get_array())
+            shape = "x".join(str(n) for n in pixels.shape)
+            rows.append(f"  image {shape}: {_span(pixels)}")
         kept = [text.get_text().strip() for text in ax.texts if text.get_gid() != _VARIES]
         texts = [text for text in kept if text]
         if texts:
@@ -466,7 +493,7 @@ def _png(fig: Figure) -> bytes:
     return packed.getvalue()
 
 
-def _name(artist: object) -> str:
+def _name(artist: Artist | Container) -> str:
     label = str(artist.get_label())
     return "(no label)" if label.startswith("_") else repr(label)
 
@@ -487,3 +514,7 @@ def _span(values: np.ndarray) -> str:
 def _number(value: float) -> str:
     """At most 4 decimals and 4 digits, never -0: the same on every machine."""
     return f"{round(float(value), 4) + 0.0:.4g}"
+
+
+def __dir__() -> list[str]:
+    return __all__

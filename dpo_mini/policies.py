@@ -7,13 +7,14 @@ the value function that PPO learns.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from dpo_mini.arguments import (
     check_count,
@@ -24,6 +25,26 @@ from dpo_mini.arguments import (
     check_rows,
 )
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
+
+__all__ = [
+    "GELU",
+    "Block",
+    "Path",
+    "Policy",
+    "PrefixTree",
+    "RewardModel",
+    "ScalarTransformer",
+    "Scorer",
+    "SelfAttention",
+    "SeparateNetworks",
+    "SharedTrunk",
+    "Sizes",
+    "TabularPolicy",
+    "TinyTransformer",
+    "check_completions",
+    "gelu",
+    "shares_storage",
+]
 
 Path = list[tuple[Tensor, Tensor]]
 """Keys and values of every token on a path, one pair `[P, H, S, D/H]` a layer."""
@@ -50,10 +71,31 @@ class PrefixTree:
 class Sizes(Protocol):
     """What a policy needs to know of its task."""
 
-    prompts: Tensor
-    vocab_size: int
-    max_tokens: int
-    end_token: int | None
+    @property
+    def prompts(self) -> Tensor:
+        """`[X]`, the numbers of the prompts."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def max_tokens(self) -> int:
+        """T."""
+
+    @property
+    def end_token(self) -> int | None:
+        """What ends a completion, or None where all have T tokens."""
+
+
+class Scorer(Protocol):
+    """Anything that scores completions: a `Policy`, or a model of any library in such a coat."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Its weights; where the first is, tokens are read."""
+
+    def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Log-probability of each completion token, `[B, T]` nats, 0 on padding."""
 
 
 class Policy(nn.Module):
@@ -81,6 +123,14 @@ class Policy(nn.Module):
 
     def read_tree(self, tree: PrefixTree) -> Tensor:
         """Logits `[N, V]` of the token after each prefix of a tree."""
+        raise NotImplementedError
+
+    def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
+        """Read the prompts `[P]`: logits of the first token `[P, V]`, and the paths so far."""
+        raise NotImplementedError
+
+    def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
+        """Read C sibling tokens `[P, C]`, each as the next one after its path, all at one depth."""
         raise NotImplementedError
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -123,8 +173,8 @@ def check_completions(
     least, most = completions.aminmax()
     if least < PAD or most >= model.vocab_size:
         bad = (completions >= model.vocab_size) | (completions < PAD)
-        got = completions[bad][0].item()
-        raise ValueError(f"completions: got token {got}, takes 0..{model.vocab_size - 1}")
+        token = int(completions[bad][0])
+        raise ValueError(f"completions: got token {token}, takes 0..{model.vocab_size - 1}")
     return mask
 
 
@@ -221,8 +271,9 @@ class GELU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        x, gate, y = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> Tensor:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        x, gate, y = saved
         if torch.is_grad_enabled():  # a second derivative is asked for: that one is torch's
             return torch.autograd.grad(F.gelu(x, approximate="tanh"), x, grad, create_graph=True)[0]
         slope = torch.addcmul(x.new_tensor(GELU.SLOPE), x, x, value=3 * GELU.CUBIC)  # of 2u
@@ -269,6 +320,8 @@ class TinyTransformer(Policy):
       generator: draws the initial weights, N(0, 0.02^2) as GPT-2's.
     """
 
+    blocks: Sequence[Block]
+
     def __init__(
         self,
         n_prompts: int,
@@ -298,7 +351,8 @@ class TinyTransformer(Policy):
         with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
             self.wte = nn.Embedding(vocab_size + n_prompts, width)
             self.wpe = nn.Embedding(max_tokens, width)
-            self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
+            layers = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
+            self.blocks = cast(Sequence[Block], layers)  # torch does not say what is in a list
             self.ln_f = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -347,7 +401,8 @@ class TinyTransformer(Policy):
     def read(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
         """`extend` up to the last layer norm: hidden states `[P, C, D]`, which a head reads."""
         depth = path[0][0].shape[2]
-        x, own = self.wte(tokens) + self.wpe.weight[depth], []  # [P, C, D]
+        x = self.wte(tokens) + self.wpe.weight[depth]  # [P, C, D]
+        own: Path = []
         for block, layer_path in zip(self.blocks, path, strict=True):
             x, k, v = block.extend(x, layer_path)
             own.append((k, v))
@@ -407,6 +462,8 @@ class RewardModel(ScalarTransformer):
     Args:
       body: reads the prompt and T tokens, so its own `max_tokens` is one more than the task's.
     """
+
+    offset: Tensor
 
     def __init__(self, body: TinyTransformer) -> None:
         super().__init__(body)
@@ -480,7 +537,7 @@ class SeparateNetworks(nn.Module):
         return torch.cat([self.policy.read_tree(tree), self.critic.read_tree(tree)], -1)
 
 
-def shares_storage(model: nn.Module, other: nn.Module) -> bool:
+def shares_storage(model: nn.Module | Scorer, other: nn.Module | Scorer) -> bool:
     """Whether a weight of one lies in memory of the other's, so that training one moves both."""
     mine = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     return any(parameter.untyped_storage().data_ptr() in mine for parameter in other.parameters())
@@ -494,3 +551,7 @@ def _zero_head(body: TinyTransformer) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -21,6 +21,25 @@ from dpo_mini.arguments import (
     check_positive,
 )
 
+__all__ = [
+    "AdaptiveKLController",
+    "clipped_surrogate_loss",
+    "clipped_value_loss",
+    "entropy",
+    "gae",
+    "group_normalised_advantages",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "leave_one_out_advantages",
+    "mean_advantages",
+    "optimal_baseline",
+    "reinforce_loss",
+    "unclipped_surrogate_loss",
+    "value_loss",
+    "whiten",
+]
+
 # --- surrogates ------------------------------------------------------------------------------
 
 
@@ -245,13 +264,13 @@ def gae(
     values = values.detach().masked_fill(~mask, 0.0)
     check_finite(rewards=rewards, values=values)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [B]: nothing after the end
-    advantages = []
+    backwards = []
     for t in reversed(range(rewards.shape[1])):
         td_error = rewards[:, t] + discount * next_value - values[:, t]
         next_advantage = td_error + discount * lam * next_advantage
         next_value = values[:, t]
-        advantages.append(next_advantage)
-    advantages = torch.stack(advantages[::-1], dim=1)
+        backwards.append(next_advantage)
+    advantages = torch.stack(backwards[::-1], dim=1)
     return advantages, advantages + values
 
 
@@ -400,3 +419,7 @@ def _check_groups(rewards: Tensor) -> None:
     check_finite(rewards=rewards)
     if rewards.shape[1] < 2:
         raise ValueError(f"rewards: got {rewards.shape[1]} sample a row, takes >= 2")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,6 +13,16 @@ from dpo_mini.arguments import (
     check_positive,
 )
 
+__all__ = [
+    "bradley_terry_prob",
+    "davidson_probs",
+    "plackett_luce_logp",
+    "sample_bradley_terry",
+    "sample_plackett_luce",
+    "sample_thurstone",
+    "thurstone_prob",
+]
+
 
 def bradley_terry_prob(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
     r"""$P(a \succ b) = \sigma(r_a - r_b)$.
@@ -128,3 +138,7 @@ def _bernoulli(probs: Tensor, generator: torch.Generator) -> Tensor:
     check_generator(generator)
     uniform = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device, generator=generator)
     return uniform < probs
+
+
+def __dir__() -> list[str]:
+    return __all__

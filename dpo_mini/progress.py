@@ -3,6 +3,10 @@
 import html
 from collections.abc import Callable, Iterator, Sized
 
+__all__ = [
+    "notebook_progress",
+]
+
 
 def notebook_progress(label: str) -> Callable[[range], Iterator[int]]:
     """A wrapper for the range of a loop: `fit_sft(..., progress=notebook_progress("SFT"))`.
@@ -41,3 +45,7 @@ def _bar(label: str, done: int, steps: Sized) -> str:
         f'<label>{name} <progress value="{done}" max="{len(steps)}"></progress> '
         f"{done}/{len(steps)}</label>"
     )
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,6 +20,19 @@ from dpo_mini.arguments import (
     check_positive,
 )
 
+__all__ = [
+    "Quantised",
+    "gumbel_softmax",
+    "harden",
+    "pass_through",
+    "rebar_surrogate",
+    "sample_conditional_logits",
+    "sample_perturbed_logits",
+    "straight_through",
+    "straight_through_gumbel_softmax",
+    "vector_quantise",
+]
+
 
 def sample_perturbed_logits(logits: Tensor, *, generator: torch.Generator) -> Tensor:
     r"""$z = \log p + g$: its argmax is a draw from p (the Gumbel-max trick).
@@ -244,3 +257,7 @@ def _check_one_hot(logits: Tensor, one_hot: Tensor) -> None:
     check_floats("[...]", logits=logits, one_hot=one_hot)
     if not (((one_hot == 0) | (one_hot == 1)).all() and (one_hot.sum(-1) == 1).all()):
         raise ValueError("one_hot: got another row than zeros and one 1, takes one-hot rows")
+
+
+def __dir__() -> list[str]:
+    return __all__

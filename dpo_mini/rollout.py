@@ -19,6 +19,22 @@ from dpo_mini.policies import (
 )
 from dpo_mini.tasks import Task, subtree_sizes
 
+__all__ = [
+    "branched_token_logps",
+    "chunks",
+    "enumerate_logps",
+    "enumerate_rewards",
+    "faster_reader",
+    "forked_token_logps",
+    "lengthen",
+    "prefix_tree",
+    "read_actor_critic",
+    "sample",
+    "shared_prefix_rewards",
+    "shared_prefix_token_logps",
+    "take",
+]
+
 
 def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tensor:
     """log pi(y|x) of every completion of every prompt, each distinct prefix read once.
@@ -353,3 +369,7 @@ def _check_sizes(argument: str, model: Policy | RewardModel, task: Task) -> None
     if model.n_prompts != len(task.prompts):
         got, want = model.n_prompts, len(task.prompts)
         raise ValueError(f"{argument}: got n_prompts = {got}, takes {want}")
+
+
+def __dir__() -> list[str]:
+    return __all__

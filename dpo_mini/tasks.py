@@ -25,6 +25,20 @@ from dpo_mini.arguments import (
 from dpo_mini.logps import PAD, completion_mask
 from dpo_mini.preferences import sample_bradley_terry
 
+__all__ = [
+    "REVIEW_PROMPTS",
+    "REVIEW_WORDS",
+    "Task",
+    "bandit",
+    "enumerate_completions",
+    "four_answers",
+    "micro_review_demonstrations",
+    "micro_reviews",
+    "random_bandit",
+    "subtree_sizes",
+    "three_answers",
+]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -100,8 +114,8 @@ class Task:
             raise ValueError(f"completions: got {got} columns, takes T = {self.max_tokens}")
         outside = mask & ((completions < 0) | (completions >= self.vocab_size))
         if outside.any():
-            got = completions[outside][0].item()
-            raise ValueError(f"completions: got token {got}, takes 0..{self.vocab_size - 1}")
+            token = int(completions[outside][0])
+            raise ValueError(f"completions: got token {token}, takes 0..{self.vocab_size - 1}")
         stopped = ~mask.all(1)
         if self.end_token is not None:
             stopped &= ~(completions == self.end_token).any(1)
@@ -358,3 +372,7 @@ def _sentiment(completions: Tensor, prompt_valences: dict[str, float]) -> Tensor
         flips, scales = token == _WORD["not"], token == _WORD["very"]
         scale = torch.where(flips, -scale, torch.where(scales, 1.5 * scale, torch.ones_like(scale)))
     return total
+
+
+def __dir__() -> list[str]:
+    return __all__

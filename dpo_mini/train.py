@@ -26,7 +26,14 @@ from dpo_mini.arguments import (
 )
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.losses import reward_model_loss
-from dpo_mini.policies import Policy, RewardModel, SeparateNetworks, SharedTrunk, shares_storage
+from dpo_mini.policies import (
+    Policy,
+    RewardModel,
+    Scorer,
+    SeparateNetworks,
+    SharedTrunk,
+    shares_storage,
+)
 from dpo_mini.policy_gradient import (
     AdaptiveKLController,
     clipped_surrogate_loss,
@@ -46,6 +53,29 @@ from dpo_mini.rollout import (
     shared_prefix_token_logps,
 )
 
+__all__ = [
+    "CLIPPED",
+    "History",
+    "Loss",
+    "PairReader",
+    "Pairs",
+    "Penalty",
+    "Score",
+    "as_they_are",
+    "check_pairs",
+    "fit_online_preferences",
+    "fit_ppo",
+    "fit_preferences",
+    "fit_reinforce",
+    "fit_reward_model",
+    "fit_sft",
+    "fit_table",
+    "no_penalty",
+    "population_loss",
+    "squared_value_error",
+    "token_rewards",
+]
+
 History = dict[str, list[float]]
 Pairs = tuple[Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -61,7 +91,7 @@ CLIPPED = partial(clipped_surrogate_loss, clip_eps=0.2)
 
 
 def fit_sft(
-    policy: nn.Module,
+    policy: Scorer,
     prompts: Tensor,
     completions: Tensor,
     *,
@@ -97,8 +127,8 @@ def fit_sft(
 
 
 def fit_preferences(
-    policy: nn.Module,
-    reference: nn.Module,
+    policy: Scorer,
+    reference: Scorer,
     pairs: Pairs,
     loss: Loss,
     *,
@@ -418,8 +448,7 @@ def fit_ppo(
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019,
       arXiv:1909.08593.
     """
-    controller = beta if isinstance(beta, AdaptiveKLController) else None
-    if controller is None:
+    if not isinstance(beta, AdaptiveKLController):
         check_positive("beta", beta)
     for name, count in {"n_epochs": n_epochs, "n_minibatches": n_minibatches}.items():
         check_count(name, count)
@@ -435,7 +464,7 @@ def fit_ppo(
     optimizer, schedule = _adam(actor_critic, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):
-        weight = beta if controller is None else controller.beta
+        weight = beta.beta if isinstance(beta, AdaptiveKLController) else beta
         asked = _draw_prompts(prompts, batch_size, generator)
         answers = sample(actor_critic.policy, asked, generator=generator)
         mask = answers != PAD
@@ -460,8 +489,8 @@ def fit_ppo(
         schedule.step()
         ratios = (logps - old_logps[rows]).detach().exp()[kept]
         reward, kl = scores.mean(), (old_logps - ref_logps).sum(1).mean()
-        if controller is not None:
-            controller.update(kl.item(), batch_size)
+        if isinstance(beta, AdaptiveKLController):
+            beta.update(kl.item(), batch_size)
         _record(
             history,
             reward=reward,
@@ -559,7 +588,7 @@ def check_pairs(pairs: Pairs) -> Pairs:
 
 
 def _descend(
-    policy: nn.Module,
+    policy: nn.Module | Scorer,
     batch_loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
     n_rows: int,
     steps: int,
@@ -584,7 +613,7 @@ def _descend(
 
 
 def _adam(
-    model: nn.Module, steps: int, learning_rate: float
+    model: nn.Module | Scorer, steps: int, learning_rate: float
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
     # Fused, all weights take one step in one call: a third of the time where they are small.
     optimizer = torch.optim.Adam(
@@ -618,21 +647,21 @@ def _check_settings(
     check_generator(generator)
 
 
-def _token_logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
+def _token_logps(model: Scorer, prompts: Tensor, completions: Tensor) -> Tensor:
     """`[B, T]`: policies that can be walked as a tree read each distinct prefix once."""
     if isinstance(model, Policy):
         return shared_prefix_token_logps(model, prompts, completions)
     return model.token_logps(prompts, completions)
 
 
-def _pair_reader(model: nn.Module, prompts: Tensor, chosen: Tensor, rejected: Tensor) -> PairReader:
+def _pair_reader(model: Scorer, prompts: Tensor, chosen: Tensor, rejected: Tensor) -> PairReader:
     """`model.token_logps` of both answers, `[2 B, T]`, in the way that is fast on such pairs."""
     if isinstance(model, Policy):
         return partial(faster_reader(model, prompts, chosen, rejected), model)
     return lambda prompts, *answers: model.token_logps(torch.cat([prompts] * 2), torch.cat(answers))
 
 
-def _check_frozen(policy: nn.Module, reference: nn.Module) -> None:
+def _check_frozen(policy: nn.Module | Scorer, reference: nn.Module | Scorer) -> None:
     if shares_storage(policy, reference):
         raise ValueError(
             "reference: got weights that it shares with the policy, takes a copy (copy.deepcopy)"
@@ -662,6 +691,10 @@ def _score(score: Score, prompts: Tensor, completions: Tensor) -> Tensor:
     return rewards
 
 
-def _logps(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
+def _logps(model: Scorer, prompts: Tensor, completions: Tensor) -> Tensor:
     """log pi(y|x), `[B]` nats."""
     return sum_over_tokens(_token_logps(model, prompts, completions), completions != PAD)
+
+
+def __dir__() -> list[str]:
+    return __all__

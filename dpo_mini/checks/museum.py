@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid, softplus
 
+__all__ = ["EXHIBITS", "Exhibit", "diagnose", "exhibit", "inspect_exhibit"]
+
 Candidate = Callable[..., Any]
 _TOLERANCE = 1e-9
 _END = 0
@@ -707,3 +709,7 @@ EXHIBITS = (
         judge=_judge_pair_loss,
     ),
 )
+
+
+def __dir__() -> list[str]:
+    return __all__

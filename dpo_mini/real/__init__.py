@@ -15,7 +15,13 @@ with warnings.catch_warnings():
     # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off.
     # Here, before any file of this folder imports transformers.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
+    try:
+        import safetensors  # noqa: F401
+        import tokenizers  # noqa: F401
+        from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
+    except ModuleNotFoundError as error:
+        needs = f"dpo_mini.real needs {error.name}, which the extra 'real' installs"
+        raise ImportError(f'{needs}: pip install "dpo_mini[real]"', name=error.name) from error
 
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import csv_log, tensorboard_log
@@ -99,3 +105,7 @@ __all__ = [
     "warmup_then_cosine",
     "warmup_then_linear",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -68,13 +68,17 @@ def save_checkpoint(folder: AnyPath, checkpoint: Checkpoint) -> None:
     Raises:
       TypeError: an optimizer whose state is neither tensors nor numbers.
     """
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
     for index, state in checkpoint.optimizer.items():
         for name, value in state.items():
             if not isinstance(value, Tensor | int | float):
                 got = f"{type(value).__name__} in its state {name!r}"
                 raise TypeError(f"optimizer: got {got}, takes tensors and numbers")
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                numbers[f"{index}.{name}"] = value
     data = {"batches": checkpoint.batches}
     if checkpoint.generator_state is not None:
         data["generator_state"] = checkpoint.generator_state

@@ -1,18 +1,21 @@
 """What training did: margins, accuracy, and answers in words."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_mini.arguments import check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
+from dpo_mini.policies import Scorer
 from dpo_mini.real.models import CausalLMPolicy
 from dpo_mini.real.tokens import TEMPLATE, check_template, encode_prompt, end_token
 from dpo_mini.train import Pairs
 
 
 def preference_margins(
-    policy: nn.Module, reference: nn.Module, pairs: Pairs, *, batch_size: int = 64
+    policy: Scorer, reference: Scorer, pairs: Pairs, *, batch_size: int = 64
 ) -> Tensor:
     r"""How much further than the reference the policy prefers chosen to rejected, a number a pair.
 
@@ -26,7 +29,7 @@ def preference_margins(
     check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
     check_count("batch_size", batch_size)
 
-    def score(model: nn.Module, rows: Tensor, completions: Tensor) -> Tensor:
+    def score(model: Scorer, rows: Tensor, completions: Tensor) -> Tensor:
         scored = model.token_logps(prompts[rows], completions[rows])
         return sum_over_tokens(scored, completions[rows] != PAD)
 
@@ -41,7 +44,7 @@ def preference_margins(
 
 
 def preference_accuracy(
-    policy: nn.Module, reference: nn.Module, pairs: Pairs, *, batch_size: int = 64
+    policy: Scorer, reference: Scorer, pairs: Pairs, *, batch_size: int = 64
 ) -> float:
     """The share of pairs whose implied reward is higher for the chosen answer.
 
@@ -94,7 +97,14 @@ def sample_answer(
 # --- below the surface -----------------------------------------------------------------------
 
 
-def _answer(policy, tokenizer, prompt, max_tokens, template, draw) -> str:
+def _answer(
+    policy: CausalLMPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_tokens: int,
+    template: str,
+    draw: Callable[[Tensor], Tensor],
+) -> str:
     """Tokens chosen by `draw` from log-probabilities `[V]`, one after another, as text."""
     check_count("max_tokens", max_tokens)
     check_template(template)

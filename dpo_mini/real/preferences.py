@@ -3,8 +3,7 @@
 import csv
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +101,9 @@ def load_preferences(path: AnyPath, *, columns: Columns | None = None) -> list[P
         and the column.
     """
     path = Path(path)
-    columns = _check_columns(columns)
-    with closing(_file_entries(path, _wanted(columns))) as entries:
-        return _preferences(str(path), entries, columns)
+    mapped = _check_columns(columns)
+    with closing(_file_entries(path, _wanted(mapped))) as entries:
+        return _preferences(str(path), entries, mapped)
 
 
 def load_hub_preferences(
@@ -193,7 +192,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | _RepeatedKey
     return entry
 
 
-def _file_entries(path: Path, wanted: set[str]) -> Iterator[tuple[str, object]]:
+def _file_entries(path: Path, wanted: set[str]) -> Generator[tuple[str, object], None, None]:
     """Where each entry of a file is, and the entry; `wanted` are the columns that will be read."""
     with open(path, "rb") as file:
         start = file.read(4)
@@ -210,7 +209,7 @@ def _file_entries(path: Path, wanted: set[str]) -> Iterator[tuple[str, object]]:
             yield from _line_entries(path, file)
 
 
-_BETWEEN_ENTRIES = re.compile(r"[ \t\r\n,]*")
+_BETWEEN_ENTRIES = " \t\r\n,"
 
 
 def _begins_a_list(file: BinaryIO) -> bool:
@@ -225,9 +224,11 @@ def _list_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     lines = enumerate(file.read().split(b"\n"), 1)
     text = "\n".join(_decode(path, line, n) for n, line in lines)
     entries, decode = _json(path, text, 1), json.JSONDecoder().raw_decode
+    assert isinstance(entries, list)  # the text begins with a bracket
     line, counted, at = 1, 0, text.index("[") + 1
     for n, entry in enumerate(entries, 1):
-        at = _BETWEEN_ENTRIES.match(text, at).end()
+        while text[at] in _BETWEEN_ENTRIES:
+            at += 1
         line, counted = line + text.count("\n", counted, at), at
         yield f"{path}, line {line}, entry {n}", entry
         _, at = decode(text, at)  # once more, to know where the next one begins
@@ -351,10 +352,12 @@ def _json(path: Path, text: str, first_line: int) -> object:
 def _preferences(
     source: str, entries: Iterable[tuple[str, object]], columns: _Mapped
 ) -> list[Preference]:
-    preferences, ids = [], {}
-    first_where = first_form = None
+    preferences: list[Preference] = []
+    ids: dict[str, str] = {}
+    first_where = first_form = ""
     for where, entry in entries:
-        pair, form = _preference(where, entry, columns)
+        fields = _check_object(where, entry)
+        pair, form = _preference(where, fields, columns)
         if not preferences:
             first_where, first_form = where, form
         if form != first_form:
@@ -362,13 +365,14 @@ def _preferences(
                 f"{where}: got {form} where {_place(source, first_where)} has {first_form}, takes "
                 "one form throughout"
             )
-        key = _read_id(where, entry, columns["id"])
-        if key is not None and key in ids:
+        key = _read_id(where, fields, columns["id"])
+        if key in ids:
             raise ValueError(
                 f"{where}: id: got {_cut(key)}, as in {_place(source, ids[key])}, takes each id "
                 'once (columns={"id": ()} does not look)'
             )
-        ids[key] = where
+        if key is not None:
+            ids[key] = where
         preferences.append(pair)
     if not preferences:
         raise ValueError(f"{source}: got no entries, takes at least one pair")
@@ -382,7 +386,12 @@ def _place(source: str, where: str) -> str:
 
 def _check_columns(columns: Columns | None) -> _Mapped:
     """Each of our names with the file's; None for what nobody said where to find."""
-    names = {"prompt": None, "chosen": ("chosen",), "rejected": ("rejected",), "id": None}
+    names: dict[str, tuple[str, ...] | None] = {
+        "prompt": None,
+        "chosen": ("chosen",),
+        "rejected": ("rejected",),
+        "id": None,
+    }
     for name, theirs in (columns or {}).items():
         if name not in names:
             raise ValueError(
@@ -396,7 +405,8 @@ def _check_columns(columns: Columns | None) -> _Mapped:
         names[name] = theirs
     taken: dict[str, str] = {}
     for name in ("prompt", "chosen", "rejected"):
-        for column in (name,) if names[name] is None else names[name]:
+        given = names[name]
+        for column in (name,) if given is None else given:
             if column in taken:
                 raise ValueError(
                     f"columns: got {column!r} for {taken[column]} and for {name}, takes each "
@@ -419,24 +429,29 @@ def _wanted(columns: _Mapped) -> set[str]:
     return {*_IMAGES, *_TOOLS, *(column for theirs in ours for column in theirs)}
 
 
-def _preference(where: str, entry: object, columns: _Mapped) -> tuple[Preference, str]:
-    """A pair, and in words the form that it had."""
+def _check_object(where: str, entry: object) -> Mapping[str, object]:
     if isinstance(entry, _RepeatedKey):
         raise ValueError(f"{where}: got the key {entry.key!r} twice, takes each key once")
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: got {_kind(entry)}, takes an object")
+    return entry
+
+
+def _preference(
+    where: str, entry: Mapping[str, object], columns: _Mapped
+) -> tuple[Preference, str]:
+    """A pair, and in words the form that it had."""
     try:
-        chosen = _read_answer("chosen", entry, columns["chosen"])
-        rejected = _read_answer("rejected", entry, columns["rejected"])
-        if isinstance(chosen, str) != isinstance(rejected, str):
+        chosen = _read_answer("chosen", entry, columns["chosen"] or ())
+        rejected = _read_answer("rejected", entry, columns["rejected"] or ())
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            _check_absent(entry, _IMAGES)
+            return _read_texts(entry, columns["prompt"], chosen, rejected)
+        if isinstance(chosen, str) or isinstance(rejected, str):
             got, first = ("text", "messages") if isinstance(rejected, str) else ("messages", "text")
             raise ValueError(f"rejected: got {got} where chosen is {first}, takes both alike")
-        for column in _IMAGES if isinstance(chosen, str) else (*_IMAGES, *_TOOLS):
-            if entry.get(column):
-                kind = _kind(entry[column])
-                raise ValueError(f"{column}: got {kind}, takes text alone: no such column")
-        read = _read_texts if isinstance(chosen, str) else _read_conversations
-        return read(entry, columns["prompt"], chosen, rejected)
+        _check_absent(entry, (*_IMAGES, *_TOOLS))
+        return _read_conversations(entry, columns["prompt"], chosen, rejected)
     except ValueError as error:
         theirs = columns.get(str(error).partition(":")[0]) or ()
         mapped = [repr(column) for column in theirs if not str(error).startswith(f"{column}:")]
@@ -444,6 +459,13 @@ def _preference(where: str, entry: object, columns: _Mapped) -> tuple[Preference
         raise ValueError(
             f"{where}: {error}" + ("" if told else f" (column {', '.join(mapped)})")
         ) from None
+
+
+def _check_absent(entry: Mapping[str, object], columns: Iterable[str]) -> None:
+    for column in columns:
+        if entry.get(column):
+            kind = _kind(entry[column])
+            raise ValueError(f"{column}: got {kind}, takes text alone: no such column")
 
 
 def _read_texts(
@@ -500,7 +522,7 @@ def _read_conversations(
     if columns:
         prompt = _read_columns("prompt", entry, columns)
         if not isinstance(prompt, str):
-            turns, form = _read_messages("prompt", prompt), "messages beside a prompt"
+            turns, form = [*_read_messages("prompt", prompt)], "messages beside a prompt"
             if before:
                 raise ValueError(
                     f"chosen: got {len(chosen)} messages beside a prompt of messages, takes one, "
@@ -566,10 +588,12 @@ def _read_columns(name: str, entry: Mapping[str, object], columns: tuple[str, ..
     values = [entry[column] for column in columns]
     if len(values) == 1:
         return values[0]
+    texts = []
     for column, value in zip(columns, values, strict=True):
         if not isinstance(value, str):
             raise ValueError(f"{name}: got {_kind(value)} in column {column!r}, takes text")
-    return "\n".join(value for value in values if value)
+        texts += [value] if value else []
+    return "\n".join(texts)
 
 
 def _read_messages(name: str, value: object) -> Messages:
@@ -606,11 +630,13 @@ def _as_text(messages: Sequence[tuple[str, str]]) -> str:
 
 def _as_entry(pair: Preference) -> dict[str, object]:
     """A pair as an object of a file, in one of the forms that are read."""
-    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-    if pair.messages:
-        prompt = as_messages(pair.messages)
-        chosen, rejected = (as_messages([("assistant", text)]) for text in (chosen, rejected))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if not pair.messages:
+        return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    return {
+        "prompt": as_messages(pair.messages),
+        "chosen": as_messages([("assistant", pair.chosen)]),
+        "rejected": as_messages([("assistant", pair.rejected)]),
+    }
 
 
 def as_messages(messages: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -91,18 +91,18 @@ def encode(
     rows = _encode_rows(preferences, tokenizer, template)
     long = [n for n, row in enumerate(rows) if _row_length(row) > max_tokens]
     if long:
-        prompt, chosen, rejected = (len(part) for part in rows[long[0]])
+        n_prompt, n_chosen, n_rejected = (len(part) for part in rows[long[0]])
         raise ValueError(
             f"preferences: got row {long[0]}, first of {len(long)} of {len(rows)} that are too "
-            f"long, with {prompt} tokens of prompt and answers of {chosen} and {rejected}; takes "
-            f"at most max_tokens = {max_tokens} for prompt and answer"
+            f"long, with {n_prompt} tokens of prompt and answers of {n_chosen} and {n_rejected}; "
+            f"takes at most max_tokens = {max_tokens} for prompt and answer"
         )
     prompts, chosen, rejected = (
         [torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True)
     )
     answers = pad_sequence([*chosen, *rejected], batch_first=True, padding_value=PAD)
-    prompts = pad_sequence(prompts, batch_first=True, padding_value=PAD)
-    return prompts, answers[: len(rows)], answers[len(rows) :]
+    padded_prompts = pad_sequence(prompts, batch_first=True, padding_value=PAD)
+    return padded_prompts, answers[: len(rows)], answers[len(rows) :]
 
 
 def count_tokens(

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from dpo_mini.arguments import (
     check_rows,
 )
 from dpo_mini.logps import PAD, sum_over_tokens
-from dpo_mini.policies import shares_storage
+from dpo_mini.policies import Scorer, shares_storage
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
@@ -40,21 +40,13 @@ if TYPE_CHECKING:
 
 RefLogps = tuple[Tensor, Tensor]
 """What `reference_logps` gives: chosen and rejected, `[n]` each, nats."""
-Precision = Callable[[str], AbstractContextManager]
+Precision = Callable[[str], AbstractContextManager[object]]
 """From a device's type, such as `"cuda"`, to the context that a model is read in."""
+Reduce = Callable[[Tensor, Tensor], Tensor]
+"""From `token_logps` `[B, T]` and their mask to `[B]`: `sum_over_tokens` or `mean_over_tokens`."""
 Schedule = Callable[[int], float]
 """From a step, 0 the first, to what the learning rate is multiplied by there."""
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-
-
-class Scorer(Protocol):
-    """Anything that scores completions: a policy, or `adapter_off(policy)`."""
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Of the model: where the first is, tokens are read."""
-
-    def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """`[B, T]` nats, as in `CausalLMPolicy`."""
 
 
 class OneProcess:
@@ -63,10 +55,10 @@ class OneProcess:
     num_processes, process_index, is_main_process = 1, 0, True
     distributed_type, mixed_precision, gradient_accumulation_steps = "NO", "no", 1
 
-    def prepare(self, *parts: object) -> tuple[object, ...]:  # noqa: D102
+    def prepare(self, *parts: Any) -> tuple[Any, ...]:  # noqa: D102
         return parts
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager:  # noqa: D102
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: D102
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:  # noqa: D102
@@ -91,12 +83,12 @@ class OneProcess:
 # --- precision and learning rates ------------------------------------------------------------
 
 
-def full_precision(device_type: str) -> AbstractContextManager:
+def full_precision(device_type: str) -> AbstractContextManager[object]:
     """Every product in the dtype of the weights."""
     return nullcontext()
 
 
-def bf16_autocast(device_type: str) -> AbstractContextManager:
+def bf16_autocast(device_type: str) -> AbstractContextManager[object]:
     """Matrix products in bfloat16; weights, gradients and log-probabilities stay float32.
 
     A log-probability is off by the rounding of all its tokens then, and by the same for two models
@@ -147,7 +139,7 @@ def train_preferences(
     optimizer: Optimizer,
     schedule: Schedule = constant,
     max_grad_norm: float = math.inf,
-    reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
+    reduce: Reduce = sum_over_tokens,
     precision: Precision = full_precision,
     accelerator: "Accelerator | OneProcess | None" = None,
     checkpoints: AnyPath | None = None,
@@ -201,7 +193,8 @@ def train_preferences(
         raise ValueError(f"max_grad_norm: got {max_grad_norm}, takes a number > 0")
     model, rates = policy.model, [group["lr"] for group in optimizer.param_groups]
     settings = _settings(optimizer, pairs, beta=beta, max_grad_norm=max_grad_norm)
-    done, history = 0, {}
+    done = 0
+    history: History = {}
     if checkpoints is not None:
         done, history = _go_on(checkpoints, model, optimizer, settings, batches, generator)
         accelerator.wait_for_everyone()
@@ -212,7 +205,7 @@ def train_preferences(
     def batch_gradient(rows: Tensor) -> Tensor:
         """Leaves the gradient of the batch's mean loss in `.grad`; returns METRICS, `[5]`."""
         mine = rows.chunk(accelerator.num_processes)[accelerator.process_index]
-        passes, sums = mine.split(micro_batch_size), 0.0
+        passes, sums = mine.split(micro_batch_size), []
         for n, part in enumerate(passes, start=1):
             last = n == len(passes)
             # Processes add up their gradients once, in the last pass.
@@ -226,8 +219,8 @@ def train_preferences(
             good = beta * (chosen - ref_chosen).detach()
             bad = beta * (rejected - ref_rejected).detach()
             seen = (losses.detach(), good, bad, good - bad, (good > bad).to(good))
-            sums = sums + torch.stack([values.sum() for values in seen])
-        return accelerator.reduce(sums, "sum") / len(rows)
+            sums.append(torch.stack([values.sum() for values in seen]))
+        return accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(rows)
 
     for step in progress(range(done, len(batches))):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -273,7 +266,7 @@ def save_trained(
     """
     accelerator = accelerator or OneProcess()
     weights = accelerator.get_state_dict(policy.model)  # gathered from all: all must take part
-    model = accelerator.unwrap_model(policy.model)
+    model: Any = accelerator.unwrap_model(policy.model)  # of transformers, or of peft
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
         weights = None
@@ -321,10 +314,10 @@ def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
     if not kept.any():
         shortest = int((prompt + torch.maximum(chosen, rejected)).min())
         raise ValueError(f"max_tokens: got {max_tokens}, takes >= {shortest}, the shortest pair")
-    prompts, *answers = (tokens[kept] for tokens in pairs)
-    width = int(torch.maximum(chosen, rejected)[kept].max())
-    prompts = prompts[:, : int(prompt[kept].max())]
-    return (prompts, *(tokens[:, :width] for tokens in answers)), int((~kept).sum())
+    height, width = int(prompt[kept].max()), int(torch.maximum(chosen, rejected)[kept].max())
+    prompts, chosen_tokens, rejected_tokens = (tokens[kept] for tokens in pairs)
+    fitting = (prompts[:, :height], chosen_tokens[:, :width], rejected_tokens[:, :width])
+    return fitting, int((~kept).sum())
 
 
 def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
@@ -370,7 +363,7 @@ def reference_logps(
     pairs: Pairs,
     *,
     micro_batch_size: int = 1,
-    reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
+    reduce: Reduce = sum_over_tokens,
     precision: Precision = full_precision,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> RefLogps:
@@ -430,7 +423,7 @@ def add_lora(
     check_positive("alpha", alpha)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # peft says int and divides it by the rank
         lora_dropout=dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
@@ -473,7 +466,7 @@ class adapter_off:
 
 
 def _pair_logps(
-    model: Scorer, pairs: Pairs, rows: Tensor, reduce: Callable, precision: Precision
+    model: Scorer, pairs: Pairs, rows: Tensor, reduce: Reduce, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
     prompts, chosen, rejected = pairs
@@ -488,18 +481,17 @@ def _pair_logps(
 
 
 def _reader(
-    reference: RefLogps | Scorer, pairs: Pairs, reduce: Callable, precision: Precision
+    reference: RefLogps | Scorer, pairs: Pairs, reduce: Reduce, precision: Precision
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """From rows to the reference's chosen and rejected: looked up, or read without gradient."""
 
-    def look_up(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return reference[0][rows], reference[1][rows]
-
-    @torch.no_grad()
     def read(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return _pair_logps(reference, pairs, rows, reduce, precision)
+        if isinstance(reference, tuple):
+            return reference[0][rows], reference[1][rows]
+        with torch.no_grad():
+            return _pair_logps(reference, pairs, rows, reduce, precision)
 
-    return look_up if isinstance(reference, tuple) else read
+    return read
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -512,7 +504,7 @@ def _settings(optimizer: Optimizer, pairs: Pairs, **others: float) -> dict[str, 
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     digest = hashlib.sha256()
     for tokens in pairs:
-        digest.update(tokens.cpu().contiguous().numpy())
+        digest.update(tokens.cpu().contiguous().numpy().data)
     named = {"optimizer": type(optimizer).__name__, "groups": groups, **others}
     return {**named, "pairs": digest.hexdigest()}
 
@@ -535,7 +527,7 @@ def _go_on(
             weight.copy_(saved.weights[name])
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
-    if generator is not None:
+    if generator is not None and saved.generator_state is not None:  # both or none: checked above
         generator.set_state(saved.generator_state)
     return saved.step, saved.history
 
@@ -545,7 +537,14 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 
 def _check_run(
-    policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints
+    policy: CausalLMPolicy,
+    reference: RefLogps | Scorer,
+    pairs: Pairs,
+    batches: Tensor,
+    optimizer: Optimizer,
+    accelerator: "Accelerator | OneProcess",
+    precision: Precision,
+    checkpoints: AnyPath | None,
 ) -> None:
     check_pairs(pairs)
     n_rows = len(pairs[0])
@@ -577,12 +576,13 @@ def _check_run(
             "and in reference_logps"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
-        got = accelerator.mixed_precision
-        raise ValueError(f"accelerator: got mixed_precision {got!r}, takes 'no' or 'bf16'")
+        mixed = accelerator.mixed_precision
+        raise ValueError(f"accelerator: got mixed_precision {mixed!r}, takes 'no' or 'bf16'")
     if accelerator.gradient_accumulation_steps != 1:
-        got = accelerator.gradient_accumulation_steps
+        steps = accelerator.gradient_accumulation_steps
         raise ValueError(
-            f"accelerator: got gradient_accumulation_steps {got}, takes 1: micro_batch_size does it"
+            f"accelerator: got gradient_accumulation_steps {steps}, takes 1: micro_batch_size does "
+            "it"
         )
     if accelerator.distributed_type == "FSDP":
         if checkpoints is not None:
