@@ -138,7 +138,16 @@ def kl(logps: Tensor, other_logps: Tensor) -> Tensor:
 
 
 def expected_reward(logps: Tensor, rewards: Tensor) -> Tensor:
-    r"""$E_{y\sim\pi}[r(x,y)]$, `[X]`, from two tables `[X, Y]`; errors as in `log_partition`."""
+    r"""$E_{y\sim\pi}[r(x,y)]$.
+
+    Args:
+      logps: `[X, Y]`, log pi, nats.
+      rewards: `[X, Y]`, finite.
+    Returns:
+      `[X]`, reward units.
+    Raises:
+      ValueError: as in `log_partition`.
+    """
     check_floats("[X, Y]", logps=logps, rewards=rewards)
     _check_tables(logps=logps)
     check_finite(rewards=rewards)

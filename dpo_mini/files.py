@@ -14,7 +14,7 @@ __all__ = [
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that after a failure, at any moment, it is as it was before.
+    """Write a file so that after a failure, at any moment, what is at `path` is as it was before.
 
     The content goes to a new file in the same folder, which then takes the place of the old one.
 

@@ -107,6 +107,11 @@ def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tens
 def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
     """log pi(y|x), `[B]` nats: the sum of `token_logps` `[B, T]` over the masked-in tokens.
 
+    Args:
+      token_logps: `[B, T]`, nats.
+      completion_mask: `[B, T]` bool or 0/1, true on the completion's tokens.
+    Returns:
+      `[B]`, nats.
     Raises:
       ValueError: shapes differ, the mask is not 0/1, or a masked-in value is NaN or +inf.
     """
@@ -119,6 +124,8 @@ def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
 
 def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
     """Mean log-probability a token, `[B]` nats: no longer the log of a probability.
+
+    Args are those of `sum_over_tokens`.
 
     Raises:
       ValueError: as in `sum_over_tokens`, or a row has no token.

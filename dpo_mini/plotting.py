@@ -70,6 +70,11 @@ _FONT: Any = {  # rcParams: how their names are typed depends on matplotlib's ve
 def style(method: str, **changes: object) -> dict[str, Any]:
     """Keyword arguments for `Axes.plot` that draw `method` as everywhere else in the course.
 
+    Args:
+      method: a key of `STYLES`, such as `"dpo"`.
+      **changes: what is drawn otherwise here, such as `label="DPO, beta 0.1"`.
+    Returns:
+      Colour, line style, label and, of some, a marker.
     Raises:
       ValueError: `method` has no style; `STYLES` has those that do.
     """
@@ -81,7 +86,15 @@ def style(method: str, **changes: object) -> dict[str, Any]:
 def axes(
     title: str, x_label: str, y_label: str, *, width: float = 6.4, height: float = 3.6
 ) -> tuple[Figure, Axes]:
-    """One set of axes whose title is the finding and whose labels carry units."""
+    """One set of axes whose title is the finding and whose labels carry units.
+
+    Args:
+      title: the finding.
+      x_label, y_label: what is drawn, and its unit.
+      width, height: of the figure, inches.
+    Returns:
+      `(figure, axes)`.
+    """
     fig, (ax,) = panels([title], [x_label], [y_label], width=width, height=height)
     return fig, ax
 
@@ -94,7 +107,16 @@ def panels(
     width: float = 9.6,
     height: float = 3.6,
 ) -> tuple[Figure, list[Axes]]:
-    """Axes side by side, each with its own title and labels."""
+    """Axes side by side, each with its own title and labels.
+
+    Args:
+      titles, x_labels, y_labels: one each a panel, from left to right.
+      width, height: of the whole figure, inches.
+    Returns:
+      `(figure, axes)`, as many axes as titles.
+    Raises:
+      ValueError: titles and labels differ in number.
+    """
     if not len(titles) == len(x_labels) == len(y_labels):
         got = (len(titles), len(x_labels), len(y_labels))
         raise ValueError(f"titles, x_labels, y_labels: got {got} of them, takes one number")
@@ -298,7 +320,11 @@ def ternary_xy(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ternary_grid(n_steps: int) -> np.ndarray:
-    """Every distribution over three actions in steps of 1/n: `[(n + 1)(n + 2) / 2, 3]`."""
+    """Every distribution over three actions in steps of 1/n: `[(n + 1)(n + 2) / 2, 3]`.
+
+    Raises:
+      ValueError: `n_steps`, n, is below 1.
+    """
     if n_steps < 1:
         raise ValueError(f"n_steps: got {n_steps}, takes at least 1")
     a, b = np.meshgrid(np.arange(n_steps + 1), np.arange(n_steps + 1), indexing="ij")
@@ -353,6 +379,8 @@ def vector_fields(
       length_label: of the colour bar.
       columns: panels in a row.
       width, height: of the figure, inches.
+    Returns:
+      The figure.
     Raises:
       ValueError: no panels, `columns < 1`, or a component that is not `[n, n]` or not finite.
     """
@@ -434,7 +462,9 @@ def save(
 
 
 def leave_out_values(*artists: Artist) -> None:
-    """Mark lines or texts whose numbers differ between machines: the receipt will only name lines.
+    """Mark `artists`, lines or texts, whose numbers differ between machines.
+
+    A receipt then names the lines and leaves out the texts and all numbers.
 
     For what comes of training on a model's own samples: there rounding grows until one draw falls
     otherwise, and from there on the run is another one.
@@ -444,7 +474,7 @@ def leave_out_values(*artists: Artist) -> None:
 
 
 def receipt(fig: Figure) -> str:
-    """What was drawn, as text: of every series its label, number of points and ranges."""
+    """What was drawn in `fig`, as text: of every series its label, number of points and ranges."""
     rows = [f"[{fig.get_suptitle()}]"] if fig.get_suptitle() else []
     for ax in fig.axes:
         if ax.get_label() == "<colorbar>":

@@ -27,7 +27,6 @@ from dpo_mini.arguments import (
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 
 __all__ = [
-    "GELU",
     "Block",
     "Path",
     "Policy",
@@ -41,9 +40,6 @@ __all__ = [
     "Sizes",
     "TabularPolicy",
     "TinyTransformer",
-    "check_completions",
-    "gelu",
-    "shares_storage",
 ]
 
 Path = list[tuple[Tensor, Tensor]]
@@ -95,7 +91,11 @@ class Scorer(Protocol):
         """Its weights; where the first is, tokens are read."""
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Log-probability of each completion token, `[B, T]` nats, 0 on padding."""
+        """Log-probability of each token of `completions` `[B, T]`, `[B, T]` nats, 0 on padding.
+
+        `prompts` are what the model wants: `[B]` numbers for a `Policy`, `[B, P]` tokens for a
+        `CausalLMPolicy`.
+        """
 
 
 class Policy(nn.Module):
@@ -118,19 +118,32 @@ class Policy(nn.Module):
           tokens: `[B, S]` int64, the number of the prompt first.
           depths: `[S]`, how many tokens stand between the prompt and each, itself included.
           beyond: `[S, S]` bool, true where the token of a row does not see that of a column.
+        Returns:
+          `[B, S, V]`, logits of the token after each.
+        Raises:
+          NotImplementedError: a subclass says how.
         """
         raise NotImplementedError
 
     def read_tree(self, tree: PrefixTree) -> Tensor:
-        """Logits `[N, V]` of the token after each prefix of a tree."""
+        """Logits `[N, V]` of the token after each prefix of a `tree`; NotImplementedError here."""
         raise NotImplementedError
 
     def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
-        """Read the prompts `[P]`: logits of the first token `[P, V]`, and the paths so far."""
+        """Read the `prompts` `[P]`: logits of the first token `[P, V]`, and the paths so far.
+
+        A subclass says how; here it is a NotImplementedError.
+        """
         raise NotImplementedError
 
     def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """Read C sibling tokens `[P, C]`, each as the next one after its path, all at one depth."""
+        """Read C sibling `tokens` `[P, C]`, each as the next one after its `path`, at one depth.
+
+        A subclass says how; here it is a NotImplementedError.
+
+        Returns:
+          `(logits [P, C, V], own)`: of the token after each, and the siblings' keys and values.
+        """
         raise NotImplementedError
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -156,7 +169,10 @@ class Policy(nn.Module):
         return sum_over_tokens(scored, completions != PAD)
 
     def check_completions(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """The mask `[B, T]` of `completions`, or the ValueError that `token_logps` promises."""
+        """The mask `[B, T]` of `completions`, or the ValueError that `token_logps` promises.
+
+        Args are those of `token_logps`.
+        """
         return check_completions(self, prompts, completions)
 
 
@@ -195,13 +211,15 @@ class TabularPolicy(Policy):
         self.logits = nn.Parameter(logits.detach().clone())
 
     def read_rows(self, tokens: Tensor, depths: Tensor, beyond: Tensor) -> Tensor:
+        """As in `Policy.read_rows`: a bandit reads its prompt and nothing else."""
         return self.logits[tokens]  # a bandit reads its prompt and nothing else: [B, 1, V]
 
     def begin(self, prompts: Tensor) -> tuple[Tensor, Path]:
-        """Logits of the only token, `[P, V]`, and the path to it, of which nothing is kept."""
+        """Logits of the only token after each of `prompts` `[P]`, `[P, V]`, and an empty path."""
         return self.logits[prompts], []
 
     def read_tree(self, tree: PrefixTree) -> Tensor:
+        """As in `Policy.read_tree`."""
         return self.logits[tree.tokens]  # one token to say, so all that is read is prompts
 
 
@@ -231,7 +249,10 @@ class SelfAttention(nn.Module):
         return self.merge(mixed), k, v
 
     def look_back(self, x: Tensor, lineage: Tensor, beyond: Tensor) -> Tensor:
-        """Attention of N prefixes `x` `[N, D]`, each to those on its way and itself."""
+        """Attention of N prefixes `x` `[N, D]`, each to those on its way and itself.
+
+        `lineage` `[N, S]` is a `PrefixTree`'s; `beyond` `[N, S]` is true where a way has ended.
+        """
         width = x.shape[1]
         q, kv = self.c_attn(x).split([width, 2 * width], -1)
         q = q.view(-1, self.n_heads, 1, width // self.n_heads)
@@ -243,12 +264,13 @@ class SelfAttention(nn.Module):
         return self.c_proj((weights.unsqueeze(-1) * v).sum(2).flatten(1))  # [N, D]
 
     def heads(self, x: Tensor) -> Tensor:
-        """Queries, keys and values `[3, B, H, S, D/H]`."""
+        """Queries, keys and values `[3, B, H, S, D/H]` of `x` `[B, S, D]`."""
         batch, length, width = x.shape
         qkv = self.c_attn(x).view(batch, length, 3, self.n_heads, width // self.n_heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def merge(self, mixed: Tensor) -> Tensor:
+        """What the heads found, `mixed` `[B, H, S, D/H]`, as one vector a token, `[B, S, D]`."""
         return self.c_proj(mixed.transpose(1, 2).flatten(2))  # [B, S, D]
 
 
@@ -294,16 +316,20 @@ class Block(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The next hidden states of `x` `[B, S, D]`; `mask` as in `SelfAttention.forward`."""
         return self.feed(x + self.attn(self.ln_1(x), mask))
 
     def extend(self, x: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of C siblings `x` `[P, C, D]` after a `path`, as in `SelfAttention.extend`."""
         attended, k, v = self.attn.extend(self.ln_1(x), path)
         return self.feed(x + attended), k, v
 
     def look_back(self, x: Tensor, lineage: Tensor, beyond: Tensor) -> Tensor:
+        """Those of N prefixes, as in `SelfAttention.look_back`."""
         return self.feed(x + self.attn.look_back(self.ln_1(x), lineage, beyond))
 
     def feed(self, x: Tensor) -> Tensor:
+        """The two-layer network, added to `x` `[..., D]`."""
         return x + self.c_proj(gelu(self.c_fc(self.ln_2(x))))
 
 
@@ -366,11 +392,20 @@ class TinyTransformer(Policy):
     def for_task(
         cls, task: Sizes, *, generator: torch.Generator, **shape: int
     ) -> "TinyTransformer":
-        """An untrained transformer of the sizes of `task`."""
+        """An untrained transformer of the sizes of `task`.
+
+        Args:
+          task: a `Task`, or anything with its prompts and sizes.
+          generator: draws the initial weights.
+          **shape: `n_layers`, `n_heads` and `width`.
+        Returns:
+          The policy, of the default dtype.
+        """
         sizes = (len(task.prompts), task.vocab_size, task.max_tokens)
         return cls(*sizes, end_token=task.end_token, generator=generator, **shape)
 
     def read_rows(self, tokens: Tensor, depths: Tensor, beyond: Tensor) -> Tensor:
+        """As in `Policy.read_rows`."""
         x = self.wte(tokens + self.vocab_size * (depths == 0)) + self.wpe(depths)  # [B, S, D]
         mask = x.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
         for block in self.blocks:
@@ -399,7 +434,10 @@ class TinyTransformer(Policy):
         return self.unembed(hidden), own
 
     def read(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """`extend` up to the last layer norm: hidden states `[P, C, D]`, which a head reads."""
+        """`extend` up to the last layer norm: hidden states `[P, C, D]`, which a head reads.
+
+        Args are those of `extend`.
+        """
         depth = path[0][0].shape[2]
         x = self.wte(tokens) + self.wpe.weight[depth]  # [P, C, D]
         own: Path = []
@@ -413,7 +451,7 @@ class TinyTransformer(Policy):
         return self.unembed(self.hidden_of_tree(tree))
 
     def hidden_of_tree(self, tree: PrefixTree) -> Tensor:
-        """`read_tree` up to the last layer norm: hidden states `[N, D]`, which a head reads."""
+        """`read_tree` up to the last layer norm: hidden states `[N, D]` of a `tree`, for a head."""
         tokens = tree.tokens + self.vocab_size * (tree.depths == 0)
         x = F.embedding(tokens, self.wte.weight) + F.embedding(tree.depths, self.wpe.weight)
         steps = torch.arange(tree.lineage.shape[1], device=tokens.device)
@@ -423,6 +461,7 @@ class TinyTransformer(Policy):
         return self.ln_f(x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` from `hidden` states `[..., D]` after the last layer norm."""
         return hidden @ self.wte.weight[: self.vocab_size].T
 
 
@@ -444,7 +483,7 @@ class ScalarTransformer(nn.Module):
         return numbers[:, 0], path
 
     def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """What it says after each of C sibling tokens, `[P, C, 1]`; as the transformer's."""
+        """What it says after each of C sibling tokens, `[P, C, 1]`; as in `Policy.extend`."""
         hidden, own = self.body.read(tokens, path)
         return self.head(hidden), own
 
@@ -473,13 +512,16 @@ class RewardModel(ScalarTransformer):
 
     @classmethod
     def for_task(cls, task: Sizes, *, generator: torch.Generator, **shape: int) -> "RewardModel":
-        """An untrained reward model of the sizes of `task`; it says 0 of everything."""
+        """An untrained reward model of the sizes of `task`; it says 0 of everything.
+
+        Args are those of `TinyTransformer.for_task`.
+        """
         sizes = (len(task.prompts), task.vocab_size, task.max_tokens + 1)
         end = task.end_token
         return cls(TinyTransformer(*sizes, end_token=end, generator=generator, **shape))
 
     def extend(self, tokens: Tensor, path: Path) -> tuple[Tensor, Path]:
-        """The reward of what ends with each of C sibling tokens, `[P, C, 1]`."""
+        """The reward of what ends with each of C siblings, `[P, C, 1]`; as in `Policy.extend`."""
         numbers, own = super().extend(tokens, path)
         return numbers - self.offset, own
 
@@ -488,7 +530,11 @@ class RewardModel(ScalarTransformer):
         return super().read_tree(tree) - self.offset
 
     def centre(self, rewards: Tensor) -> None:
-        """Subtract the mean of `rewards` `[n]`, this model's own of some completions, in place."""
+        """Subtract the mean of `rewards` `[n]`, this model's own of some completions, in place.
+
+        Raises:
+          ValueError: a reward is not finite, or there are none.
+        """
         check_floats("[n]", rewards=rewards)
         check_finite(rewards=rewards)
         self.offset += rewards.detach().mean()

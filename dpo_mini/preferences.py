@@ -98,12 +98,21 @@ def plackett_luce_logp(rewards: Tensor, ranking: Tensor) -> Tensor:
 def sample_bradley_terry(
     rewards_a: Tensor, rewards_b: Tensor, *, generator: torch.Generator
 ) -> Tensor:
-    """Draw who wins each comparison: bool, True where a wins; shapes as `bradley_terry_prob`."""
+    """Draw who wins each comparison.
+
+    Args:
+      rewards_a, rewards_b: as in `bradley_terry_prob`.
+      generator: draws the winners.
+    Returns:
+      the same shape, bool, True where a wins.
+    Raises:
+      ValueError: as in `bradley_terry_prob`.
+    """
     return _bernoulli(bradley_terry_prob(rewards_a, rewards_b), generator)
 
 
 def sample_thurstone(rewards_a: Tensor, rewards_b: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Draw who wins each comparison: bool, True where a wins; shapes as `thurstone_prob`."""
+    """Draw who wins each comparison, by `thurstone_prob`; the rest as in `sample_bradley_terry`."""
     return _bernoulli(thurstone_prob(rewards_a, rewards_b), generator)
 
 
@@ -112,6 +121,11 @@ def sample_plackett_luce(rewards: Tensor, *, generator: torch.Generator) -> Tens
 
     Sorting rewards plus standard Gumbel noise is a draw from Plackett-Luce (Yellott 1977).
 
+    Args:
+      rewards: `[B, K]`, K >= 2, finite.
+      generator: draws the noise.
+    Returns:
+      `[B, K]` int64, as `plackett_luce_logp` takes it.
     Raises:
       ValueError: K < 2, or a reward is not finite.
     """

@@ -16,6 +16,8 @@ def notebook_progress(label: str) -> Callable[[range], Iterator[int]]:
 
     Args:
       label: what the loop does, shown beside the bar.
+    Returns:
+      From a range to the same numbers, shown as they go by.
     """
 
     def wrap(steps: range) -> Iterator[int]:

@@ -125,7 +125,11 @@ def straight_through_gumbel_softmax(
 
 
 def harden(soft: Tensor) -> Tensor:
-    """One-hot of the largest entry of `soft` `[..., V]`; the first of equals. Without gradient."""
+    """One-hot of the largest entry of `soft` `[..., V]`; the first of equals. Without gradient.
+
+    Raises:
+      ValueError: `soft` is empty, or not floating.
+    """
     check_floats("[...]", soft=soft)
     return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
 

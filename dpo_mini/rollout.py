@@ -21,7 +21,6 @@ from dpo_mini.tasks import Task, subtree_sizes
 
 __all__ = [
     "branched_token_logps",
-    "chunks",
     "enumerate_logps",
     "enumerate_rewards",
     "faster_reader",
@@ -32,7 +31,6 @@ __all__ = [
     "sample",
     "shared_prefix_rewards",
     "shared_prefix_token_logps",
-    "take",
 ]
 
 
@@ -131,8 +129,8 @@ def shared_prefix_token_logps(policy: Policy, prompts: Tensor, completions: Tens
     """`policy.token_logps`, with each distinct prefix of the batch read once.
 
     Completions drawn from one policy begin alike: a batch of 1,000 micro-reviews has some 500
-    distinct prefixes where scoring each row alone reads 5,000 tokens. Same arguments, errors,
-    values and gradients as `policy.token_logps`.
+    distinct prefixes where scoring each row alone reads 5,000 tokens. Arguments, errors,
+    values and gradients are those of `policy.token_logps`.
 
     Returns:
       `[B, T]`, nats; 0 on padding.
@@ -179,7 +177,10 @@ def forked_token_logps(policy: Policy, prompts: Tensor, chosen: Tensor, rejected
 def branched_token_logps(
     policy: Policy, prompts: Tensor, chosen: Tensor, rejected: Tensor
 ) -> Tensor:
-    """`forked_token_logps` through `shared_prefix_token_logps`: one tree for the whole batch."""
+    """`forked_token_logps` through `shared_prefix_token_logps`: one tree for the whole batch.
+
+    Args, result and errors are those of `forked_token_logps`.
+    """
     return shared_prefix_token_logps(policy, prompts.repeat(2), torch.cat([chosen, rejected]))
 
 
@@ -194,6 +195,8 @@ def faster_reader(
 
     Args:
       policy, prompts, chosen, rejected: as in `forked_token_logps`; one batch will do.
+    Returns:
+      One of the two functions.
     Raises:
       ValueError: as `policy.token_logps`.
     """
@@ -235,6 +238,8 @@ def shared_prefix_rewards(model: RewardModel, prompts: Tensor, completions: Tens
     Args:
       model: a `RewardModel`.
       prompts, completions: as in `policy.token_logps`.
+    Returns:
+      `[B]`, reward units.
     Raises:
       ValueError: a prompt or token is out of range; a completion is empty, too long, or goes on
         after its end token.
@@ -250,6 +255,11 @@ def enumerate_rewards(model: RewardModel, task: Task, *, n_parents: int = 128) -
 
     The walk is that of `enumerate_logps`, one token deeper: a reward is read off the last token.
 
+    Args:
+      model: a `RewardModel` of the sizes of `task`.
+      task, n_parents: as in `enumerate_logps`.
+    Returns:
+      `[X, Y]`, reward units.
     Raises:
       ValueError: the sizes of model and task differ.
     """
@@ -284,6 +294,8 @@ def prefix_tree(prompts: Tensor, tokens: Tensor, vocab_size: int) -> PrefixTree:
       prompts: `[B]` int64.
       tokens: `[B, S - 1]` int64, what is read after the prompt, padded with `PAD`.
       vocab_size: V.
+    Returns:
+      The tree; its `nodes` say which prefix each row of the batch is at each step.
     """
     first, node = prompts.unique(return_inverse=True)  # node: the prefix of each row going on
     rows = torch.arange(len(prompts), device=prompts.device)
@@ -347,7 +359,14 @@ def chunks(next_logps: Tensor, path: Path, size: int) -> Iterator[tuple[Tensor, 
 
 
 def lengthen(path: Path, own: Path) -> Path:
-    """Paths of P prefixes with their C children's own keys and values: P * C longer paths."""
+    """Paths of P prefixes with their C children's own keys and values: P * C longer paths.
+
+    Args:
+      path: of the prefixes, `[P, H, S, D/H]` a layer.
+      own: of the children, `[P, H, C, D/H]`, or `[1, H, C, D/H]` where all prefixes share them.
+    Returns:
+      `[P C, H, S + 1, D/H]` a layer.
+    """
 
     def join(shared: Tensor, mine: Tensor) -> Tensor:  # [P, H, S, d], [P or 1, H, C, d]
         n_children = mine.shape[2]

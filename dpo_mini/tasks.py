@@ -139,6 +139,7 @@ class Task:
         Args:
           logps: `[X, Y]`, the policy as a table, nats.
           prompts: `[B]` int64.
+          generator: draws the completions.
         Returns:
           `[B, T]` int64, padded with `PAD`.
         """
@@ -155,6 +156,7 @@ class Task:
         Args:
           logps: `[X, Y]`, the policy that answers, as a table, nats.
           n: how many pairs.
+          generator: draws prompts, answers and winners.
         Returns:
           `(prompts [n], chosen [n, T], rejected [n, T])`, int64.
         Raises:
@@ -196,7 +198,16 @@ class Task:
 
 
 def subtree_sizes(vocab_size: int, max_tokens: int, end_token: int | None) -> list[int]:
-    """How many completions begin with an unended prefix of 0, 1, …, T tokens: T + 1 numbers."""
+    """How many completions begin with an unended prefix of 0, 1, …, T tokens: T + 1 numbers.
+
+    Args:
+      vocab_size, max_tokens: V and T.
+      end_token: the token that ends a completion, or None where all have T tokens.
+    Returns:
+      T + 1 numbers; the first is Y, that of all completions, the last 1.
+    Raises:
+      ValueError: `max_tokens < 1`, or no token beside the end token.
+    """
     check_count("vocab_size", vocab_size, least=1 if end_token is None else 2)
     check_count("max_tokens", max_tokens)
     ends, goes_on = (0, vocab_size) if end_token is None else (1, vocab_size - 1)
@@ -206,6 +217,8 @@ def subtree_sizes(vocab_size: int, max_tokens: int, end_token: int | None) -> li
 
 def enumerate_completions(vocab_size: int, max_tokens: int, end_token: int | None) -> Tensor:
     """Every completion of at most T tokens in dictionary order, `[Y, T]` int64, padded with `PAD`.
+
+    Args are those of `subtree_sizes`.
 
     Raises:
       ValueError: there are more than 20 million, or the end token is outside the vocabulary.
@@ -243,6 +256,8 @@ def bandit(rewards: Tensor, ref_probs: Tensor, *, actions: Sequence[str] | None 
       rewards: `[X, Y]`, finite.
       ref_probs: `[X, Y]`, positive, each row summing to 1.
       actions: Y names; "a", "b", "c", … when left out.
+    Returns:
+      A `Task` whose `ref_logps` are the logarithms of `ref_probs`.
     Raises:
       ValueError: shapes or dtypes differ, a reward is not finite, a probability is <= 0 or NaN, a
         row does not sum to 1, or the names are not Y.
@@ -277,7 +292,16 @@ def three_answers() -> Task:
 
 
 def random_bandit(n_prompts: int, n_actions: int, *, generator: torch.Generator) -> Task:
-    """Rewards N(0, 1) and a reference that is the softmax of N(0, 1), float64."""
+    """Rewards N(0, 1) and a reference that is the softmax of N(0, 1), float64.
+
+    Args:
+      n_prompts, n_actions: X and Y.
+      generator: draws both tables.
+    Returns:
+      A `Task` of X prompts and Y actions.
+    Raises:
+      ValueError: a size below 1.
+    """
     check_count("n_prompts", n_prompts)
     check_count("n_actions", n_actions)
     check_generator(generator)
@@ -332,9 +356,12 @@ def micro_review_demonstrations(
 
     Args:
       n: how many sentences.
+      generator: draws prompts, words and slips.
       slip_prob: in [0, 1).
     Returns:
       `(prompts [n], completions [n, 5])`, int64, padded with `PAD`.
+    Raises:
+      ValueError: `n < 1`, or `slip_prob` outside [0, 1).
     """
     check_count("n", n)
     check_between("slip_prob", slip_prob, 0.0, 1.0)

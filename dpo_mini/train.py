@@ -62,7 +62,6 @@ __all__ = [
     "Penalty",
     "Score",
     "as_they_are",
-    "check_pairs",
     "fit_online_preferences",
     "fit_ppo",
     "fit_preferences",
@@ -108,6 +107,7 @@ def fit_sft(
       prompts: `[n]`; completions: `[n, T]` int64, padded with `PAD`.
       steps, batch_size, learning_rate: of Adam; 20 steps of warm-up, then a cosine down to 0.
       generator: shuffles; every row is seen once before any is seen again.
+      progress: wraps the range of steps, such as `notebook_progress("SFT")` or `tqdm`.
     Returns:
       `{"loss": [steps]}`, nats a completion.
     Raises:
@@ -149,6 +149,7 @@ def fit_preferences(
       steps, batch_size, learning_rate, generator: as in `fit_sft`.
       reduce: from `token_logps` to what the loss takes: `sum_over_tokens`, or `mean_over_tokens`
         for the losses whose arguments are `mean_logps`.
+      progress: as in `fit_sft`.
     Returns:
       `{"loss", "margin", "accuracy"}`, each `[steps]`: the mean loss, the mean log-ratio margin in
       nats (chosen minus rejected), and the share of the batch's pairs where it is positive.
@@ -202,7 +203,7 @@ def fit_reward_model(
     Args:
       model: a `RewardModel`; `centre` it afterwards, for pairs leave a constant free.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
-      steps, batch_size, learning_rate, generator: as in `fit_sft`.
+      steps, batch_size, learning_rate, generator, progress: as in `fit_sft`.
     Returns:
       `{"loss", "accuracy"}`, each `[steps]`: nats a pair, and the share of the batch's pairs whose
       chosen answer has the larger reward.
@@ -255,6 +256,7 @@ def fit_reinforce(
       generator: draws prompts and completions.
       advantages: from returns `[B, K]`, which include the KL term, to `[B, K]`:
         `leave_one_out_advantages`, `mean_advantages`, `group_normalised_advantages`.
+      progress: as in `fit_sft`.
     Returns:
       `{"reward", "kl", "objective"}`, each `[steps]`: sample means of the score, of k1 in nats, and
       of score - beta k1.
@@ -307,6 +309,7 @@ def fit_online_preferences(
       loss: as in `fit_preferences`, such as `partial(dpo_loss, beta=0.1)`.
       steps, learning_rate: of Adam, as in `fit_sft`.
       batch_size: pairs a step, each used once.
+      progress: as in `fit_sft`.
     Returns:
       `{"loss", "margin", "accuracy", "reward", "kl"}`, each `[steps]`: the first three as in
       `fit_preferences`, the others as in `fit_reinforce`.
@@ -369,7 +372,7 @@ def token_rewards(scores: Tensor, penalties: Tensor, completion_mask: Tensor) ->
 
 
 def no_penalty(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The KL estimator that estimates nothing: 0, of the shape of `logps`."""
+    """The KL estimator that estimates nothing: 0 of the shape of `logps`, whatever `ref_logps`."""
     return torch.zeros_like(logps)
 
 
@@ -437,6 +440,7 @@ def fit_ppo(
       normalise: `(advantages, mask) -> advantages`: `whiten`, or `as_they_are`.
       assign: `(scores [B], penalties [B, T], mask) -> rewards [B, T]`: which token earns what;
         `token_rewards` puts the score on the last one.
+      progress: as in `fit_sft`.
     Returns:
       `{"reward", "kl", "objective", "entropy", "clipped", "value_loss", "beta"}`, each `[steps]`:
       sample means of the score, of k1 of a completion in nats, of score - beta k1, and of the

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dpo_mini"
 LEVELS = {
     "arguments": -1,
+    "deprecation": -1,
     "files": -1,
     "progress": -1,
     "logps": 0,

@@ -44,7 +44,7 @@ class Checkpoint:
         batches: Tensor,
         generator: torch.Generator | None,
     ) -> None:
-        """Refuse to go on as another run: other weights, settings, data or generators."""
+        """Refuse to go on as another run: other `weights`, `settings`, `batches` or `generator`."""
         shapes = {name: weight.shape for name, weight in weights.items()}
         if shapes != {name: weight.shape for name, weight in self.weights.items()}:
             raise ValueError("checkpoints: got those of another model, takes this run's or none")

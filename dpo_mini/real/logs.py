@@ -19,6 +19,10 @@ def csv_log(path: AnyPath) -> Log:
     A run that goes on from step s keeps the lines before s and drops the others, whole or broken:
     a run that was killed after its last checkpoint wrote lines that are now written again.
 
+    Args:
+      path: the file, whose folder is there.
+    Returns:
+      What `train_preferences` takes among its `logs`.
     Raises, when it is called:
       ValueError: the file has other columns.
       OSError: the file cannot be written.

@@ -22,8 +22,14 @@ def preference_margins(
     $\log(\pi_\theta/\pi_{ref})(y_w) - \log(\pi_\theta/\pi_{ref})(y_l)$; times beta it is the
     margin of the implied rewards.
 
+    Args:
+      policy, reference: have `token_logps`, as in `train.fit_preferences`.
+      pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
+      batch_size: pairs a pass; changes speed and memory alone.
     Returns:
       `[n]`, nats, without gradient; 0 where the two answers are the same.
+    Raises:
+      ValueError: no pairs, rows that differ in number, or `batch_size < 1`.
     """
     prompts, chosen, rejected = pairs
     check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
@@ -50,6 +56,8 @@ def preference_accuracy(
 
     A tie counts as wrong, so a pair of twice the same answer is wrong under every policy, and a
     policy that equals its reference has accuracy 0. Beta does not matter.
+
+    Args and errors are those of `preference_margins`.
     """
     margins = preference_margins(policy, reference, pairs, batch_size=batch_size)
     return (margins > 0).double().mean().item()
@@ -66,8 +74,14 @@ def greedy_answer(
     """The answer made of the most probable token each time; one that did not end closes in ….
 
     Args:
+      policy, tokenizer: a model and what it was trained with.
+      prompt: the question, without template.
       max_tokens: the most tokens of prompt and answer together, at most the model's context.
       template: the one that the model was trained with, as in `encode`.
+    Returns:
+      The answer without its end token.
+    Raises:
+      ValueError: a `max_tokens` above the context, or a prompt that leaves no room.
     """
 
     def most_probable(logps: Tensor) -> Tensor:
@@ -85,7 +99,10 @@ def sample_answer(
     generator: torch.Generator,
     template: str = TEMPLATE,
 ) -> str:
-    """An answer drawn from the policy as it is, temperature 1; the rest as in `greedy_answer`."""
+    """An answer drawn from the policy as it is, temperature 1, by `generator`.
+
+    The other args, the result and the errors are those of `greedy_answer`.
+    """
     check_generator(generator)
 
     def draw(logps: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ def full_memory(*, reference: float = 4) -> Memory:
 
     Args:
       reference: of the frozen copy: 4, or 2 in bfloat16, or 0 where `reference_logps` scored first.
+    Returns:
+      Bytes for each parameter of the model, and their total.
     """
     return _memory(weights=4, gradients=4, moments=8, master=0, reference=reference)
 
@@ -26,6 +28,10 @@ def bf16_memory(*, reference: float = 2) -> Memory:
     As much as float32 in total, in other places: it is passes that get faster, and activations that
     halve.
 
+    Args:
+      reference: of the frozen copy, as in `full_memory`.
+    Returns:
+      Bytes for each parameter of the model, and their total.
     Source: Rajbhandari et al. 2019 (ZeRO), section 3.1, arXiv:1910.02054: 2 + 2 + 12.
     """
     return _memory(weights=2, gradients=2, moments=8, master=4, reference=reference)
@@ -37,6 +43,10 @@ def lora_memory(trained: float, *, weights: float = 2) -> Memory:
     Args:
       trained: parameters of the adapters for each of the model's, such as 0.01.
       weights: bytes of a frozen one: 4, 2 in bfloat16, or about 0.5 in four bits.
+    Returns:
+      Bytes for each parameter of the model, and their total.
+    Raises:
+      ValueError: `trained` outside [0, 1], or `weights` below 0.
     """
     check_fraction("trained", trained)
     check_between("weights", weights, 0.0, float("inf"))
@@ -56,6 +66,11 @@ def sharded_memory(memory: Memory, n: int) -> Memory:
 
     Args:
       memory: of one device that holds everything; under DDP every device does.
+      n: how many devices.
+    Returns:
+      The same parts, each divided by n.
+    Raises:
+      ValueError: `n < 1`.
     """
     check_count("n", n)
     return {name: value / n for name, value in memory.items()}

@@ -115,6 +115,10 @@ def tiny_gpt2(
       n_positions: the model's context in tokens.
       n_layers, n_heads, width: its shape; `width` is a multiple of `n_heads`.
       generator: draws the weights.
+    Returns:
+      The model, in evaluation mode.
+    Raises:
+      ValueError: a size below 1, or a `width` that the heads do not divide.
     """
     sizes = {"n_positions": n_positions, "n_layers": n_layers, "n_heads": n_heads, "width": width}
     for name, size in sizes.items():
@@ -166,6 +170,8 @@ def download_model(
     Args:
       name: the model's name on the hub; a folder of this name on this machine is read instead.
       revision: its branch, tag or commit; a commit is the only one that cannot change.
+    Returns:
+      `(model, tokenizer)`, as `load_model`.
     """
     return _from_pretrained(name, revision=revision)
 

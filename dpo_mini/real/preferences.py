@@ -115,6 +115,10 @@ def load_hub_preferences(
       name: the data set, or a folder on this machine in a form that `datasets` knows.
       split: such as `"train"` or `"train[:1000]"`.
       columns: as in `load_preferences`; rows are checked and refused alike.
+    Returns:
+      The pairs, in the data set's order.
+    Raises:
+      ValueError: as `load_preferences`, with the row in the place of the line.
     """
     import datasets
 
@@ -128,6 +132,9 @@ def save_preferences(path: AnyPath, preferences: Iterable[Preference]) -> None:
 
     Pairs with messages are written as messages beside a prompt of messages, others as text.
 
+    Args:
+      path: the file, whose folder is there.
+      preferences: pairs, with messages all of them or none.
     Raises:
       OSError: the file cannot be written.
       ValueError: no pairs, something that is not a `Preference`, or pairs with messages among pairs

@@ -28,6 +28,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     Args:
       texts: what to learn merges from.
       vocab_size: the most tokens: 256 bytes, the end token, and merges.
+    Returns:
+      A tokenizer whose `eos_token` is `END`.
     Raises:
       ValueError: no texts, or `vocab_size < 257`.
     """
@@ -111,7 +113,10 @@ def count_tokens(
     *,
     template: str = TEMPLATE,
 ) -> list[int]:
-    """How many tokens each pair needs: its prompt, the longer of its answers, the end token."""
+    """How many tokens each pair needs: its prompt, the longer of its answers, the end token.
+
+    Args and errors are those of `encode`.
+    """
     return [_row_length(row) for row in _encode_rows(preferences, tokenizer, template)]
 
 

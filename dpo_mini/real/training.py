@@ -84,7 +84,7 @@ class OneProcess:
 
 
 def full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Every product in the dtype of the weights."""
+    """Every product in the dtype of the weights, whatever the `device_type`."""
     return nullcontext()
 
 
@@ -94,17 +94,31 @@ def bf16_autocast(device_type: str) -> AbstractContextManager[object]:
     A log-probability is off by the rounding of all its tokens then, and by the same for two models
     with the same weights. So the reference is read in it too: else rewards start at that noise, and
     not at 0.
+
+    Args:
+      device_type: such as `"cuda"` or `"cpu"`.
+    Returns:
+      The context that a model is read in.
     """
     return torch.autocast(device_type, dtype=torch.bfloat16)
 
 
 def constant(step: int) -> float:
-    """The learning rate as it is."""
+    """The learning rate as it is, at every `step`."""
     return 1.0
 
 
 def warmup_then_cosine(steps: int, *, warmup: int) -> Schedule:
-    """Up in equal parts over `warmup` steps to 1, then a cosine down to 0 after the last."""
+    """Up in equal parts over `warmup` steps to 1, then a cosine down to 0 after the last.
+
+    Args:
+      steps: of the whole run.
+      warmup: of them, in 0..steps-1.
+    Returns:
+      From a step, 0 the first, to what the learning rate is multiplied by.
+    Raises:
+      ValueError: `steps < 1`, or a warm-up that leaves nothing.
+    """
     _check_warmup(steps, warmup)
 
     def schedule(step: int) -> float:
@@ -115,7 +129,10 @@ def warmup_then_cosine(steps: int, *, warmup: int) -> Schedule:
 
 
 def warmup_then_linear(steps: int, *, warmup: int) -> Schedule:
-    """Up in equal parts over `warmup` steps to 1, then in equal parts down to 0 after the last."""
+    """Up in equal parts over `warmup` steps to 1, then in equal parts down to 0 after the last.
+
+    Args, result and errors are those of `warmup_then_cosine`.
+    """
     _check_warmup(steps, warmup)
 
     def schedule(step: int) -> float:
@@ -174,6 +191,7 @@ def train_preferences(
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
       logs: called after each step in the main process: `csv_log(path)`, `tensorboard_log(folder)`.
+      progress: as in `train.fit_sft`.
     Returns:
       `{"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
       "grad_norm", "lr"}`, each `[steps]`, of the batch before its step is taken. A reward is
@@ -263,6 +281,10 @@ def save_trained(
 
     An adapter is merged into the weights, for good: what is written is a model like any other, and
     the policy reads the same weights from then on.
+
+    Args:
+      policy, accelerator: those of `train_preferences`.
+      tokenizer, folder: as in `save_model`.
     """
     accelerator = accelerator or OneProcess()
     weights = accelerator.get_state_dict(policy.model)  # gathered from all: all must take part
@@ -286,8 +308,14 @@ def shuffled_batches(
     Every row is seen once before any is seen again. All batches are full: one that reaches the end
     of the rows goes on at the beginning of their next order.
 
+    Args:
+      n_rows: how many there are to draw from.
+      steps, batch_size: the shape of the result.
+      generator: shuffles.
     Returns:
       `[steps, batch_size]` int64.
+    Raises:
+      ValueError: a number below 1.
     """
     for name, count in {"n_rows": n_rows, "steps": steps, "batch_size": batch_size}.items():
         check_count(name, count)
@@ -378,8 +406,11 @@ def reference_logps(
       reference: a model before it is trained, a copy, or `adapter_off(policy)`.
       pairs, reduce, precision: as in `train_preferences`, and the same there.
       micro_batch_size: pairs a pass.
+      progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient.
+    Raises:
+      ValueError: no pairs, rows that differ in number, or `micro_batch_size < 1`.
     """
     check_pairs(pairs)
     check_count("micro_batch_size", micro_batch_size)
@@ -411,6 +442,8 @@ def add_lora(
       dropout: of the adapter's inputs; a `CausalLMPolicy` holds it off.
     Returns:
       A `peft.PeftModel`; `merge_and_unload()` gives a model without adapters to save.
+    Raises:
+      ValueError: `rank < 1`, `alpha <= 0`, or `dropout` outside [0, 1].
     Source: Hu et al. 2021, arXiv:2106.09685; all linear layers: Dettmers et al. 2023,
       arXiv:2305.14314.
     """
@@ -457,7 +490,7 @@ class adapter_off:
         return self.model.parameters()
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """As in `CausalLMPolicy`."""
+        """As in `CausalLMPolicy.token_logps`, without the adapter."""
         with self.model.disable_adapter():
             return self.unwrapped.token_logps(prompts, completions)
 

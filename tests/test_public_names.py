@@ -1,0 +1,230 @@
+"""What tab completion and help() show: public names, typed, described and kept."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import dpo_mini
+from dpo_mini.deprecation import OldNames, Renamed
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from public_names import LIST, MODULES, public_names  # noqa: E402
+
+WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called there, not completed
+    "dpo_mini.policies": {"GELU", "gelu", "check_completions", "shares_storage"},
+    "dpo_mini.rollout": {"chunks", "take"},
+    "dpo_mini.train": {"check_pairs"},
+}
+WRITTEN = [name for name in MODULES if name not in ("dpo_mini", "dpo_mini.real")]
+
+
+def load(name: str) -> ModuleType:
+    if name == "dpo_mini.real":
+        pytest.importorskip("transformers", reason="the extra 'real' is not installed")
+    return importlib.import_module(name)
+
+
+def members(name: str):
+    """Each public function of a module and each method of its public classes, by their names."""
+    module = load(name)
+    for public in module.__all__:
+        value = getattr(module, public)
+        if inspect.isfunction(value):
+            yield public, value
+        for attribute, raw in vars(value).items() if inspect.isclass(value) else ():
+            method = raw.fget if isinstance(raw, property) else getattr(value, attribute)
+            if not attribute.startswith("_") and inspect.isroutine(method):
+                yield f"{public}.{attribute}", inspect.unwrap(getattr(method, "__func__", method))
+
+
+ALL = [
+    pytest.param(value, id=f"{module.removeprefix('dpo_mini.')}.{name}")
+    for module in MODULES
+    if module != "dpo_mini.real" or importlib.util.find_spec("transformers")
+    for name, value in members(module)
+]
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def written_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_module_says_all_that_it_has_and_no_more(name):
+    module = load(name)
+    own = written_names(Path(module.__file__)) - WITHOUT_UNDERSCORE.get(name, set())
+    if name == "dpo_mini.checks.museum":
+        assert set(module.__all__) <= own  # its exhibits are reached by `exhibit(name)`
+    else:
+        assert set(module.__all__) == own
+
+
+@pytest.mark.parametrize("name", MODULES[1:])
+def test_dir_shows_public_names_alone(name):
+    assert dir(load(name)) == sorted(load(name).__all__)
+
+
+@pytest.mark.parametrize("use_jedi", [False, True])
+def test_tab_completion_in_a_notebook_shows_what_a_user_may_call(use_jedi):
+    interactive = pytest.importorskip("IPython.core.interactiveshell")
+    from IPython.core.completer import provisionalcompleter
+
+    shell = interactive.InteractiveShell()
+    shell.Completer.use_jedi = use_jedi
+    shell.user_ns.update(dpo_mini=dpo_mini, losses=dpo_mini.losses)
+
+    def offered(text: str) -> set[str]:
+        with provisionalcompleter(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of IPython's own parts to one another
+            found = [match.text for match in shell.Completer.completions(text, len(text))]
+        return {text.removeprefix(".") for text in found}
+
+    later = {"checks", "plotting", "progress"}
+    if importlib.util.find_spec("transformers"):
+        later.add("real")
+    assert offered("dpo_mini.") == {*dpo_mini.__all__, *later}
+    assert offered("losses.") == set(dpo_mini.losses.__all__)
+    assert offered("dpo_mini.plotting.") == set(load("dpo_mini.plotting").__all__)
+
+
+def test_what_is_slow_to_import_is_imported_when_it_is_asked_for():
+    script = (
+        "import sys, dpo_mini; dir(dpo_mini); print('matplotlib' in sys.modules); "
+        "dpo_mini.plotting.axes; print('matplotlib' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'plottin'"):
+        dpo_mini.plottin  # noqa: B018
+
+
+# --- docstrings ------------------------------------------------------------------------------
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def named_in(doc: str) -> set[str]:
+    """The words of a docstring, and those of the docstrings that it sends its reader to."""
+    found = words(doc)
+    for other in re.findall(r"(?:as|as in|are those of|signature of) `([\w.]+)`", doc, re.I):
+        for param in ALL:
+            if f".{param.id}".lower().endswith(f".{other}".lower()):
+                found |= words(inspect.getdoc(param.values[0]))
+    return found
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_a_signature_is_typed(function):
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        if parameter.name not in ("self", "cls"):
+            assert parameter.annotation is not parameter.empty, parameter.name
+    assert signature.return_annotation is not signature.empty
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_a_docstring_says_what_goes_in_what_comes_out_and_what_is_refused(function):
+    doc = inspect.getdoc(function)
+    assert doc, "no docstring"
+    assert doc.split("\n\n")[0].rstrip().endswith((".", ":")), "a summary is a sentence"
+    signature = inspect.signature(function)
+    arguments = [name for name in signature.parameters if name not in ("self", "cls")]
+    missing = [name for name in arguments if name not in named_in(doc)]
+    assert not missing, f"says nothing of {missing}"
+    if "Args:" in doc and signature.return_annotation not in (None, "None"):
+        assert re.search(r"Returns?:|Yields:", doc), "says nothing of what comes out"
+    refuses = re.search(r"raise \w+Error|\bcheck_\w+\(", inspect.getsource(function))
+    if refuses and not isinstance(function, property):
+        assert re.search(r"Raises|[Ee]rrors|Error|[Rr]efuse|NotImplemented", doc), "refuses what?"
+
+
+@pytest.mark.parametrize("name", dpo_mini.losses.__all__)
+def test_a_loss_has_its_formula_its_shape_and_its_source(name):
+    doc = inspect.getdoc(getattr(dpo_mini.losses, name))
+    assert "$" in doc.split("\n\n")[0]
+    assert "`[B]`" in doc
+    assert re.search(r"^Source: .+", doc, re.M)
+
+
+# --- kept, or given up with a warning -----------------------------------------------------------
+
+
+def test_no_public_name_or_argument_goes_or_comes_unnoticed():
+    pytest.importorskip("transformers", reason="the extra 'real' is not installed")
+    committed, now = LIST.read_text(encoding="utf-8").splitlines(), public_names()
+    gone, new = sorted(set(committed) - set(now)), sorted(set(now) - set(committed))
+    assert not gone, (
+        f"gone or changed: {gone}. Keep the old name for a minor version (dpo_mini/deprecation.py; "
+        "CONTRIBUTING.md, Versions), then run: python tools/public_names.py"
+    )
+    assert not new, f"new: {new}. To make them public run: python tools/public_names.py"
+
+
+def old_names():
+    for name in MODULES:
+        handler = vars(load(name)).get("__getattr__")
+        if isinstance(handler, OldNames):
+            for old, went in handler.names.items():
+                yield load(name), old, went
+
+
+def minor(version: str) -> tuple[int, int]:
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def test_an_old_name_is_kept_for_a_minor_version_and_then_goes():
+    for module, old, went in old_names():
+        assert went.to in module.__all__, f"{old} went to {went.to}, which is not there"
+        assert minor(went.since) <= minor(dpo_mini.__version__) < minor(went.until), old
+
+
+@pytest.fixture
+def module(monkeypatch):
+    module = ModuleType("dpo_mini.made_up")
+    module.new_loss = lambda: "new"
+    gone = {"old_loss": Renamed("new_loss", since="0.2.0", until="0.3.0")}
+    module.__getattr__ = OldNames(module.__name__, gone)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_an_old_name_gives_the_new_one_and_a_warning_at_the_callers_line(module):
+    with pytest.warns(
+        DeprecationWarning, match="new_loss since version 0.2.0.*in version 0.3.0"
+    ) as w:
+        assert module.old_loss is module.new_loss
+    assert w[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="made_up.old_loss"):
+        from dpo_mini.made_up import old_loss
+    assert old_loss() == "new"
+
+
+def test_a_new_name_gives_no_warning_and_a_wrong_one_is_refused(module):
+    assert module.new_loss() == "new"
+    with pytest.raises(AttributeError, match="no attribute 'ol_loss'"):
+        module.ol_loss  # noqa: B018
+    assert not hasattr(module, "__path__")
