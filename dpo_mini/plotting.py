@@ -432,11 +432,15 @@ def show(fig: Figure, *, alt: str) -> None:
       alt: one or two sentences for someone who cannot see it: what is drawn and what it says.
     Raises:
       ValueError: `alt` is empty.
+      ImportError: IPython is not installed; `fig.savefig` works everywhere.
     """
-    from IPython.display import display  # heavy, and only notebooks have it
-
     if not alt.strip():
         raise ValueError("alt: got an empty text, takes a description of the figure")
+    try:
+        from IPython.display import display  # heavy, and only notebooks have it
+    except ModuleNotFoundError as error:
+        needs = "plotting.show needs IPython, which the extra 'notebooks' installs"
+        raise ImportError(f'{needs}: pip install "dpo_mini[notebooks]"') from error
     data = {"image/png": _png(fig), "text/plain": f"{alt}\n{receipt(fig)}"}
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
 

@@ -21,8 +21,11 @@ def notebook_progress(label: str) -> Callable[[range], Iterator[int]]:
     """
 
     def wrap(steps: range) -> Iterator[int]:
-        from IPython.display import display  # heavy, and only notebooks have it
-
+        try:
+            from IPython.display import display  # heavy, and only notebooks have it
+        except ModuleNotFoundError:  # no notebook, so nothing to show it in
+            yield from steps
+            return
         nothing = {"text/html": "", "text/plain": ""}
         handle = display(nothing, raw=True, display_id=True)
         try:
