@@ -86,6 +86,20 @@ def test_what_the_usual_account_gets_wrong_is_proved_by_cells_that_ran():
             assert number in printed, f"{number} is not printed in {path}, {unquote(anchor)}"
 
 
+def test_the_gallery_shows_every_figure_beside_the_chapter_that_draws_it():
+    gallery = README.partition("## Figures\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"\[!\[([^\]]+)\]\(figures/(\w+)\.png\)<br>([^\]]+)\]\((\S+?)\)", gallery)
+    assert sorted(name for _, name, _, _ in shown) == sorted(
+        path.stem for path in (ROOT / "figures").iterdir()
+    )
+    chapters = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert [chapter for _, _, _, chapter in shown] == chapters
+    for alt, name, title, chapter in shown:
+        assert f'\\"{name}\\"' in (ROOT / chapter).read_text(encoding="utf-8"), name
+        assert Path(chapter).name.startswith(title[:2])
+        assert 40 < len(alt) < 125, f"{name}: a sentence for who cannot see it"
+
+
 def test_every_figure_file_is_written_by_a_chapter():
     code = "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")

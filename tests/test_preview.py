@@ -1,0 +1,150 @@
+"""What GitHub shows of the pages and notebooks, and what a screen reader says of them."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+CODE = re.compile(r"```.*?```|``[^`]+``|`[^`\n]+`", re.S)
+MATH = re.compile(r"\$\$.*?\$\$|(?<!\\)\$[^$]*?(?<!\\)\$", re.S)
+LINK = re.compile(r"(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\(<?([^)\s>]+)>?\)")
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
+HTML = {"details", "summary", "br", "sub", "sup", "kbd"}  # what is used of what GitHub lets pass
+
+each = pytest.mark.parametrize(
+    "path", [*PAGES, *NOTEBOOKS], ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def cells(path: Path) -> list[str]:
+    """The texts that are rendered by themselves: a page, or each Markdown cell."""
+    if path.suffix == ".md":
+        return [path.read_text(encoding="utf-8")]
+    notebook = nbformat.read(path, as_version=4)
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def blank(text: str, pattern: re.Pattern) -> str:
+    """The text with what matches blotted out, at the same places and in the same lines."""
+    return pattern.sub(lambda found: re.sub(r"[^\n]", "·", found[0]), text)
+
+
+def headings(path: Path) -> list[tuple[int, str]]:
+    found = []
+    for text in cells(path):
+        for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines():
+            if heading := re.match(r"(#{1,6}) (.+)", line):
+                found.append((len(heading[1]), heading[2].strip()))
+    return found
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page as GitHub makes them, of a notebook as Jupyter does."""
+    titles = [title for _, title in headings(path)]
+    if path.suffix == ".ipynb":
+        return {title.replace(" ", "-") for title in titles}
+    plain = (re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()) for title in titles)
+    return {title.replace(" ", "-") for title in plain}
+
+
+@each
+def test_nothing_is_written_for_another_renderer(path):
+    for text in cells(path):
+        shown = blank(text, re.compile(r"`[^`\n{]+`"))
+        assert not re.search(r"^(```|:::)\{|^:::|^\.\. \w+::|\{[\w:]+\}`|^%%|\[\[", shown, re.M), (
+            text
+        )
+        tags = re.findall(r"</?([a-zA-Z][\w-]*)", blank(blank(text, CODE), MATH))
+        assert set(tags) <= HTML, tags
+
+
+@each
+def test_mathematics_is_such_that_every_renderer_takes_it(path):
+    for text in cells(path):
+        prose = blank(text, CODE)
+        for found in MATH.finditer(prose):
+            math, before = found[0], prose[: found.start()][-1:]
+            after, line = prose[found.end() :][:1], line_at(prose, found.start(), found.end())
+            assert not re.search(r"<[A-Za-z/!?]", math), f"read as a tag: {math}"
+            assert not (line.startswith("|") and "|" in math), f"ends the cell: {math}"
+            if not math.startswith("$$"):
+                assert not re.match(r"\w", before), f"no mathematics after a letter: {line}"
+                assert not re.match(r"\w", after), f"no mathematics before a letter: {line}"
+                assert math[1:-1] == math[1:-1].strip(), f"spaces at the dollars: {math}"
+            if path.suffix == ".md":  # there Markdown comes first, and takes the backslash away
+                assert not re.search(r"\\[^A-Za-z]", math), f"loses its backslash: {math}"
+        assert not re.search(r"(?<!\\)\$", MATH.sub("", prose)), "a dollar without another"
+
+
+def line_at(text: str, start: int, end: int) -> str:
+    return text[text.rfind("\n", 0, start) + 1 :].partition("\n")[0] if end else ""
+
+
+@each
+def test_rows_of_a_table_have_as_many_cells_as_its_head(path):
+    for text in cells(path):
+        rows = None
+        for line in blank(blank(text, CODE), MATH).splitlines():
+            if not line.startswith("|"):
+                rows = None
+                continue
+            width = len(re.findall(r"(?<!\\)\|", line))
+            assert rows in (None, width), line
+            rows = width
+
+
+@each
+def test_headings_begin_with_one_title_and_leave_out_no_level(path):
+    levels = [level for level, _ in headings(path)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    for (level, _), (below, title) in zip(headings(path), headings(path)[1:], strict=False):
+        assert below <= level + 1, f"{title}: level {below} after {level}"
+    titles = [title for _, title in headings(path)]
+    assert len(set(titles)) == len(titles), "two headings with one anchor"
+
+
+@each
+def test_links_lead_to_what_is_there_and_say_where(path):
+    for text in cells(path):
+        for label, target in LINK.findall(blank(text, re.compile(r"```.*?```", re.S))):
+            words = re.sub(r"!\[([^\]]*)\]\([^)]*\)|<br>", r"\1 ", label).strip(" *`")
+            assert len(words) > 1, f"a link without words: {target}"
+            assert words.lower() not in ("here", "this", "link", "click here", "this link", "more")
+            assert not words.startswith("http"), f"a bare address: {words}"
+            if target.startswith(("http", "mailto:")):
+                continue
+            file, _, anchor = unquote(target).partition("#")
+            there = path if not file else (path.parent / file).resolve()
+            assert there.exists(), target
+            if anchor:
+                assert anchor in anchors(there), f"{target}: no such heading"
+
+
+@each
+def test_pictures_are_there_and_are_described(path):
+    for text in cells(path):
+        assert "<img" not in text
+        for alt, target in IMAGE.findall(text):
+            assert len(alt) > 10, f"{target}: no description"
+            if path.suffix == ".ipynb":
+                assert target.startswith("http"), f"{target}: a notebook alone has no such file"
+            elif not target.startswith("http"):
+                assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_keeps_no_state_of_widgets_or_of_an_editor(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            kinds = set(output.get("data", {}))
+            assert kinds <= {"text/plain", "text/html", "image/png"}, kinds
+            if "text/html" in kinds:  # a progress bar that ended, or the check of a table
+                assert "<script" not in output["data"]["text/html"]
