@@ -106,6 +106,11 @@ class Policy(nn.Module):
     max_tokens: int
     end_token: int | None
 
+    def extra_repr(self) -> str:
+        """What `print(policy)` says of its sizes, beside its layers."""
+        names = ("n_prompts", "vocab_size", "max_tokens", "end_token")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, S, V]` of the token after each of `tokens` `[B, S]`, prompt first."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)

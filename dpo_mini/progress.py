@@ -1,15 +1,22 @@
 """A progress bar for notebooks that is live everywhere and leaves nothing in the file."""
 
 import html
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Collection, Iterator, Sized
+from typing import Protocol, TypeVar
 
-__all__ = [
-    "notebook_progress",
-]
+__all__ = ["Progress", "notebook_progress"]
+_T = TypeVar("_T")
 
 
-def notebook_progress(label: str) -> Callable[[range], Iterator[int]]:
-    """A wrapper for the range of a loop: `fit_sft(..., progress=notebook_progress("SFT"))`.
+class Progress(Protocol):
+    """What shows how far a loop is: `tqdm`, `notebook_progress("SFT")`; `iter` shows nothing."""
+
+    def __call__(self, steps: Collection[_T], /) -> Iterator[_T]:
+        """The same items, in their order."""
+
+
+def notebook_progress(label: str) -> Progress:
+    """A wrapper for what a loop runs over: `fit_sft(..., progress=notebook_progress("SFT"))`.
 
     It shows one HTML `<progress>` under a display id while the loop runs and replaces it by nothing
     at the end, so that a saved notebook holds an empty output whatever the machine's speed.
@@ -17,10 +24,10 @@ def notebook_progress(label: str) -> Callable[[range], Iterator[int]]:
     Args:
       label: what the loop does, shown beside the bar.
     Returns:
-      From a range to the same numbers, shown as they go by.
+      From a range, or anything with a length, to the same items, shown as they go by.
     """
 
-    def wrap(steps: range) -> Iterator[int]:
+    def wrap(steps: Collection[_T], /) -> Iterator[_T]:
         try:
             from IPython.display import display  # heavy, and only notebooks have it
         except ModuleNotFoundError:  # no notebook, so nothing to show it in

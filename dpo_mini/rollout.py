@@ -1,6 +1,6 @@
 """Every completion as a tree of prefixes, or a few of them by sampling."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,13 @@ __all__ = [
 ]
 
 
-def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tensor:
+def enumerate_logps(
+    policy: Policy,
+    task: Task,
+    *,
+    n_parents: int = 128,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Tensor:
     """log pi(y|x) of every completion of every prompt, each distinct prefix read once.
 
     The walk is depth first over chunks of `n_parents` prefixes of one length, whose children go
@@ -48,6 +54,7 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
       task: its `completions` `[Y, T]` name the columns of the result.
       n_parents: prefixes in a chunk; more is more memory and, up to a point, more speed. Changes
         the result by rounding alone.
+      progress: wraps the range of prompts, such as `notebook_progress("every completion")`.
     Returns:
       `[X, Y]`, nats, of the policy's dtype; differentiable.
     Raises:
@@ -80,8 +87,8 @@ def enumerate_logps(policy: Policy, task: Task, *, n_parents: int = 128) -> Tens
         return torch.cat([rest[:, :at], next_logps[:, end : end + 1], rest[:, at:]], dim=1)
 
     tables = []
-    for prompt in task.prompts.split(1):
-        logits, path = policy.begin(prompt)
+    for x in progress(range(len(task.prompts))):
+        logits, path = policy.begin(task.prompts[x : x + 1])
         tables.append(below(logits.new_zeros(1), logits, path, 0))
     return torch.cat(tables)
 
@@ -250,14 +257,20 @@ def shared_prefix_rewards(model: RewardModel, prompts: Tensor, completions: Tens
     return model.read_tree(tree).squeeze(1).take(last)
 
 
-def enumerate_rewards(model: RewardModel, task: Task, *, n_parents: int = 128) -> Tensor:
+def enumerate_rewards(
+    model: RewardModel,
+    task: Task,
+    *,
+    n_parents: int = 128,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Tensor:
     """A reward model's scalar for every completion of every prompt, `[X, Y]`; no gradient.
 
     The walk is that of `enumerate_logps`, one token deeper: a reward is read off the last token.
 
     Args:
       model: a `RewardModel` of the sizes of `task`.
-      task, n_parents: as in `enumerate_logps`.
+      task, n_parents, progress: as in `enumerate_logps`.
     Returns:
       `[X, Y]`, reward units.
     Raises:
@@ -284,7 +297,8 @@ def enumerate_rewards(model: RewardModel, task: Task, *, n_parents: int = 128) -
         return torch.cat([rest[:, :at], numbers[:, end : end + 1], rest[:, at:]], dim=1)
 
     with torch.no_grad():
-        return torch.cat([below(model.begin(prompt)[1], 0) for prompt in task.prompts.split(1)])
+        prompts = (task.prompts[x : x + 1] for x in progress(range(len(task.prompts))))
+        return torch.cat([below(model.begin(prompt)[1], 0) for prompt in prompts])
 
 
 def prefix_tree(prompts: Tensor, tokens: Tensor, vocab_size: int) -> PrefixTree:

@@ -61,10 +61,10 @@ class Task:
     vocabulary: tuple[str, ...]
     max_tokens: int
     end_token: int | None
-    rewards: Tensor = field(repr=False)
-    ref_logps: Tensor | None = field(default=None, repr=False)
-    prompts: Tensor = field(init=False, repr=False)
-    completions: Tensor = field(init=False, repr=False)
+    rewards: Tensor
+    ref_logps: Tensor | None = None
+    prompts: Tensor = field(init=False)
+    completions: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         tables = {"rewards": self.rewards}
@@ -82,6 +82,16 @@ class Task:
         object.__setattr__(self, "completions", completions.to(self.rewards.device))
         prompts = torch.arange(want[0], device=self.rewards.device)
         object.__setattr__(self, "prompts", prompts)
+
+    def __repr__(self) -> str:
+        at_most = "" if self.end_token is None else "at most "
+        tokens = "1 token" if self.max_tokens == 1 else f"{at_most}{self.max_tokens} tokens"
+        table = "with" if self.ref_logps is not None else "without"
+        return (
+            f"<Task: {_counted(self.prompt_texts, 'prompt')}; {len(self.completions):,} "
+            f"completions of {tokens} from {_counted(self.vocabulary, 'word')}; {table} a table "
+            "for its reference>"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -384,6 +394,12 @@ def micro_review_demonstrations(
         tokens = [_WORD[word] for word in [*words, "<end>"][:5]]
         completions[row, : len(tokens)] = torch.tensor(tokens)
     return prompts, completions
+
+
+def _counted(names: Sequence[str], what: str) -> str:
+    """`4 prompts ('the film was', …)`: how many, and all of them or the first."""
+    shown = repr(names[0]) if len(names) == 1 else f"{names[0]!r}, …"
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({shown})"
 
 
 def _sentiment(completions: Tensor, prompt_valences: dict[str, float]) -> Tensor:

@@ -34,8 +34,10 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
     model, tokenizer = load_model(given.model)
     preferences = load_preferences(given.pairs, given.split, given.columns)
     template = real.CHAT if given.chat else real.TEMPLATE
-    longest = max(real.count_tokens(preferences, tokenizer, template=template))
-    pairs = real.encode(preferences, tokenizer, max_tokens=longest, template=template)
+    counts = real.count_tokens(preferences, tokenizer, template=template, progress=bar)
+    pairs = real.encode(
+        preferences, tokenizer, max_tokens=max(counts), template=template, progress=bar
+    )
     pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
     accelerator.print(f"{len(pairs[0])} pairs; {n_dropped} too long and left out")
 

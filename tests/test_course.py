@@ -96,10 +96,25 @@ def test_a_cell_holds_one_idea(path):
         assert not cell.source.rstrip().endswith(";")
         assert "NBVAL_IGNORE" not in cell.source
         assert "NBVAL_SKIP" not in cell.source
-    assert lengths[0] <= 8, "the set-up"
+    assert lengths[0] <= 8 + ("SEED = " in code_cells(path)[0].source), "the set-up"
     assert sorted(lengths)[len(lengths) // 2] <= 10
     assert "set_num_threads(1)" in code_cells(path)[0].source
     assert "set_default_dtype(torch.float64)" in code_cells(path)[0].source
+
+
+def test_every_draw_comes_from_the_one_seed_of_the_set_up(path):
+    cells = code_cells(path)
+    source = "\n".join(cell.source for cell in cells)
+    seeds = re.findall(r"manual_seed\(((?:[^()]|\([^()]*\))*)\)", source)
+    assert all(re.match(r"SEED( \+ \w+)?$", seed) for seed in seeds), seeds
+    assert re.findall(r"^SEED\b.*", source, re.M) == [
+        "SEED = 0  # another number draws everything anew"
+    ] * bool(seeds)
+    assert "SEED = " in cells[0].source or not seeds
+    for call in ("initial_seed", "np.random", "random.seed", "default_rng"):
+        assert call not in source
+    draws = len(re.findall(r"\btorch\.(?:randn?|randint|randperm|multinomial|bernoulli)\(", source))
+    assert draws <= len(re.findall(r"generator=", source)), "a draw from global state"
 
 
 def test_text_and_code_take_turns(path):

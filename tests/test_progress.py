@@ -34,6 +34,12 @@ def test_it_passes_every_step_through(handle):
     assert list(notebook_progress("SFT")(range(250))) == list(range(250))
 
 
+def test_it_takes_whatever_has_a_length(handle):
+    named = {"DPO": 1, "PPO": 2}
+    assert list(notebook_progress("each")(named.items())) == [("DPO", 1), ("PPO", 2)]
+    assert 'max="2"' in handle.shown[1]["text/html"]
+
+
 def test_it_starts_and_ends_empty_and_moves_between(handle):
     list(notebook_progress("a < b")(range(250)))
     assert handle.shown[0] == handle.shown[-1] == NOTHING

@@ -228,3 +228,27 @@ def test_a_new_name_gives_no_warning_and_a_wrong_one_is_refused(module):
     with pytest.raises(AttributeError, match="no attribute 'ol_loss'"):
         module.ol_loss  # noqa: B018
     assert not hasattr(module, "__path__")
+
+
+# --- what a value says of itself ----------------------------------------------------------------
+
+
+def test_a_task_says_in_a_line_what_it_is():
+    tasks = dpo_mini.tasks
+    assert repr(tasks.four_answers()) == (
+        "<Task: 1 prompt ('x1'); 4 completions of 1 token from 4 words ('a', …); with a table for "
+        "its reference>"
+    )
+    assert repr(tasks.micro_reviews()) == (
+        "<Task: 4 prompts ('the film was', …); 177,156 completions of at most 5 tokens from 12 "
+        "words ('<end>', …); without a table for its reference>"
+    )
+
+
+def test_a_policy_says_its_sizes(generator):
+    task = dpo_mini.tasks.four_answers()
+    sizes = "n_prompts=1, vocab_size=4, max_tokens=1, end_token=None"
+    assert repr(dpo_mini.policies.TabularPolicy(task.ref_logps)) == f"TabularPolicy({sizes})"
+    policy = dpo_mini.policies.TinyTransformer.for_task(task, generator=generator)
+    assert sizes in repr(policy)
+    assert "SelfAttention" in repr(policy)

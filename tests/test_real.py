@@ -706,6 +706,25 @@ def test_margins_are_differences_of_four_scores(pairs):
     assert real.preference_accuracy(policy, reference, twins) == pytest.approx(expected)
 
 
+def test_progress_sees_every_pair_and_changes_nothing(tokenizer, pairs):
+    seen = []
+
+    def progress(steps):
+        for step in steps:
+            yield step
+            seen.append(step)
+
+    counts = real.count_tokens(PAIRS, tokenizer, progress=progress)
+    assert counts == real.count_tokens(PAIRS, tokenizer)
+    encoded = real.encode(PAIRS, tokenizer, max_tokens=64, progress=progress)
+    assert all(torch.equal(got, want) for got, want in zip(encoded, pairs, strict=True))
+    assert seen == [*range(len(PAIRS))] * 2
+    seen.clear()
+    policy, reference = (CausalLMPolicy(gpt2(), end_token=0) for _ in range(2))
+    real.preference_accuracy(policy, reference, pairs, batch_size=2, progress=progress)
+    assert seen == [0, 1]  # passes of 2 and of 1
+
+
 def always(tokens, vocab_size=290):
     """A GPT-2 whose next token depends on the last one alone: `tokens[i]` then `tokens[i + 1]`."""
     model = gpt2(n_embd=vocab_size, n_head=1, n_layer=1, tie_word_embeddings=False)

@@ -110,6 +110,21 @@ def test_tree_agrees_with_scoring_each_completion(tree, generator):
         assert (enumerate_logps(policy, task) - want).abs().max() < 1e-10
 
 
+def test_progress_sees_every_prompt_and_changes_nothing(generator):
+    task, seen = toy(3, 5, 4, 2), []
+
+    def progress(steps):
+        for step in steps:
+            yield step
+            seen.append(step)
+
+    policy = transformer(task, generator)
+    model = RewardModel.for_task(task, n_layers=1, generator=generator)
+    for enumerate_all, read in ((enumerate_logps, policy), (enumerate_rewards, model)):
+        assert torch.equal(enumerate_all(read, task, progress=progress), enumerate_all(read, task))
+    assert seen == [0, 1, 2] * 2
+
+
 @pytest.mark.parametrize("tree", TREES)
 def test_probabilities_sum_to_one(tree, generator):
     task = toy(*tree)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,12 +30,12 @@ class Checkpoint:
     """
 
     step: int
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[int, Mapping[str, Tensor | float]]
+    weights: Mapping[str, Tensor] = field(repr=False)
+    optimizer: Mapping[int, Mapping[str, Tensor | float]] = field(repr=False)
     settings: Mapping[str, object]
-    batches: Tensor
-    generator_state: Tensor | None
-    history: History
+    batches: Tensor = field(repr=False)
+    generator_state: Tensor | None = field(repr=False)
+    history: History = field(repr=False)
 
     def check_same_run(
         self,

@@ -1,6 +1,6 @@
 """What training did: margins, accuracy, and answers in words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from dpo_mini.train import Pairs
 
 
 def preference_margins(
-    policy: Scorer, reference: Scorer, pairs: Pairs, *, batch_size: int = 64
+    policy: Scorer,
+    reference: Scorer,
+    pairs: Pairs,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
     r"""How much further than the reference the policy prefers chosen to rejected, a number a pair.
 
@@ -26,6 +31,7 @@ def preference_margins(
       policy, reference: have `token_logps`, as in `train.fit_preferences`.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
       batch_size: pairs a pass; changes speed and memory alone.
+      progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       `[n]`, nats, without gradient; 0 where the two answers are the same.
     Raises:
@@ -39,18 +45,24 @@ def preference_margins(
         scored = model.token_logps(prompts[rows], completions[rows])
         return sum_over_tokens(scored, completions[rows] != PAD)
 
+    passes = torch.arange(len(prompts), device=prompts.device).split(batch_size)
     with torch.no_grad():
         return torch.cat(
             [
-                (score(policy, rows, chosen) - score(reference, rows, chosen))
-                - (score(policy, rows, rejected) - score(reference, rows, rejected))
-                for rows in torch.arange(len(prompts), device=prompts.device).split(batch_size)
+                (score(policy, passes[n], chosen) - score(reference, passes[n], chosen))
+                - (score(policy, passes[n], rejected) - score(reference, passes[n], rejected))
+                for n in progress(range(len(passes)))
             ]
         )
 
 
 def preference_accuracy(
-    policy: Scorer, reference: Scorer, pairs: Pairs, *, batch_size: int = 64
+    policy: Scorer,
+    reference: Scorer,
+    pairs: Pairs,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> float:
     """The share of pairs whose implied reward is higher for the chosen answer.
 
@@ -59,7 +71,7 @@ def preference_accuracy(
 
     Args and errors are those of `preference_margins`.
     """
-    margins = preference_margins(policy, reference, pairs, batch_size=batch_size)
+    margins = preference_margins(policy, reference, pairs, batch_size=batch_size, progress=progress)
     return (margins > 0).double().mean().item()
 
 

@@ -47,6 +47,11 @@ class CausalLMPolicy(nn.Module):
             raise ValueError(f"end_token: got {end_token}, takes None or 0..{self.vocab_size - 1}")
         self.train()
 
+    def extra_repr(self) -> str:
+        """What `print(policy)` says of it, beside the model's layers."""
+        names = ("end_token", "vocab_size", "context")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
     def train(self, mode: bool = True) -> "CausalLMPolicy":
         """As in `nn.Module`, but for the model: it stays in evaluation mode."""
         super().train(mode)

@@ -1,6 +1,6 @@
 """Preference pairs as tokens: tokenizers, the prompt's boundary, the end token."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tokenizers
 import torch
@@ -56,6 +56,7 @@ def encode(
     *,
     max_tokens: int,
     template: str = TEMPLATE,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Pairs:
     """Pairs as tensors of tokens, which is what `fit_sft` and `fit_preferences` take.
 
@@ -81,6 +82,7 @@ def encode(
         context.
       template: what the model reads before it answers, with `{prompt}` once in it, or `CHAT`.
         Several messages are lines of `role: content` in the place of `{prompt}`.
+      progress: wraps the range of pairs, as in `train.fit_sft`.
     Returns:
       `(prompts [n, P], chosen [n, T], rejected [n, T])` int64, padded on the right with `PAD`.
     Raises:
@@ -90,7 +92,7 @@ def encode(
         message has the row, counted from 0.
     """
     check_count("max_tokens", max_tokens)
-    rows = _encode_rows(preferences, tokenizer, template)
+    rows = _encode_rows(preferences, tokenizer, template, progress)
     long = [n for n, row in enumerate(rows) if _row_length(row) > max_tokens]
     if long:
         n_prompt, n_chosen, n_rejected = (len(part) for part in rows[long[0]])
@@ -112,12 +114,13 @@ def count_tokens(
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str = TEMPLATE,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> list[int]:
     """How many tokens each pair needs: its prompt, the longer of its answers, the end token.
 
     Args and errors are those of `encode`.
     """
-    return [_row_length(row) for row in _encode_rows(preferences, tokenizer, template)]
+    return [_row_length(row) for row in _encode_rows(preferences, tokenizer, template, progress)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> list[int]:
@@ -166,7 +169,10 @@ def _row_length(row: _Row) -> int:
 
 
 def _encode_rows(
-    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, template: str
+    preferences: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    progress: Callable[[range], Iterable[int]],
 ) -> list[_Row]:
     """Prompt, chosen and rejected of each pair as tokens."""
     check_preferences(preferences)
@@ -185,10 +191,12 @@ def _encode_rows(
             )
         return [*tokens, end]
 
+    numbers = range(len(preferences))
     if template == CHAT:
-        return [_encode_chat(tokenizer, n, pair) for n, pair in enumerate(preferences)]
+        return [_encode_chat(tokenizer, n, preferences[n]) for n in progress(numbers)]
     rows = []
-    for n, pair in enumerate(preferences):
+    for n in progress(numbers):
+        pair = preferences[n]
         prompt = encode_prompt(tokenizer, pair.prompt, template)
         chosen, rejected = answer(n, "chosen", pair.chosen), answer(n, "rejected", pair.rejected)
         rows.append((prompt, chosen, rejected))
