@@ -23,7 +23,7 @@ API = {
     "On exact tables": ["closed_form", "preferences", "losses"],
     "Gradients through samples": ["policy_gradient", "relaxations"],
     "Models and tasks": ["logps", "tasks", "policies", "rollout", "train", "real"],
-    "Around it": ["plotting", "progress", "checks", "files"],
+    "Around it": ["plotting", "progress", "checks", "checks.museum", "files", "deprecation"],
 }
 
 sys.path.insert(0, str(ROOT))

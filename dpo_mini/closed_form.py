@@ -20,18 +20,18 @@ from dpo_mini.arguments import (
 )
 
 __all__ = [
-    "best_of_n_logps",
-    "chi_squared",
-    "expected_reward",
-    "frontier",
+    "tilt",
+    "log_partition",
+    "optimal_logps",
     "implied_rewards",
     "kl",
-    "log_partition",
-    "log_partition_markov",
+    "expected_reward",
     "objective",
-    "optimal_logps",
-    "tilt",
+    "frontier",
+    "best_of_n_logps",
     "total_variation",
+    "chi_squared",
+    "log_partition_markov",
 ]
 
 

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["OldNames", "Renamed"]
+__all__ = [
+    "Renamed",
+    "OldNames",
+]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
-    "whole_folder",
     "write_whole",
+    "whole_folder",
 ]
 
 

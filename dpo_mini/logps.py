@@ -19,9 +19,9 @@ from dpo_mini.arguments import (
 __all__ = [
     "PAD",
     "completion_mask",
-    "mean_over_tokens",
-    "sum_over_tokens",
     "token_logps",
+    "sum_over_tokens",
+    "mean_over_tokens",
 ]
 
 PAD = -1

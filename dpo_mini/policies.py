@@ -27,19 +27,19 @@ from dpo_mini.arguments import (
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 
 __all__ = [
-    "Block",
     "Path",
-    "Policy",
     "PrefixTree",
-    "RewardModel",
-    "ScalarTransformer",
-    "Scorer",
-    "SelfAttention",
-    "SeparateNetworks",
-    "SharedTrunk",
     "Sizes",
+    "Scorer",
+    "Policy",
     "TabularPolicy",
+    "SelfAttention",
+    "Block",
     "TinyTransformer",
+    "ScalarTransformer",
+    "RewardModel",
+    "SharedTrunk",
+    "SeparateNetworks",
 ]
 
 Path = list[tuple[Tensor, Tensor]]

@@ -22,22 +22,22 @@ from dpo_mini.arguments import (
 )
 
 __all__ = [
-    "AdaptiveKLController",
+    "reinforce_loss",
+    "unclipped_surrogate_loss",
     "clipped_surrogate_loss",
+    "value_loss",
     "clipped_value_loss",
-    "entropy",
-    "gae",
+    "mean_advantages",
+    "leave_one_out_advantages",
     "group_normalised_advantages",
+    "optimal_baseline",
+    "gae",
+    "whiten",
+    "entropy",
     "kl_k1",
     "kl_k2",
     "kl_k3",
-    "leave_one_out_advantages",
-    "mean_advantages",
-    "optimal_baseline",
-    "reinforce_loss",
-    "unclipped_surrogate_loss",
-    "value_loss",
-    "whiten",
+    "AdaptiveKLController",
 ]
 
 # --- surrogates ------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from dpo_mini.arguments import (
 
 __all__ = [
     "bradley_terry_prob",
+    "thurstone_prob",
     "davidson_probs",
     "plackett_luce_logp",
     "sample_bradley_terry",
-    "sample_plackett_luce",
     "sample_thurstone",
-    "thurstone_prob",
+    "sample_plackett_luce",
 ]
 
 

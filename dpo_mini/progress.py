@@ -4,7 +4,10 @@ import html
 from collections.abc import Collection, Iterator, Sized
 from typing import Protocol, TypeVar
 
-__all__ = ["Progress", "notebook_progress"]
+__all__ = [
+    "Progress",
+    "notebook_progress",
+]
 _T = TypeVar("_T")
 
 

@@ -21,15 +21,15 @@ from dpo_mini.arguments import (
 )
 
 __all__ = [
-    "Quantised",
+    "sample_perturbed_logits",
+    "sample_conditional_logits",
     "gumbel_softmax",
+    "straight_through",
+    "straight_through_gumbel_softmax",
     "harden",
     "pass_through",
     "rebar_surrogate",
-    "sample_conditional_logits",
-    "sample_perturbed_logits",
-    "straight_through",
-    "straight_through_gumbel_softmax",
+    "Quantised",
     "vector_quantise",
 ]
 

@@ -20,17 +20,17 @@ from dpo_mini.policies import (
 from dpo_mini.tasks import Task, subtree_sizes
 
 __all__ = [
-    "branched_token_logps",
     "enumerate_logps",
-    "enumerate_rewards",
-    "faster_reader",
-    "forked_token_logps",
-    "lengthen",
-    "prefix_tree",
-    "read_actor_critic",
     "sample",
-    "shared_prefix_rewards",
     "shared_prefix_token_logps",
+    "forked_token_logps",
+    "branched_token_logps",
+    "faster_reader",
+    "read_actor_critic",
+    "shared_prefix_rewards",
+    "enumerate_rewards",
+    "prefix_tree",
+    "lengthen",
 ]
 
 

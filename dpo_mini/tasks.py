@@ -26,17 +26,17 @@ from dpo_mini.logps import PAD, completion_mask
 from dpo_mini.preferences import sample_bradley_terry
 
 __all__ = [
-    "REVIEW_PROMPTS",
-    "REVIEW_WORDS",
     "Task",
-    "bandit",
-    "enumerate_completions",
-    "four_answers",
-    "micro_review_demonstrations",
-    "micro_reviews",
-    "random_bandit",
     "subtree_sizes",
+    "enumerate_completions",
+    "bandit",
+    "four_answers",
     "three_answers",
+    "random_bandit",
+    "REVIEW_WORDS",
+    "REVIEW_PROMPTS",
+    "micro_reviews",
+    "micro_review_demonstrations",
 ]
 
 

@@ -54,25 +54,25 @@ from dpo_mini.rollout import (
 )
 
 __all__ = [
-    "CLIPPED",
     "History",
+    "Pairs",
     "Loss",
     "PairReader",
-    "Pairs",
-    "Penalty",
     "Score",
-    "as_they_are",
-    "fit_online_preferences",
-    "fit_ppo",
-    "fit_preferences",
-    "fit_reinforce",
-    "fit_reward_model",
+    "Penalty",
+    "CLIPPED",
     "fit_sft",
-    "fit_table",
-    "no_penalty",
-    "population_loss",
-    "squared_value_error",
+    "fit_preferences",
+    "fit_reward_model",
+    "fit_reinforce",
+    "fit_online_preferences",
     "token_rewards",
+    "no_penalty",
+    "as_they_are",
+    "squared_value_error",
+    "fit_ppo",
+    "population_loss",
+    "fit_table",
 ]
 
 History = dict[str, list[float]]

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid, softplus
 
-__all__ = ["EXHIBITS", "Exhibit", "diagnose", "exhibit", "inspect_exhibit"]
+__all__ = [
+    "Exhibit",
+    "exhibit",
+    "diagnose",
+    "inspect_exhibit",
+    "EXHIBITS",
+]
 
 Candidate = Callable[..., Any]
 _TOLERANCE = 1e-9
