@@ -148,3 +148,33 @@ def test_a_notebook_keeps_no_state_of_widgets_or_of_an_editor(path):
             assert kinds <= {"text/plain", "text/html", "image/png"}, kinds
             if "text/html" in kinds:  # a progress bar that ended, or the check of a table
                 assert "<script" not in output["data"]["text/html"]
+
+
+# --- the glossary ----------------------------------------------------------------------------
+
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+ENTRIES = dict(re.findall(r"^(\w[^\n]*)\n((?:  [^\n]+\n?)+)", GLOSSARY, re.M))
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet_and_each_entry_is_a_sentence():
+    keys = [re.sub(r"[^a-z0-9]", "", term.lower()) for term in ENTRIES]
+    assert keys == sorted(keys)
+    assert len(keys) > 50
+    for term, text in ENTRIES.items():
+        assert text.rstrip().endswith("."), term
+
+
+def test_every_abbreviation_that_three_chapters_write_is_in_the_glossary():
+    known = " ".join([*ENTRIES, *ENTRIES.values()])
+    chapters = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        prose = blank(blank(re.sub(r"\]\([^)]*\)", "]", "\n".join(cells(path))), CODE), MATH)
+        for word in set(re.findall(r"\b[A-Z][A-Za-z]*[A-Z]\w*\b", prose)):
+            chapters.setdefault(word, []).append(path.stem[:2])
+    taken_for_known = {"GPT", "LLM", "LLMs", "SymPy"}  # programs and models, not ideas
+    lacking = {
+        word: found
+        for word, found in chapters.items()
+        if len(found) >= 3 and word not in taken_for_known and not re.search(rf"\b{word}\b", known)
+    }
+    assert not lacking

@@ -89,10 +89,10 @@ def main() -> None:
     if not chapters:
         parser.error(f"no chapter is numbered {' or '.join(wanted)} in {NOTEBOOKS.name}/")
     for number, path in enumerate(chapters, 1):
+        print(f"[{number}/{len(chapters)}] {path.name} ...", flush=True)
         start = time.perf_counter()
         run_chapter(path) if given.seed is None else try_seed(path, given.seed)
-        took = time.perf_counter() - start
-        print(f"[{number}/{len(chapters)}] {path.name} {took:.0f} s", flush=True)
+        print(f"  {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
