@@ -7,6 +7,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
+import pytest
+
+from dpo_mini import checks, closed_form
+from dpo_mini.checks import museum
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,3 +110,34 @@ def test_every_figure_file_is_written_by_a_chapter():
     )
     for figure in (ROOT / "figures").iterdir():
         assert f'\\"{figure.stem}\\"' in code, figure.name
+
+
+# --- the page for instructors ----------------------------------------------------------------
+
+INSTRUCTORS = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
+
+
+def test_the_plans_of_teaching_take_the_hours_that_they_say():
+    plans = {
+        title: sum(map(int, re.findall(r"\((\d+)(?: minutes)?\)", text)))
+        for title, text in re.findall(
+            r"^\*\*(\w+ hours)[^*]*\*\*(.*?)\n\n", INSTRUCTORS, re.S | re.M
+        )
+    }
+    assert "Ten minutes for questions" in INSTRUCTORS
+    assert plans["Two hours"] + 10 == 2 * 60
+    assert plans["Four hours"] == 2 * 60, "after the two hours"
+    assert plans["Eight hours"] == 8 * 60
+
+
+def test_the_example_for_homework_passes_the_best_policy_and_names_the_gap_of_another():
+    names = {}
+    (example,) = re.findall(r"```python\n(.*?)```", INSTRUCTORS, re.S)
+    exec(compile(example, "INSTRUCTORS example", "exec"), names)
+    names["grade"](names["best"].exp())
+    reference = names["task"].ref_logps
+    gap = closed_form.kl(reference, names["best"]).item()
+    with pytest.raises(AssertionError, match=f"{gap:.4f} nats"):
+        names["grade"](reference.exp())
+    assert museum.exhibit("padding counted").name == "padding counted"
+    assert "2.1" in checks.exercises()
