@@ -1,5 +1,6 @@
 """The chapters as files: run in order, stable, described, linked, and true to their own outputs."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_every_draw_comes_from_the_one_seed_of_the_set_up(path):
         assert call not in source
     draws = len(re.findall(r"\btorch\.(?:randn?|randint|randperm|multinomial|bernoulli)\(", source))
     assert draws <= len(re.findall(r"generator=", source)), "a draw from global state"
+
+
+def test_a_loop_of_training_shows_how_far_it_is(path):
+    for cell in code_cells(path):
+        for call in ast.walk(ast.parse(cell.source)):
+            if isinstance(call, ast.Call) and re.search(
+                r"^(train\.fit_(?!table)\w+|real\.train_preferences)$", ast.unparse(call.func)
+            ):
+                given = {keyword.arg: keyword.value for keyword in call.keywords}
+                few_steps = isinstance(given.get("batches"), ast.Subscript)  # a part of the run
+                # None: **options, in which a caller says it.
+                assert few_steps or set(given) & {"progress", None}, ast.unparse(call)
 
 
 def test_text_and_code_take_turns(path):

@@ -26,7 +26,8 @@ LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-pytho
 def execute(notebook: nbformat.NotebookNode, path: Path, folder: Path) -> None:
     """Execute the cells of a notebook in a folder, in place, a bar counting them."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    bar = tqdm(total=len(code), desc=path.name[:2], unit="cell", leave=False)
+    # disable=None: no bar where the output goes to a file
+    bar = tqdm(total=len(code), desc=path.name[:2], unit="cell", leave=False, disable=None)
     client = NotebookClient(
         notebook,
         on_cell_executed=lambda **_: bar.update(),
