@@ -185,7 +185,7 @@ def faster_reader(
     mask = policy.check_completions(both, answers)
     n_prefixes = len(prefix_tree(both, _all_but_last(answers, mask), policy.vocab_size).tokens)
     n_tokens = len(prompts) * (2 * chosen.shape[1] - 1 - _fork(chosen, rejected))
-    return forked_token_logps if n_prefixes > 0.6 * n_tokens else branched_token_logps
+    return forked_token_logps if n_prefixes > 0.5 * n_tokens else branched_token_logps
 
 
 def read_actor_critic(
