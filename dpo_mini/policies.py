@@ -176,9 +176,7 @@ class SelfAttention(nn.Module):
 
     def extend(self, x: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of C siblings `x` `[P, C, D]`, each to the shared path before it and itself."""
-        q, k, v = self.heads(
-            self.c_attn(x)
-        )  # each [P, H, C, D/H], or [1, H, C, D/H] where all P share x
+        q, k, v = self.heads(self.c_attn(x))  # [P, H, C, D/H], or 1 for P where all share x
         path_k, path_v = path  # each [P, H, S, D/H]
         own = (q * k).sum(-1).unsqueeze(2).expand(len(path_k), -1, -1, -1)  # [P, H, 1, C]
         scores = torch.cat([path_k @ q.mT, own], 2) * q.shape[-1] ** -0.5  # [P, H, S + 1, C]

@@ -173,8 +173,9 @@ def faster_reader(
     """`forked_token_logps` or `branched_token_logps`: the one that is faster on pairs like these.
 
     A prefix of the tree costs more than a token of a row, for it gathers the keys and values of all
-    that stand before it. Both are equally fast where the tree reads .5 as many (2 layers, width 64)
-    to .65 as many (4 layers, width 128): `benchmarks/training.py`.
+    that stand before it. Both are equally fast where the tree reads .4 as many (where rows are
+    multiplied by oneDNN: `policies.linear_of_rows`) to .65 as many (4 layers, width 128, where they
+    are not): `benchmarks/training.py`.
 
     Args:
       policy, prompts, chosen, rejected: as in `forked_token_logps`; one batch will do.
