@@ -45,7 +45,13 @@ from tqdm import tqdm
 from dpo_mini import closed_form, rollout, train
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.losses import dpo_loss
-from dpo_mini.policies import ScalarTransformer, SeparateNetworks, SharedTrunk, TinyTransformer
+from dpo_mini.policies import (
+    ScalarTransformer,
+    SeparateNetworks,
+    SharedTrunk,
+    TinyTransformer,
+    linear_of_rows,
+)
 from dpo_mini.policy_gradient import clipped_value_loss
 from dpo_mini.tasks import Task, micro_review_demonstrations, micro_reviews
 
@@ -448,18 +454,21 @@ def report_dpo(n_layers: int, width: int, device: torch.device) -> None:
         contenders[f"{name}, made fast"] = partial(step_trl, policy, reference, FASTEST, list)
         contenders[name] = partial(step_trl, policy, reference, AS_IT_COMES, make_dataset)
     check_losses(contenders, pairs)
-    contenders["the matrix products alone"] = partial(multiply, n_layers, width, device)
+    ceiling = partial(multiply, n_layers, width, device)
+    if multiplies_by_onednn(policy):
+        contenders["the matrix products alone, by oneDNN"] = partial(ceiling, by_onednn)
+    contenders["the matrix products alone, by torch"] = partial(ceiling, torch.matmul)
     seconds = {name: [] for name in contenders}
     for _ in tqdm(range(DPO_BLOCKS), desc="blocks of DPO", leave=False):
         for name, run in contenders.items():
             seconds[name] += run(pairs, DPO_STEPS)[0][WARM_UP:]
     medians = {name: median(times) for name, times in seconds.items()}
-    *_, as_it_comes, ceiling = medians.values()
+    slowest, ceiling = max(medians.values()), medians["the matrix products alone, by torch"]
     print(f"A step of DPO: {n_layers} layers, width {width}, {PAIR_BATCH} pairs\n")
     print("| steps taken by | ms | steps a second | ratio | share of the ceiling |")
     print("|---|---|---|---|---|")
     for name, each in medians.items():
-        print(f"| {name} | {1e3 * each:.1f} | {1 / each:.1f} | {as_it_comes / each:.2f} ", end="")
+        print(f"| {name} | {1e3 * each:.1f} | {1 / each:.1f} | {slowest / each:.2f} ", end="")
         print(f"| {ceiling / each:.2f} |")
     print()
 
@@ -541,7 +550,25 @@ def step_gpt2(policy: TinyTransformer, reference: TinyTransformer, pairs: Pairs,
     return times, losses
 
 
-def multiply(n_layers: int, width: int, device: torch.device, _: Pairs, steps: int) -> Run:
+def multiplies_by_onednn(policy: TinyTransformer) -> bool:
+    """Whether `policies.linear_of_rows` takes oneDNN here."""
+    layer, x = policy.blocks[0].c_fc, policy.wte.weight[:1]
+    return type(linear_of_rows(layer, x).grad_fn).__name__ == "OneDNNLinearBackward"
+
+
+def by_onednn(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of matrices in float32 on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+
+
+def multiply(
+    n_layers: int,
+    width: int,
+    device: torch.device,
+    product: Callable[[Tensor, Tensor], Tensor],
+    _: Pairs,
+    steps: int,
+) -> Run:
     """The products of such a step, forward and backward, and nothing between them: the ceiling.
 
     What a pair shares is read once: 4 tokens of the prompt and twice 7 of the answers, whose last
@@ -553,7 +580,8 @@ def multiply(n_layers: int, width: int, device: torch.device, _: Pairs, steps: i
 
     and the words are one more, [64 x 15, D] x [D, 32]. Each has two of its size on the way back,
     for its left and its right factor. What is no product is left out: where a softmax, a sum or a
-    copy would stand between two of them, any matrix of the right shape goes on.
+    copy would stand between two of them, any matrix of the right shape goes on. `product` is how
+    torch multiplies, or how oneDNN does; the heads' small products are torch's in both.
     """
     n_tokens = PROMPT_LENGTH + 2 * (LENGTH - 1)
     n_rows, n_said = PAIR_BATCH * n_tokens, PAIR_BATCH * (1 + 2 * (LENGTH - 1))
@@ -571,27 +599,27 @@ def multiply(n_layers: int, width: int, device: torch.device, _: Pairs, steps: i
     for _step in clocked(range(steps), times, device):
         x, kept = start, []
         for attend, project, up, down in layers:
-            qkv = x @ attend
+            qkv = product(x, attend)
             q, k, v = qkv.view(3, *heads)
             scores = q @ k.mT
             mixed = (weights @ v).view(n_rows, width)
-            attended = mixed @ project
-            inner = attended @ up
+            attended = product(mixed, project)
+            inner = product(attended, up)
             kept.append((x, qkv, scores, mixed, attended, inner))
-            x = inner @ down
-        logits = x[:n_said] @ words
-        _ = x[:n_said].T @ logits, logits @ words.T
+            x = product(inner, down)
+        logits = product(x[:n_said], words)
+        _ = product(x[:n_said].T, logits), product(logits, words.T)
         grad = x
         for (x, qkv, scores, mixed, attended, inner), (attend, project, up, down) in zip(
             reversed(kept), reversed(layers), strict=True
         ):
             q, k, v = qkv.view(3, *heads)
-            of_inner, _ = grad @ down.T, inner.T @ grad
-            of_attended, _ = of_inner @ up.T, attended.T @ of_inner
-            of_mixed, _ = of_attended @ project.T, mixed.T @ of_attended
+            of_inner, _ = product(grad, down.T), product(inner.T, grad)
+            of_attended, _ = product(of_inner, up.T), product(attended.T, of_inner)
+            of_mixed, _ = product(of_attended, project.T), product(mixed.T, of_attended)
             of_heads = of_mixed.view(heads)
             _ = of_heads @ v.mT, weights.mT @ of_heads, scores @ k, scores.mT @ q
-            grad, _ = qkv @ attend.T, x.T @ qkv
+            grad, _ = product(qkv, attend.T), product(x.T, qkv)
     return times, []
 
 

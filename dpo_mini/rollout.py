@@ -197,8 +197,9 @@ def faster_reader(
     """`forked_token_logps` or `branched_token_logps`: the one that is faster on pairs like these.
 
     A prefix of the tree costs more than a token of a row, for it gathers the keys and values of all
-    that stand before it. Both are equally fast where the tree reads .5 as many (2 layers, width 64)
-    to .65 as many (4 layers, width 128): `benchmarks/training.py`.
+    that stand before it. Both are equally fast where the tree reads .4 as many (where rows are
+    multiplied by oneDNN: `policies.linear_of_rows`) to .65 as many (4 layers, width 128, where they
+    are not): `benchmarks/training.py`.
 
     Args:
       policy, prompts, chosen, rejected: as in `forked_token_logps`; one batch will do.
@@ -211,7 +212,7 @@ def faster_reader(
     mask = policy.check_completions(both, answers)
     n_prefixes = len(prefix_tree(both, _all_but_last(answers, mask), policy.vocab_size).tokens)
     n_tokens = len(prompts) * (2 * chosen.shape[1] - 1 - _fork(chosen, rejected))
-    return forked_token_logps if n_prefixes > 0.6 * n_tokens else branched_token_logps
+    return forked_token_logps if n_prefixes > 0.5 * n_tokens else branched_token_logps
 
 
 def read_actor_critic(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dpo_mini import policies
 from dpo_mini.logps import PAD
 from dpo_mini.policies import (
+    OneDNNLinear,
     PrefixTree,
     RewardModel,
     ScalarTransformer,
@@ -16,6 +18,7 @@ from dpo_mini.policies import (
     TabularPolicy,
     TinyTransformer,
     gelu,
+    linear_of_rows,
     shares_storage,
 )
 
@@ -135,6 +138,87 @@ def test_gelu_and_its_gradient_are_those_of_torch():
     one = torch.ones((), dtype=torch.float64, requires_grad=True)
     gelu(one).backward()
     assert one.grad.item() == pytest.approx(1.0829640838457826, abs=1e-14)
+
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN"
+)
+
+
+def by_onednn_and_torch(generator, *shape):
+    """A layer and rows, and what both ways make of them."""
+    layer = torch.nn.Linear(shape[-1], 12)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    ways = (OneDNNLinear.apply(x, layer.weight, layer.bias), layer(x))
+    return (x, *layer.parameters()), ways
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 7, 8), (1, 1, 4), (64, 18, 64)])
+def test_onednn_and_its_gradient_are_those_of_torch(shape, generator):
+    inputs, ways = by_onednn_and_torch(generator, *shape)
+    assert_close(*ways, rtol=0, atol=1e-5)
+    grad = torch.randn(ways[0].shape, generator=generator)
+    for got, want in zip(*(torch.autograd.grad(y, inputs, grad) for y in ways), strict=True):
+        assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+def test_onednn_has_a_second_derivative(generator):
+    inputs, ways = by_onednn_and_torch(generator, 5, 7, 8)
+
+    def twice(y):
+        slopes = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(slope.pow(2).sum() for slope in slopes), inputs)
+
+    for got, want in zip(*map(twice, ways), strict=True):
+        assert_close(got, want, rtol=1e-4, atol=1e-2)
+
+
+def taken(layer, x):
+    return type(linear_of_rows(layer, x).grad_fn).__name__ == "OneDNNLinearBackward"
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("maker", "capability", "wanted"),
+    [("AMD", "AVX512", True), ("AMD", "AVX2", False), ("another", "AVX512", False)],
+)
+def test_onednn_is_taken_where_torch_leaves_half_of_a_vector(
+    maker, capability, wanted, monkeypatch
+):
+    monkeypatch.setattr(policies, "_cpu_maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layer, x = torch.nn.Linear(4, 3), torch.ones(2, 5, 4)
+    assert taken(layer, x) == wanted
+    assert not taken(layer.double(), x.double())  # the chapters' precision is torch's own
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not taken(layer.float(), x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_policy_says_the_same_by_onednn(shape, generator, monkeypatch):
+    policy = transformer(shape, torch.float32, generator)
+    rows = random_rows(policy, 9, generator)
+    said = []
+    for faster in (True, False):
+        monkeypatch.setattr(policies, "_onednn_is_faster", lambda faster=faster: faster)
+        said.append(policy.token_logps(*rows))
+    assert "OneDNN" in names_of_graph(said[0])
+    assert "OneDNN" not in names_of_graph(said[1])
+    assert_close(*said, rtol=0, atol=2e-5)
+
+
+def names_of_graph(y):
+    """The names of all steps that lead to `y`, joined."""
+    nodes, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return " ".join(type(node).__name__ for node in nodes)
 
 
 def test_gelu_has_a_second_derivative():
