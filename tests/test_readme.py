@@ -117,19 +117,6 @@ def test_every_figure_file_is_written_by_a_chapter():
 INSTRUCTORS = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
 
 
-def test_the_plans_of_teaching_take_the_hours_that_they_say():
-    plans = {
-        title: sum(map(int, re.findall(r"\((\d+)(?: minutes)?\)", text)))
-        for title, text in re.findall(
-            r"^\*\*(\w+ hours)[^*]*\*\*(.*?)\n\n", INSTRUCTORS, re.S | re.M
-        )
-    }
-    assert "Ten minutes for questions" in INSTRUCTORS
-    assert plans["Two hours"] + 10 == 2 * 60
-    assert plans["Four hours"] == 2 * 60, "after the two hours"
-    assert plans["Eight hours"] == 8 * 60
-
-
 def test_the_example_for_homework_passes_the_best_policy_and_names_the_gap_of_another():
     names = {}
     (example,) = re.findall(r"```python\n(.*?)```", INSTRUCTORS, re.S)
