@@ -1,8 +1,11 @@
 """Chapter 08: train a policy with PPO."""
 
+from itertools import product
+
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws
 
 REWARDS = torch.tensor([-0.1, 0.3, -0.2, 1.5, 0.4], dtype=torch.float64)
 VALUES = torch.tensor([0.6, 0.9, 0.2, 1.1, -0.7], dtype=torch.float64)
@@ -23,70 +26,107 @@ REF_LOGPS = torch.tensor(
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
 
 
-def advantages(rewards, values, discount, lam):
-    """8.1: generalised advantage estimation of one completion, `[T]`."""
-    n = len(rewards)
-    after = torch.cat([values[1:], torch.zeros_like(values[:1])])
-    td = rewards + discount * after - values
-    total = torch.zeros_like(td)
-    for t in range(n):
-        for s in range(t, n):
-            total[t] += (discount * lam) ** (s - t) * td[s]
-    return total
+def judge_advantages(advantages):
+    """8.1: nothing where the values are exact, else the mean over every place to stop looking."""
+    for n, (discount, lam) in product((1, 3, 6), ((0.9, 0.7), (0.5, 1.0), (1.0, 0.4), (0.8, 0.0))):
+        rewards, values = draws(2, n, seed=n)
+        exact = values - discount * _value_after(values)
+        agree(
+            advantages(exact, values, discount, lam),
+            0.0,
+            "where each value is the reward plus the discounted value after it, an advantage is "
+            "not 0",
+        )
+        agree(
+            advantages(rewards, values, discount, lam),
+            torch.stack(
+                [_mean_over_stops(rewards[t:], values[t:], discount, lam) for t in range(n)]
+            ),
+            "an advantage is not the mean of all looks ahead, each a discounted sum up to some "
+            "stop and the value there, where lambda is the chance to go on",
+        )
+
+
+def _mean_over_stops(rewards, values, discount, lam):
+    """The mean of (k-step return - value) of the first token: one goes on with chance lam."""
+    mean, reached = -values[0], 1.0
+    for k in range(1, len(rewards) + 1):
+        ends = k == len(rewards)
+        gathered = sum(discount**s * rewards[s] for s in range(k))
+        gathered = gathered + (0.0 if ends else discount**k * values[k])
+        mean = mean + reached * (1.0 if ends else 1 - lam) * gathered
+        reached *= lam
+    return mean
+
+
+def _value_after(values):
+    return torch.cat([values[1:], torch.zeros_like(values[:1])])
+
+
+def _decayed(td_errors, decay):
+    """Each number and what comes after it, shrunk by `decay` a step."""
+    steps = torch.arange(len(td_errors))
+    distance = steps[None, :] - steps[:, None]
+    weights = torch.where(distance < 0, 0.0, float(decay) ** distance.clamp(min=0).double())
+    return weights @ td_errors
 
 
 def _advantages_td(rewards, values, discount, lam):
     """This is the TD error alone, lambda = 0: the later TD errors count too."""
-    return advantages(rewards, values, discount, 0.0)
+    return rewards + discount * _value_after(values) - values
 
 
 def _advantages_without_bootstrap(rewards, values, discount, lam):
     """The value of the next prefix is missing: the TD error has the gain in value in it."""
-    n = len(rewards)
-    td = rewards - values
-    return torch.stack(
-        [sum((discount * lam) ** (s - t) * td[s] for s in range(t, n)) for t in range(n)]
-    )
+    return _decayed(rewards - values, discount * lam)
 
 
 def _advantages_lam_alone(rewards, values, discount, lam):
     """The decay is lambda alone: the discount shrinks it too."""
-    after = torch.cat([values[1:], torch.zeros_like(values[:1])])
-    td = rewards + discount * after - values
-    n = len(td)
-    return torch.stack([sum(lam ** (s - t) * td[s] for s in range(t, n)) for t in range(n)])
+    return _decayed(_advantages_td(rewards, values, discount, lam), lam)
 
 
 def _advantages_forwards(rewards, values, discount, lam):
     """The sum runs over the past: a token is judged by what comes after it."""
-    after = torch.cat([values[1:], torch.zeros_like(values[:1])])
-    td = rewards + discount * after - values
-    n = len(td)
-    return torch.stack(
-        [sum((discount * lam) ** (t - s) * td[s] for s in range(t + 1)) for t in range(n)]
-    )
+    td_errors = _advantages_td(rewards, values, discount, lam)
+    return _decayed(td_errors.flip(0), discount * lam).flip(0)
 
 
 def _advantages_as_returns(rewards, values, discount, lam):
     """These are the targets of the value function: an advantage has the value taken off."""
-    return advantages(rewards, values, discount, lam) + values
+    return values + _decayed(_advantages_td(rewards, values, discount, lam), discount * lam)
 
 
 def _advantages_value_after_the_end(rewards, values, discount, lam):
     """A value is carried on past the last token: after the end there is nothing to come."""
     after = torch.cat([values[1:], values[-1:]])
-    td = rewards + discount * after - values
-    n = len(td)
-    return torch.stack(
-        [sum((discount * lam) ** (s - t) * td[s] for s in range(t, n)) for t in range(n)]
-    )
+    return _decayed(rewards + discount * after - values, discount * lam)
 
 
-def clipped_loss(logps, old_logps, advantages, clip_eps):
-    """8.2: PPO's clipped surrogate as a loss, `[B]`."""
-    ratios = torch.exp(logps - old_logps)
-    clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.minimum(ratios * advantages, clipped * advantages)
+def judge_clipped_loss(clipped_loss):
+    """8.2: the plain loss, but no gain from going on beyond the edge of the clip."""
+    for clip_eps in (0.1, 0.2, 0.35):
+        old_logps = -1.5 + 0.5 * draws(60, seed=round(100 * clip_eps))
+        advantages = draws(60, seed=1)
+        better = advantages.sign()  # the side of the ratio on which the objective grows
+        for shift in torch.linspace(-1.2, 1.2, 13):
+            logps = old_logps + shift
+            edge = old_logps + (1 + better * clip_eps).log()
+            beyond = better * (logps - edge) > 0
+            loss = clipped_loss(logps, old_logps, advantages, clip_eps)
+            plain = -advantages * logps.exp() / old_logps.exp()
+            agree(
+                loss[~beyond],
+                plain[~beyond],
+                "where the ratio is within the clip, or moved the wrong way, the loss is not the "
+                "importance-weighted one",
+            )
+            agree(
+                loss[beyond],
+                clipped_loss(edge, old_logps, advantages, clip_eps)[beyond],
+                "where the ratio is beyond the clip on the side that its advantage asks for, the "
+                "loss is not what it was at the edge",
+            )
 
 
 def _clipped_always(logps, old_logps, advantages, clip_eps):
@@ -104,12 +144,16 @@ def _clipped_upside_down(logps, old_logps, advantages, clip_eps):
 
 def _clipped_objective(logps, old_logps, advantages, clip_eps):
     """This is the objective, to be made large: a loss has the other sign."""
-    return -clipped_loss(logps, old_logps, advantages, clip_eps)
+    ratios = torch.exp(logps - old_logps)
+    clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
+    return torch.minimum(ratios * advantages, clipped * advantages)
 
 
 def _clipped_ratio_inverted(logps, old_logps, advantages, clip_eps):
     """The ratio is upside down: the new policy is over the old one."""
-    return clipped_loss(old_logps, logps, advantages, clip_eps)
+    ratios = torch.exp(old_logps - logps)
+    clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
+    return torch.maximum(-ratios * advantages, -clipped * advantages)
 
 
 def _clipped_not(logps, old_logps, advantages, clip_eps):
@@ -124,14 +168,40 @@ def _clipped_in_logs(logps, old_logps, advantages, clip_eps):
     return -torch.minimum(torch.exp(log_ratios) * advantages, clipped * advantages)
 
 
-def token_rewards(scores, logps, ref_logps, mask, beta):
-    """8.3: the score on the last token, minus beta k1 on every token, `[B, T]`."""
-    rewards = torch.zeros_like(logps)
-    for row in range(len(scores)):
-        n = int(mask[row].sum())
-        rewards[row, :n] = -beta * (logps[row, :n] - ref_logps[row, :n])
-        rewards[row, n - 1] += scores[row]
-    return rewards
+def judge_token_rewards(token_rewards):
+    """8.3: together the score less beta times the log-ratio; where it ends moves no other token."""
+    # beta times a mask of whole numbers has the default type: these are exact in float32 too
+    for n_rows, n_tokens, beta in ((1, 4, 0.5), (2, 3, 2.0), (3, 2, 0.125)):
+        logps, ref_logps = -draws(2, n_rows, n_tokens, seed=n_tokens).exp()
+        scores = draws(n_rows, seed=n_rows)
+        at = torch.arange(n_tokens)
+        whole = token_rewards(scores, logps, ref_logps, torch.ones(n_rows, n_tokens).long(), beta)
+        for lengths in product(range(1, n_tokens + 1), repeat=n_rows):
+            length = torch.tensor(lengths)[:, None]
+            kept, last, cut = at < length, at == length - 1, length < n_tokens
+            rewards = token_rewards(scores, logps, ref_logps, kept.long(), beta)
+            agree(rewards[~kept], 0.0, "a padding token has a reward")
+            agree(
+                rewards.sum(1),
+                scores - beta * ((logps - ref_logps) * kept).sum(1),
+                "a row's rewards do not add up to its score less beta (log pi - log pi_ref) of "
+                "the completion",
+            )
+            agree(
+                rewards[kept & ~last],
+                whole[kept & ~last],
+                "a token before the last has another reward where the completion ends earlier",
+            )
+            agree(
+                (rewards - whole)[last & cut],
+                scores[cut[:, 0]],
+                "a token that ends the completion is not worth the score more than where the "
+                "completion goes on",
+            )
+
+
+def _last_tokens(mask):
+    return torch.nn.functional.one_hot(mask.sum(1) - 1, mask.shape[1])
 
 
 def _rewards_in_the_last_column(scores, logps, ref_logps, mask, beta):
@@ -147,34 +217,29 @@ def _rewards_on_every_token(scores, logps, ref_logps, mask, beta):
 
 def _rewards_with_the_sign_wrong(scores, logps, ref_logps, mask, beta):
     """The KL term has the wrong sign: this pays the policy for leaving the reference."""
-    return token_rewards(scores, ref_logps, logps, mask, beta)
+    return scores[:, None] * _last_tokens(mask) + beta * (logps - ref_logps) * mask
 
 
 def _rewards_on_padding(scores, logps, ref_logps, mask, beta):
     """The penalty is on padding too: nobody chose those tokens."""
-    rewards = -beta * (logps - ref_logps)
-    return (
-        rewards
-        - token_rewards(0 * scores, logps, ref_logps, mask, beta)
-        + token_rewards(scores, logps, ref_logps, mask, beta)
-    )
+    return scores[:, None] * _last_tokens(mask) - beta * (logps - ref_logps)
 
 
 def _rewards_without_beta(scores, logps, ref_logps, mask, beta):
     """Beta is missing: nats are subtracted from reward units."""
-    return token_rewards(scores, logps, ref_logps, mask, 1.0)
+    return scores[:, None] * _last_tokens(mask) - (logps - ref_logps) * mask
 
 
 def _rewards_without_kl(scores, logps, ref_logps, mask, beta):
     """The KL term is missing: nothing keeps the policy near the reference."""
-    return token_rewards(scores, logps, logps, mask, beta)
+    return scores[:, None] * _last_tokens(mask)
 
 
 EXERCISES = (
     Exercise(
         "8.1",
         cases=((REWARDS, VALUES, 0.9, 0.7), (REWARDS.flip(0), VALUES, 0.8, 0.95)),
-        answer=advantages,
+        judge=judge_advantages,
         mistakes=(
             _advantages_td,
             _advantages_without_bootstrap,
@@ -183,11 +248,12 @@ EXERCISES = (
             _advantages_as_returns,
             _advantages_value_after_the_end,
         ),
+        shape=lambda rewards, values, discount, lam: rewards.shape,
     ),
     Exercise(
         "8.2",
         cases=((LOGPS, OLD_LOGPS, ADVANTAGES, 0.2), (OLD_LOGPS, LOGPS, ADVANTAGES, 0.1)),
-        answer=clipped_loss,
+        judge=judge_clipped_loss,
         mistakes=(
             _clipped_always,
             _clipped_upside_down,
@@ -196,11 +262,12 @@ EXERCISES = (
             _clipped_not,
             _clipped_in_logs,
         ),
+        shape=lambda logps, old_logps, advantages, clip_eps: logps.shape,
     ),
     Exercise(
         "8.3",
         cases=((SCORES, TOKEN_LOGPS, REF_LOGPS, MASK, 0.5),),
-        answer=token_rewards,
+        judge=judge_token_rewards,
         mistakes=(
             _rewards_in_the_last_column,
             _rewards_on_every_token,
@@ -209,5 +276,6 @@ EXERCISES = (
             _rewards_without_beta,
             _rewards_without_kl,
         ),
+        shape=lambda scores, logps, ref_logps, mask, beta: logps.shape,
     ),
 )

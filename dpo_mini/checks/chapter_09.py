@@ -1,8 +1,11 @@
 """Chapter 09: compare PPO with DPO."""
 
+from itertools import product
+
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws, other_instances, random_policies
 
 REF_PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
@@ -14,10 +17,44 @@ BETAS = torch.tensor([0.25, 0.5, 1.0, 2.0], dtype=torch.float64)
 BEST_VALUES = torch.tensor([0.82, 0.71, 0.60, 0.53], dtype=torch.float64)
 
 
-def advantages(rewards, logps, ref_logps, log_z, beta):
-    """9.1: the return less V*, `[B]`, reward units."""
-    returns = rewards + beta * ref_logps - beta * logps
-    return returns - beta * log_z
+def judge_advantages(advantages):
+    """9.1: with them the policy gradient is that of J, and their mean is what J lacks to J*."""
+    for ref_probs, rewards, beta in other_instances(seed=0):
+        ref_logps = ref_probs.log()
+        log_z = (ref_logps + rewards / beta).logsumexp(1, keepdim=True)
+        best = ref_logps + rewards / beta - log_z
+        for start in (best, ref_logps, random_policies(ref_probs, seed=1).log()):
+            logits = start.clone().requires_grad_()
+            logps = logits.log_softmax(1)
+            objectives = _objectives(logps, ref_logps, rewards, beta)
+            (slopes,) = torch.autograd.grad(objectives.sum(), logits)
+            tables = rewards, logps.detach(), ref_logps, log_z.expand_as(logps)
+            weights = advantages(*(table.flatten() for table in tables), beta).reshape(logps.shape)
+            probs = logps.detach().exp()
+            means = (probs * weights).sum(1, keepdim=True)
+            if start is best:
+                agree(
+                    weights,
+                    0.0,
+                    "at the optimal policy a weight is not 0: its variance does not vanish",
+                )
+            agree(
+                probs * (weights - means),
+                slopes,
+                "the policy gradient with these weights, averaged over every answer, is not the "
+                "gradient of the expected reward less beta times the KL",
+            )
+            agree(
+                means[:, 0],
+                objectives - _objectives(best, ref_logps, rewards, beta),
+                "the mean of your weights under the policy is not J - J*, what the objective lacks "
+                "to its optimum",
+            )
+
+
+def _objectives(logps, ref_logps, rewards, beta):
+    """The expected reward less beta times the KL, of each prompt."""
+    return (logps.exp() * (rewards - beta * (logps - ref_logps))).sum(-1)
 
 
 def _without_kl(rewards, logps, ref_logps, log_z, beta):
@@ -45,11 +82,35 @@ def _absolute_entropy(rewards, logps, ref_logps, log_z, beta):
     return rewards - beta * logps - beta * log_z
 
 
-def frontier_gap(reward, kl, betas, best_values):
-    """9.2: the distance to the lowest of the lines, reward units."""
-    return min(j + b * kl for j, b in zip(best_values.tolist(), betas.tolist(), strict=True)) - (
-        reward
-    )
+def judge_frontier_gap(frontier_gap):
+    """9.2: lifted by the gap, a policy beats no known J*, and reaches one of them."""
+    for n, ((ref_probs, _), (rewards, _), _) in enumerate(other_instances(seed=1), 1):
+        ref_logps = ref_probs.log()
+        betas = draws(n, seed=n).exp()
+        optima = [(ref_logps + rewards / beta).log_softmax(0) for beta in betas]
+        best_values = torch.stack(
+            [
+                _objectives(best, ref_logps, rewards, beta)
+                for best, beta in zip(optima, betas, strict=True)
+            ]
+        )
+        others = [random_policies(ref_probs, seed).log() for seed in range(4)]
+        for logps in [ref_logps, *optima, *others]:
+            reward = (logps.exp() @ rewards).item()
+            kl = (logps.exp() @ (logps - ref_logps)).item()
+            gap = frontier_gap(reward, kl, betas, best_values)
+            surplus = (reward + gap - betas * kl - best_values).max()
+            agree(
+                surplus.clamp(min=0),
+                0.0,
+                "lifted by your gap, the policy is better at some beta than the best there is",
+            )
+            agree(
+                surplus,
+                0.0,
+                "lifted by your gap, the policy is still below J* at every beta: the lines leave "
+                "room for more",
+            )
 
 
 def _gap_to_the_highest(reward, kl, betas, best_values):
@@ -71,7 +132,7 @@ def _gap_without_kl(reward, kl, betas, best_values):
 
 def _gap_turned_round(reward, kl, betas, best_values):
     """The sign is turned round: a policy below the frontier has a positive gap."""
-    return -frontier_gap(reward, kl, betas, best_values)
+    return reward - float((best_values + betas * kl).min())
 
 
 def _gap_of_the_first(reward, kl, betas, best_values):
@@ -79,14 +140,25 @@ def _gap_of_the_first(reward, kl, betas, best_values):
     return float(best_values[0] + betas[0] * kl) - reward
 
 
-def best_of_n(ref_probs, rewards, n):
-    """9.3: the distribution of the best of n draws, `[Y]`."""
-    probs = torch.zeros_like(ref_probs)
-    for y in range(len(rewards)):
-        tied = ref_probs[rewards == rewards[y]].sum()
-        lower = ref_probs[rewards < rewards[y]].sum()
-        probs[y] = ((lower + tied) ** n - lower**n) * ref_probs[y] / tied
-    return probs
+def judge_best_of_n(best_of_n):
+    """9.3: the table that the enumeration of all draws gives; the first of equals is kept."""
+    tied = torch.tensor([0.3, 0.3, -0.7, 0.3, -0.7, 1.2], dtype=torch.float64)
+    for (ref_probs, _), (rewards, _), _ in other_instances(seed=2):
+        for kept_for in (rewards, tied[: len(rewards)].roll(1)):
+            for n in (1, 2, 3):
+                agree(
+                    best_of_n(ref_probs, kept_for, n),
+                    _best_of_all_draws(ref_probs, kept_for, n),
+                    "over all possible draws an answer is the one kept with another probability",
+                )
+
+
+def _best_of_all_draws(ref_probs, rewards, n):
+    kept = torch.zeros_like(ref_probs)
+    for drawn in product(range(len(ref_probs)), repeat=n):
+        best = max(drawn, key=lambda y: float(rewards[y]))
+        kept[best] += ref_probs[list(drawn)].prod()
+    return kept
 
 
 def _ties_counted_again(ref_probs, rewards, n):
@@ -106,7 +178,9 @@ def _ties_shared_evenly(ref_probs, rewards, n):
 
 def _worst_of_n(ref_probs, rewards, n):
     """This is the worst of n: the draw that is kept has the largest reward."""
-    return best_of_n(ref_probs, -rewards, n)
+    at_least = torch.stack([ref_probs[rewards >= r].sum() for r in rewards])
+    above = torch.stack([ref_probs[rewards > r].sum() for r in rewards])
+    return (at_least**n - above**n) * ref_probs / (at_least - above)
 
 
 def _at_most(ref_probs, rewards, n):
@@ -130,7 +204,7 @@ EXERCISES = (
             (REWARDS, LOGPS, REF_PROBS.log(), LOG_Z, 0.5),
             (REWARDS.flip(0), REF_PROBS.log(), LOGPS, -LOG_Z, 2.0),
         ),
-        answer=advantages,
+        judge=judge_advantages,
         mistakes=(
             _without_kl,
             _without_baseline,
@@ -138,11 +212,12 @@ EXERCISES = (
             _baseline_in_nats,
             _absolute_entropy,
         ),
+        shape=lambda rewards, logps, ref_logps, log_z, beta: rewards.shape,
     ),
     Exercise(
         "9.2",
         cases=((0.55, 0.2, BETAS, BEST_VALUES), (0.4, 0.9, BETAS, BEST_VALUES)),
-        answer=frontier_gap,
+        judge=judge_frontier_gap,
         mistakes=(
             _gap_to_the_highest,
             _gap_kl_subtracted,
@@ -154,7 +229,7 @@ EXERCISES = (
     Exercise(
         "9.3",
         cases=((REF_PROBS, REWARDS, 3), (TIED_PROBS, TIED, 4)),
-        answer=best_of_n,
+        judge=judge_best_of_n,
         mistakes=(
             _ties_counted_again,
             _ties_shared_evenly,
@@ -162,5 +237,6 @@ EXERCISES = (
             _at_most,
             _tilted,
         ),
+        shape=lambda ref_probs, rewards, n: ref_probs.shape,
     ),
 )

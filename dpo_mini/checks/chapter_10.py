@@ -3,6 +3,7 @@
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws, other_instances
 
 SHOWN = torch.tensor([0.69, 0.31, 0.5, 0.74], dtype=torch.float64)
 REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -14,9 +15,17 @@ CYCLE = torch.tensor([[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]], dtype=
 ANOTHER = torch.tensor([[0.5, 0.6, 0.05], [0.4, 0.5, 0.75], [0.95, 0.25, 0.5]], dtype=torch.float64)
 
 
-def fitted_margin(shown, flip_rate):
-    """10.1: logit of the win probability before the flips."""
-    return torch.log((shown - flip_rate) / (1 - flip_rate - shown))
+def judge_fitted_margin(fitted_margin):
+    """10.1: labels made with known margins, then flipped, give these margins back."""
+    for n, flip_rate in ((1, 0.0), (3, 0.1), (5, 0.25), (6, 0.4)):
+        margins = 2 * draws(n, seed=n)
+        wins = margins.sigmoid()
+        kept, flipped = (1 - flip_rate) * wins, flip_rate * (1 - wins)
+        agree(
+            fitted_margin(kept + flipped, flip_rate),
+            margins,
+            "labels of raters with known margins, then flipped, do not give these margins back",
+        )
 
 
 def _margin_of_the_labels(shown, flip_rate):
@@ -41,10 +50,18 @@ def _margin_as_probability(shown, flip_rate):
     return (shown - flip_rate) / (1 - 2 * flip_rate)
 
 
-def ipo_policy(ref_probs, wins, beta):
-    """10.2: the reference tilted by the mean win rate, itself included."""
-    weights = ref_probs * torch.exp(wins.mean(1) / beta)
-    return weights / weights.sum()
+def judge_ipo_policy(ipo_policy):
+    """10.2: a distribution at which the exact IPO loss over all pairs, convex, has no slope."""
+    for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
+        scores = draws(len(ref_probs), len(ref_probs), seed=seed)
+        wins = (scores - scores.T).sigmoid()
+        probs = ipo_policy(ref_probs, wins, beta)
+        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        log_ratios = (probs / ref_probs).log().requires_grad_()
+        margins = log_ratios[:, None] - log_ratios[None, :]
+        loss = (wins * (margins - 1 / (2 * beta)) ** 2).mean()  # every ordered pair as often
+        (slope,) = torch.autograd.grad(loss, log_ratios)
+        agree(slope, 0.0, "the IPO loss over all pairs still has a slope at your policy")
 
 
 def _policy_without_reference(ref_probs, wins, beta):
@@ -55,12 +72,12 @@ def _policy_without_reference(ref_probs, wins, beta):
 
 def _policy_of_defeats(ref_probs, wins, beta):
     """This averages columns: how often an answer is beaten. Row i holds the wins of answer i."""
-    return ipo_policy(ref_probs, wins.T, beta)
+    return torch.softmax(ref_probs.log() + wins.mean(0) / beta, 0)
 
 
 def _policy_of_sums(ref_probs, wins, beta):
     """This sums wins where the solution has a mean over the answers: beta is Y times too small."""
-    return ipo_policy(ref_probs, wins, beta / len(wins))
+    return torch.softmax(ref_probs.log() + wins.sum(1) / beta, 0)
 
 
 def _policy_without_itself(ref_probs, wins, beta):
@@ -83,13 +100,27 @@ def _policy_at_half(ref_probs, wins, beta):
     """A factor 2 is off: the target of a pair is (2p - 1) / (2 beta), which is p / beta and a
     constant.
     """
-    return ipo_policy(ref_probs, wins, 2 * beta)
+    return torch.softmax(ref_probs.log() + wins.mean(1) / (2 * beta), 0)
 
 
-def nash_policy(wins):
-    """10.3: each action by the margin between the two others."""
-    margins = torch.stack([wins[1, 2], wins[2, 0], wins[0, 1]]) - 0.5
-    return margins / margins.sum()
+def judge_nash_policy(nash_policy):
+    """10.3: a mixture that no action beats more than half the time; on a cycle it is the only."""
+    for seed in range(6):
+        margins = 0.49 * draws(3, seed=seed).sigmoid()
+        wins = torch.full((3, 3), 0.5, dtype=torch.float64)
+        for action, margin in enumerate(margins.tolist()):
+            beaten = (action + 1 + seed % 2) % 3  # both directions of the cycle
+            wins[action, beaten] += margin
+            wins[beaten, action] -= margin
+        probs = nash_policy(wins)
+        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        agree(probs, probs.clamp(min=0), "a probability is below 0")
+        against = wins @ probs
+        agree(
+            against,
+            against.clamp(max=0.5),
+            "against your mixture an action wins more than half the time",
+        )
 
 
 def _nash_by_own_margin(wins):
@@ -130,18 +161,19 @@ EXERCISES = (
     Exercise(
         "10.1",
         cases=((SHOWN, 0.2), (SHOWN, 0.05)),
-        answer=fitted_margin,
+        judge=judge_fitted_margin,
         mistakes=(
             _margin_of_the_labels,
             _margin_flipped_again,
             _margin_not_rescaled,
             _margin_as_probability,
         ),
+        shape=lambda shown, flip_rate: shown.shape,
     ),
     Exercise(
         "10.2",
         cases=((REF, WINS, 0.5), (REF[:3] / 0.9, WINS[:3, :3], 0.1)),
-        answer=ipo_policy,
+        judge=judge_ipo_policy,
         mistakes=(
             _policy_without_reference,
             _policy_of_defeats,
@@ -150,11 +182,12 @@ EXERCISES = (
             _policy_of_log_odds,
             _policy_at_half,
         ),
+        shape=lambda ref_probs, wins, beta: ref_probs.shape,
     ),
     Exercise(
         "10.3",
         cases=((CYCLE,), (ANOTHER,), (ANOTHER.T.contiguous(),)),
-        answer=nash_policy,
+        judge=judge_nash_policy,
         mistakes=(
             _nash_by_own_margin,
             _nash_by_own_defeat,
@@ -162,5 +195,6 @@ EXERCISES = (
             _nash_as_one_action,
             _nash_of_probabilities,
         ),
+        shape=lambda wins: [3],
     ),
 )

@@ -1,19 +1,28 @@
 """Chapter 11: keep Z when it does not cancel."""
 
 import math
+from itertools import product
 
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws, random_policies
 
 BEST = torch.tensor([0.7, 0.1, 0.15, 0.05], dtype=torch.float64)
 WRITER = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 
 
-def log_z_of_ranks(n, beta):
-    """11.1: the logarithm of the geometric series of n equally likely ranks k/n, k = 1..n."""
-    step = 1 / (n * beta)
-    return step + math.log(math.expm1(1 / beta)) - math.log(n * math.expm1(step))
+def judge_log_z_of_ranks(log_z_of_ranks):
+    """11.1: with Z the optimum's probabilities of all the ranks sum to 1."""
+    for n, beta in product((1, 2, 5, 12, 100), (0.1, 0.5, 3.0)):
+        ranks = torch.arange(1, n + 1, dtype=torch.float64) / n
+        log_probs = ranks / beta - math.log(n) - log_z_of_ranks(n, beta)
+        agree(
+            log_probs.logsumexp(0),
+            0.0,
+            "with your log Z the probabilities of the n answers at the optimum do not sum to 1: "
+            "the logarithm of their sum is not 0",
+        )
 
 
 def _ranks_of_a_continuum(n, beta):
@@ -23,34 +32,37 @@ def _ranks_of_a_continuum(n, beta):
 
 def _ranks_from_zero(n, beta):
     """The ranks begin at 0: an answer that is one of the n is never below all of them."""
-    return log_z_of_ranks(n, beta) - 1 / (n * beta)
+    return math.log(math.expm1(1 / beta) / math.expm1(1 / (n * beta)) / n)
 
 
 def _ranks_of_a_fresh_answer(n, beta):
     """This averages the n + 1 ranks 0..n of a fresh answer; these answers are ranked among
     themselves.
     """
-    both = 1 + n * math.exp(log_z_of_ranks(n, beta))
-    return math.log(both / (n + 1))
+    return math.log(sum(math.exp(k / (n * beta)) for k in range(n + 1)) / (n + 1))
 
 
 def _ranks_not_averaged(n, beta):
     """The series is summed and not averaged: each rank has the probability 1/n."""
-    return log_z_of_ranks(n, beta) + math.log(n)
+    return math.log(sum(math.exp(k / (n * beta)) for k in range(1, n + 1)))
 
 
 def _ranks_without_a_logarithm(n, beta):
     """This is Z; the logarithm is missing."""
-    return math.exp(log_z_of_ranks(n, beta))
+    return sum(math.exp(k / (n * beta)) for k in range(1, n + 1)) / n
 
 
-def expected_value(p, beta, n):
-    """11.2: the mean over a binomial number of passes of beta log(1 + k/n (e^(1/beta) - 1))."""
-    total = 0.0
-    for k in range(n + 1):
-        chance = math.comb(n, k) * p**k * (1 - p) ** (n - k)
-        total += chance * beta * math.log1p(k / n * math.expm1(1 / beta))
-    return total
+def judge_expected_value(expected_value):
+    """11.2: the mean over every outcome of n draws."""
+    for p, beta, n in ((0.3, 0.5, 1), (0.6, 2.0, 3), (0.05, 0.25, 5), (0.9, 1.25, 8)):
+        rewards = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64)
+        chances = (p * rewards + (1 - p) * (1 - rewards)).prod(1)
+        values = beta * (torch.logsumexp(rewards / beta, 1) - math.log(n))
+        agree(
+            expected_value(p, beta, n),
+            chances @ values,
+            "averaged over every outcome of the n draws, V-hat is another number",
+        )
 
 
 def _value_exact(p, beta, n):
@@ -69,7 +81,9 @@ def _value_by_the_delta_method(p, beta, n):
 
 def _value_in_nats(p, beta, n):
     """Beta is missing before the logarithm: this is in nats, not in units of reward."""
-    return expected_value(p, beta, n) / beta
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    boost = math.expm1(1 / beta)
+    return sum(chance * math.log1p(k / n * boost) for k, chance in enumerate(chances))
 
 
 def _value_of_single_draws(p, beta, n):
@@ -79,22 +93,53 @@ def _value_of_single_draws(p, beta, n):
     return p
 
 
-def tilt(best, writer, error, beta):
-    """11.3: best error / beta (w / (1 + chi2) - 1) with the weights w = best / writer."""
-    weights = best / writer
-    return best * error / beta * (weights / (best * weights).sum() - 1)
+def judge_tilt(tilt):
+    """11.3: the changes sum to 0, and along them the regression stays stationary."""
+    for n, error, beta in ((3, 0.01, 0.5), (4, -0.02, 2.0), (6, 0.005, 1.25)):
+        best = draws(n, seed=n).softmax(0)
+        writer = random_policies(best, seed=n)
+        moved = tilt(best, writer, error, beta)
+        agree(moved.sum(), 0.0, "your changes do not sum to 0, so the probabilities not to 1")
+        agree(
+            _drift_of_the_slope(moved / error, best, writer, beta),
+            0.0,
+            "moved along your changes, the policy does not stay at the lowest point of the "
+            "regression: to first order its loss gets a slope",
+        )
+
+
+def _drift_of_the_slope(direction, best, writer, beta):
+    """How fast the regression's slope leaves 0 when V is raised and the policy is moved, `[Y]`.
+
+    The reward is V + beta log(best / ref) exactly, so the residual does not know the reference.
+    """
+
+    def slope(error):
+        logits = (best + error * direction).log()
+        residuals = beta * (best.log() - logits.log_softmax(0)) - error
+        loss = (writer * residuals**2).sum()
+        return torch.autograd.grad(loss, logits, create_graph=True)[0]
+
+    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    return torch.autograd.functional.jacobian(slope, at)
+
+
+def _multiplied(best, writer):
+    """`best` times its weights over the writer, made to sum to 1, `[Y]`."""
+    weighted = best**2 / writer
+    return weighted / weighted.sum()
 
 
 def _tilt_without_beta(best, writer, error, beta):
     """Beta is missing: an error of V, in reward, becomes an error of log-ratios, in nats."""
-    return tilt(best, writer, error, 1.0)
+    return error * (_multiplied(best, writer) - best)
 
 
 def _tilt_turned_round(best, writer, error, beta):
     """The sign is turned round: with V too high, mass moves to where best is large against
     writer.
     """
-    return -tilt(best, writer, error, beta)
+    return error / beta * (best - _multiplied(best, writer))
 
 
 def _tilt_not_normalised(best, writer, error, beta):
@@ -111,14 +156,14 @@ def _tilt_relative(best, writer, error, beta):
     """This is the relative change, a factor best is missing: the change of the probability is
     wanted.
     """
-    return tilt(best, writer, error, beta) / best
+    return error / beta * (_multiplied(best, writer) / best - 1)
 
 
 EXERCISES = (
     Exercise(
         "11.1",
         cases=((4, 0.5), (7, 2.0)),
-        answer=log_z_of_ranks,
+        judge=judge_log_z_of_ranks,
         mistakes=(
             _ranks_of_a_continuum,
             _ranks_from_zero,
@@ -130,7 +175,7 @@ EXERCISES = (
     Exercise(
         "11.2",
         cases=((0.3, 0.5, 4), (0.1, 2.0, 7)),
-        answer=expected_value,
+        judge=judge_expected_value,
         mistakes=(
             _value_exact,
             _value_by_the_delta_method,
@@ -141,7 +186,7 @@ EXERCISES = (
     Exercise(
         "11.3",
         cases=((BEST, WRITER, 0.01, 0.5), (BEST.flip(0), WRITER, -0.02, 2.0)),
-        answer=tilt,
+        judge=judge_tilt,
         mistakes=(
             _tilt_without_beta,
             _tilt_turned_round,
@@ -149,5 +194,6 @@ EXERCISES = (
             _tilt_as_a_constant,
             _tilt_relative,
         ),
+        shape=lambda best, writer, error, beta: best.shape,
     ),
 )

@@ -1,8 +1,11 @@
 """Chapter 12: break it."""
 
+import math
+
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws, other_instances
 
 REF_PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
@@ -10,10 +13,21 @@ LENGTHS = torch.tensor([3.0, 1.0, 2.0, 5.0], dtype=torch.float64)
 FEATURES = torch.tensor([[1.0, 0.5], [0.0, -0.5], [6.0, 2.0], [2.0, -1.5]], dtype=torch.float64)
 
 
-def nats_gained(ref_probs, rewards, beta):
-    """12.1: (r - beta log Z) / beta, `[Y]`, nats."""
-    log_z = torch.log((ref_probs * torch.exp(rewards / beta)).sum())
-    return (rewards - beta * log_z) / beta
+def judge_nats_gained(nats_gained):
+    """12.1: the gains take the reference to a policy, and differ as the rewards do over beta."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
+        gained = nats_gained(ref_probs, rewards, beta)
+        agree(
+            beta * (gained - gained[0]),
+            rewards - rewards[0],
+            "times beta, the gains of two answers do not differ as their rewards do",
+        )
+        agree(
+            ref_probs @ gained.exp(),
+            1.0,
+            "with these gains on the reference's log-probabilities the probabilities do not sum "
+            "to 1",
+        )
 
 
 def _gained_without_z(ref_probs, rewards, beta):
@@ -23,7 +37,7 @@ def _gained_without_z(ref_probs, rewards, beta):
 
 def _gained_in_reward(ref_probs, rewards, beta):
     """This is in units of reward: divide by beta to have nats."""
-    return beta * nats_gained(ref_probs, rewards, beta)
+    return rewards - beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
 
 
 def _gained_above_the_mean(ref_probs, rewards, beta):
@@ -43,13 +57,40 @@ def _gained_z_in_reward(ref_probs, rewards, beta):
 
 def _gained_optimum(ref_probs, rewards, beta):
     """This is log pi* itself: what is gained is its difference to the reference's."""
-    return ref_probs.log() + nats_gained(ref_probs, rewards, beta)
+    return torch.log_softmax(ref_probs.log() + rewards / beta, 0)
 
 
-def chosen_rate(ref_probs, features, chosen, rejected, beta):
-    """12.2: beta sigma(0) (phi_w - mean phi) . (phi_w - phi_l)."""
-    mean = (ref_probs[:, None] * features).sum(0)
-    return 0.5 * beta * ((features[chosen] - mean) * (features[chosen] - features[rejected])).sum()
+def judge_chosen_rate(chosen_rate):
+    """12.2: what autograd says of one step of gradient descent, through the whole policy."""
+    for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
+        features = draws(len(ref_probs), 1 + seed, seed=seed)
+        for chosen, rejected in ((0, 1), (1, 0), (2, 1)):
+            agree(
+                chosen_rate(ref_probs, features, chosen, rejected, beta),
+                _rate_after_a_step(ref_probs, features, chosen, rejected, beta),
+                "a step of gradient descent on the pair's loss moves the chosen answer's "
+                "log-probability at another rate",
+            )
+
+
+def _rate_after_a_step(ref_probs, features, chosen, rejected, beta):
+    """d log pi(chosen) / d step size, at a step of 0."""
+    ref_logps = ref_probs.log()
+
+    def policy(theta):
+        return torch.log_softmax(ref_logps + features @ theta, 0)
+
+    def loss(theta):
+        log_ratios = policy(theta) - ref_logps
+        return -torch.nn.functional.logsigmoid(beta * (log_ratios[chosen] - log_ratios[rejected]))
+
+    start = torch.zeros(features.shape[1], dtype=torch.float64)
+    downhill = -torch.autograd.functional.jacobian(loss, start)
+
+    def after(step):
+        return policy(start + step * downhill)[chosen]
+
+    return torch.autograd.functional.jacobian(after, torch.zeros((), dtype=torch.float64))
 
 
 def _rate_without_mean(ref_probs, features, chosen, rejected, beta):
@@ -65,12 +106,14 @@ def _rate_of_margin(ref_probs, features, chosen, rejected, beta):
 
 def _rate_without_half(ref_probs, features, chosen, rejected, beta):
     """The weight of the pair is missing: at margin 0 it is beta times sigmoid(0), a half."""
-    return 2 * chosen_rate(ref_probs, features, chosen, rejected, beta)
+    slope = features[chosen] - ref_probs @ features
+    return beta * (slope @ (features[chosen] - features[rejected]))
 
 
 def _rate_without_beta(ref_probs, features, chosen, rejected, beta):
     """Beta is missing: the pull of a pair is beta sigmoid(-beta d)."""
-    return chosen_rate(ref_probs, features, chosen, rejected, 1.0)
+    slope = features[chosen] - ref_probs @ features
+    return 0.5 * (slope @ (features[chosen] - features[rejected]))
 
 
 def _rate_of_rejected(ref_probs, features, chosen, rejected, beta):
@@ -82,23 +125,29 @@ def _rate_of_rejected(ref_probs, features, chosen, rejected, beta):
 
 def _rate_plain_mean(ref_probs, features, chosen, rejected, beta):
     """The mean feature is the policy's: weigh each answer by its probability."""
-    uniform = torch.full_like(ref_probs, 1 / len(ref_probs))
-    return chosen_rate(uniform, features, chosen, rejected, beta)
+    slope = features[chosen] - features.mean(0)
+    return 0.5 * beta * (slope @ (features[chosen] - features[rejected]))
 
 
 def _rate_turned_round(ref_probs, features, chosen, rejected, beta):
     """The sign is turned round: descent on the loss moves theta along phi_w - phi_l."""
-    return -chosen_rate(ref_probs, features, chosen, rejected, beta)
+    slope = features[chosen] - ref_probs @ features
+    return 0.5 * beta * (slope @ (features[rejected] - features[chosen]))
 
 
-def mean_policy(ref_probs, rewards, lengths, beta):
-    """12.3: pi_ref exp(n (r + c) / beta) with the one c at which it sums to 1, `[Y]`."""
-    low, high = -1e3, 1e3
-    for _ in range(200):
-        c = (low + high) / 2
-        total = (ref_probs.log() + lengths * (rewards + c) / beta).logsumexp(0)
-        low, high = (low, c) if total > 0 else (c, high)
-    return ref_probs * torch.exp(lengths * (rewards + c) / beta)
+def judge_mean_policy(mean_policy):
+    """12.3: a distribution whose rewards, as length-normalised DPO reads them, are true."""
+    for seed, ((ref_probs, _), (rewards, _), beta) in enumerate(other_instances(seed=0)):
+        lengths = 1 + draws(len(ref_probs), seed=seed).abs().mul(3).floor()
+        probs = mean_policy(ref_probs, rewards, lengths, beta)
+        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        implied = beta * (probs / ref_probs).log() / lengths
+        agree(
+            implied - implied[0],
+            rewards - rewards[0],
+            "the implied rewards, beta times the log-ratio over the length, of two answers do not "
+            "differ as their rewards do",
+        )
 
 
 def _normalised(logits):
@@ -129,14 +178,19 @@ def _mean_not_normalised(ref_probs, rewards, lengths, beta):
 
 def _mean_without_reference(ref_probs, rewards, lengths, beta):
     """The reference is missing."""
-    return mean_policy(torch.ones_like(ref_probs) / len(ref_probs), rewards, lengths, beta)
+    low, high = -1e3, 1e3
+    for _ in range(100):
+        c = (low + high) / 2
+        logits = lengths * (rewards + c) / beta - math.log(len(ref_probs))
+        low, high = (low, c) if logits.logsumexp(0) > 0 else (c, high)
+    return logits.exp()
 
 
 EXERCISES = (
     Exercise(
         "12.1",
         cases=((REF_PROBS, REWARDS, 0.5), (REF_PROBS.flip(0), REWARDS, 2.0)),
-        answer=nats_gained,
+        judge=judge_nats_gained,
         mistakes=(
             _gained_without_z,
             _gained_in_reward,
@@ -145,11 +199,12 @@ EXERCISES = (
             _gained_z_in_reward,
             _gained_optimum,
         ),
+        shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
     Exercise(
         "12.2",
         cases=((REF_PROBS, FEATURES, 0, 1, 0.5), (REF_PROBS, FEATURES, 3, 0, 2.0)),
-        answer=chosen_rate,
+        judge=judge_chosen_rate,
         mistakes=(
             _rate_without_mean,
             _rate_of_margin,
@@ -163,7 +218,7 @@ EXERCISES = (
     Exercise(
         "12.3",
         cases=((REF_PROBS, REWARDS, LENGTHS, 0.5), (REF_PROBS, -REWARDS, LENGTHS, 2.0)),
-        answer=mean_policy,
+        judge=judge_mean_policy,
         mistakes=(
             _mean_normalised,
             _mean_of_sums,
@@ -171,5 +226,6 @@ EXERCISES = (
             _mean_not_normalised,
             _mean_without_reference,
         ),
+        shape=lambda ref_probs, rewards, lengths, beta: ref_probs.shape,
     ),
 )

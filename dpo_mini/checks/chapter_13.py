@@ -3,6 +3,7 @@
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws, other_instances, random_policies
 
 GUESS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -11,10 +12,32 @@ REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 Q = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
 
 
-def elbo_gap(q, prior, likelihood):
-    """13.1: log evidence less ELBO, from probabilities `[H]`."""
-    evidence = (prior * likelihood).sum()
-    return torch.log(evidence) - (q * torch.log(prior * likelihood / q)).sum()
+def judge_elbo_gap(elbo_gap):
+    """13.1: none at the posterior, elsewhere what a convex function lies above its tangent."""
+    for seed, n in enumerate((2, 3, 5)):
+        prior, q = draws(2, n, seed=n).softmax(1)
+        likelihood = draws(n, seed=seed).exp()
+        joint = prior * likelihood
+        agree(
+            elbo_gap(joint / joint.sum(), prior, likelihood),
+            0.0,
+            "the guess is the posterior by Bayes' rule, and the gap is not 0",
+        )
+        agree(
+            elbo_gap(q, prior, likelihood),
+            _above_the_tangent(q, joint),
+            "log sum_h q^(1-t) joint^t runs from 0 to the log evidence and its tangent at t = 0 "
+            "to the ELBO; what is between them at t = 1 is not your gap",
+        )
+
+
+def _above_the_tangent(q, joint):
+    def log_sum(t):
+        return torch.logsumexp((1 - t) * q.log() + t * joint.log(), 0)
+
+    start, end = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(log_sum, start)
+    return log_sum(end) - log_sum(start) - slope
 
 
 def _gap_is_the_elbo(q, prior, likelihood):
@@ -24,7 +47,8 @@ def _gap_is_the_elbo(q, prior, likelihood):
 
 def _gap_turned_round(q, prior, likelihood):
     """The sign is turned round: the ELBO is a lower bound, so the gap is not negative."""
-    return -elbo_gap(q, prior, likelihood)
+    joint = prior * likelihood
+    return (q * torch.log(joint / joint.sum() / q)).sum()
 
 
 def _gap_to_the_prior(q, prior, likelihood):
@@ -45,13 +69,33 @@ def _gap_without_kl(q, prior, likelihood):
 
 def _gap_without_prior(q, prior, likelihood):
     """The prior is missing from the evidence and from the ELBO: this is right for a flat one."""
-    return elbo_gap(q, torch.ones_like(prior), likelihood)
+    return (q * torch.log(q * likelihood.sum() / likelihood)).sum()
 
 
-def token_credit(ref_probs, q_values, beta):
-    """13.2: Q* - V* of every next token `[V]`."""
-    value = beta * torch.log((ref_probs * torch.exp(q_values / beta)).sum())
-    return q_values - value
+def judge_token_credit(token_credit):
+    """13.2: Q* less one number, which is the most that any policy gets of Q* after its KL."""
+    for (ref_probs, _), (q_values, _), beta in other_instances(seed=0):
+        credit = token_credit(ref_probs, q_values, beta)
+        values = q_values - credit
+        agree(
+            values,
+            values[0],
+            "the credits of two tokens do not differ as their Q* do",
+        )
+        best = ref_probs * torch.exp(credit / beta)
+        agree(
+            best.sum(),
+            1.0,
+            "credit over beta is the log-ratio of a policy to the reference, and with yours its "
+            "probabilities do not sum to 1",
+        )
+        for probs in (ref_probs, *(random_policies(ref_probs, seed) for seed in range(4))):
+            gets = probs @ q_values - beta * probs @ (probs / ref_probs).log()
+            agree(
+                gets,
+                gets.clamp(max=values[0].item()),
+                "some policy gets more of Q* less beta times its KL than Q* less your credit",
+            )
 
 
 def _credit_over_the_mean(ref_probs, q_values, beta):
@@ -66,7 +110,7 @@ def _credit_under_the_best(ref_probs, q_values, beta):
 
 def _credit_in_nats(ref_probs, q_values, beta):
     """Beta is missing before the log-ratio: this is in nats, not in units of reward."""
-    return token_credit(ref_probs, q_values, beta) / beta
+    return q_values / beta - torch.logsumexp(ref_probs.log() + q_values / beta, 0)
 
 
 def _credit_at_beta_one(ref_probs, q_values, beta):
@@ -87,54 +131,75 @@ def _credit_without_reference(ref_probs, q_values, beta):
 
 def _credit_of_the_whole_policy(ref_probs, q_values, beta):
     """This is beta log pi*: the reference's own log-probability is still in it."""
-    return token_credit(ref_probs, q_values, beta) + beta * torch.log(ref_probs)
+    return beta * torch.log_softmax(ref_probs.log() + q_values / beta, 0)
 
 
-def tilted_gaussian(mean, variance, slope, curvature, beta):
-    """13.3: mean and variance `[2]` after the reward slope y - curvature y^2 / 2."""
-    new_variance = 1 / (1 / variance + curvature / beta)
-    new_mean = new_variance * (mean / variance + slope / beta)
-    return torch.tensor([new_mean, new_variance], dtype=torch.float64)
+def judge_tilted_gaussian(tilted_gaussian):
+    """13.3: the moments of the density, times exp(reward / beta), on a fine grid."""
+    for mean, variance, slope, curvature, beta in (
+        (0.3, 1.0, 0.0, 0.0, 0.5),
+        (0.7, 0.5, -1.2, 0.0, 2.0),
+        (-1.5, 2.0, 0.4, 0.3, 0.8),
+        (2.0, 1.3, 1.0, 1.5, 0.25),
+    ):
+        y = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)
+        log_weights = -((y - mean) ** 2) / (2 * variance)
+        log_weights = log_weights + (slope * y - curvature * y**2 / 2) / beta
+        weights = log_weights.softmax(0)
+        centre = weights @ y
+        got = tilted_gaussian(mean, variance, slope, curvature, beta)
+        agree(got[0], centre, "the tilted density has another mean")
+        agree(got[1], weights @ (y - centre) ** 2, "the tilted density has another variance")
+
+
+def _tilted_precision(variance, curvature, beta):
+    return 1 / variance + curvature / beta
+
+
+def _pair(mean, variance):
+    return torch.tensor([mean, variance], dtype=torch.float64)
 
 
 def _gaussian_without_beta(mean, variance, slope, curvature, beta):
     """Beta is missing: the log-weight is the reward over beta."""
-    return tilted_gaussian(mean, variance, slope, curvature, 1.0)
+    precision = _tilted_precision(variance, curvature, 1.0)
+    return _pair((mean / variance + slope) / precision, 1 / precision)
 
 
 def _gaussian_with_its_old_variance(mean, variance, slope, curvature, beta):
     """The mean is that of the linear reward alone, computed with the old variance."""
-    new = tilted_gaussian(mean, variance, slope, curvature, beta)
-    return torch.tensor([mean + variance * slope / beta, new[1]], dtype=torch.float64)
+    return _pair(mean + variance * slope / beta, 1 / _tilted_precision(variance, curvature, beta))
 
 
 def _gaussian_as_precision(mean, variance, slope, curvature, beta):
     """The second number is the precision: a variance is wanted."""
-    new = tilted_gaussian(mean, variance, slope, curvature, beta)
-    return torch.tensor([new[0], 1 / new[1]], dtype=torch.float64)
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, precision)
 
 
 def _gaussian_that_spreads(mean, variance, slope, curvature, beta):
     """The curvature has the wrong sign: a reward that bends down makes the Gaussian narrower."""
-    return tilted_gaussian(mean, variance, slope, -curvature, beta)
+    precision = _tilted_precision(variance, -curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, 1 / precision)
 
 
 def _gaussian_with_a_deviation(mean, variance, slope, curvature, beta):
     """The second number is the standard deviation: a variance is wanted."""
-    new = tilted_gaussian(mean, variance, slope, curvature, beta)
-    return torch.tensor([new[0], new[1] ** 0.5], dtype=torch.float64)
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, precision**-0.5)
 
 
 def _gaussian_twice_as_sharp(mean, variance, slope, curvature, beta):
     """The curvature counts twice: log N has the factor one half too, and it cancels."""
-    return tilted_gaussian(mean, variance, slope, 2 * curvature, beta)
+    precision = _tilted_precision(variance, 2 * curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, 1 / precision)
 
 
 EXERCISES = (
     Exercise(
         "13.1",
         cases=((GUESS, PRIOR, LIKELIHOOD), (PRIOR, GUESS, LIKELIHOOD.flip(0))),
-        answer=elbo_gap,
+        judge=judge_elbo_gap,
         mistakes=(
             _gap_is_the_elbo,
             _gap_turned_round,
@@ -147,7 +212,7 @@ EXERCISES = (
     Exercise(
         "13.2",
         cases=((REF, Q, 0.5), (REF[:3].flip(0) / REF[:3].sum(), Q[1:], 2.0)),
-        answer=token_credit,
+        judge=judge_token_credit,
         mistakes=(
             _credit_over_the_mean,
             _credit_under_the_best,
@@ -157,11 +222,12 @@ EXERCISES = (
             _credit_without_reference,
             _credit_of_the_whole_policy,
         ),
+        shape=lambda ref_probs, q_values, beta: q_values.shape,
     ),
     Exercise(
         "13.3",
         cases=((0.5, 1.7, 0.8, 0.1, 0.5), (-1.0, 0.4, -0.3, 0.6, 2.0)),
-        answer=tilted_gaussian,
+        judge=judge_tilted_gaussian,
         mistakes=(
             _gaussian_without_beta,
             _gaussian_with_its_old_variance,
@@ -170,5 +236,6 @@ EXERCISES = (
             _gaussian_with_a_deviation,
             _gaussian_twice_as_sharp,
         ),
+        shape=lambda mean, variance, slope, curvature, beta: [2],
     ),
 )

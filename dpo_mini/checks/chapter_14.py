@@ -1,18 +1,33 @@
 """Chapter 14: real models."""
 
+from itertools import product
+
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, draws
 
 
-def answer_mask(tokens, n_prompt, end):
-    """14.1: 1.0 on the answer's tokens `[S]`, its end token included, the padding not."""
-    mask = torch.zeros(len(tokens), dtype=torch.float64)
-    for at in range(n_prompt, len(tokens)):
-        mask[at] = 1.0
-        if tokens[at] == end:
-            break
-    return mask
+def judge_answer_mask(answer_mask):
+    """14.1: rows put together of a prompt, an answer and padding come apart again."""
+    for end, others in ((0, (1, 2)), (3, (0, 5))):
+        prompts = [row for n in (1, 2) for row in product((end, others[0]), repeat=n)]
+        prompts.sort(key=lambda prompt: end in prompt)
+        answers = [row for n in (0, 1, 2) for row in product(others, repeat=n)]
+        for prompt, answer, n_padding in product(prompts, answers, (0, 1, 3)):
+            n, until = len(prompt), len(prompt) + len(answer) + 1  # its end token is one more
+            tokens = torch.tensor([*prompt, *answer, end, *[end] * n_padding])
+            mask = answer_mask(tokens, n, end)
+            row = "a prompt that holds an end token too" if end in prompt else "a prompt"
+            agree(mask[n:until], 1.0, f"after {row}, a token of the answer or its end is left out")
+            agree(mask[:n], 0.0, f"in {row} a token counts")
+            agree(mask[until:], 0.0, f"after {row} and its answer, padding counts")
+
+
+def _up_to_the_first_end(tokens, n_prompt, end):
+    """Every position up to the answer's end token, the prompt's too, `[S]`."""
+    first_end = n_prompt + int((tokens[n_prompt:] == end).nonzero()[0])
+    return torch.arange(len(tokens)) <= first_end
 
 
 def _end_token_left_out(tokens, n_prompt, end):
@@ -30,31 +45,39 @@ def _padding_counts(tokens, n_prompt, end):
 
 def _prompt_counts(tokens, n_prompt, end):
     """The prompt counts: its tokens are given, not answered, and both answers share them."""
-    mask = answer_mask(tokens, n_prompt, end)
-    mask[:n_prompt] = 1.0
-    return mask
+    return _up_to_the_first_end(tokens, n_prompt, end).double()
 
 
 def _one_too_late(tokens, n_prompt, end):
     """The mask begins one token late: position n_prompt holds the answer's first token, as
     positions count from 0.
     """
-    mask = answer_mask(tokens, n_prompt, end)
-    mask[n_prompt] = 0.0
-    return mask
+    after = torch.arange(len(tokens)) > n_prompt
+    return (after & _up_to_the_first_end(tokens, n_prompt, end)).double()
 
 
 def _one_too_early(tokens, n_prompt, end):
     """The mask begins one token early: the prompt's last token counts."""
-    mask = answer_mask(tokens, n_prompt, end)
-    mask[n_prompt - 1] = 1.0
-    return mask
+    after = torch.arange(len(tokens)) >= n_prompt - 1
+    return (after & _up_to_the_first_end(tokens, n_prompt, end)).double()
 
 
-def accuracy_of(chosen, rejected, ref_chosen, ref_rejected):
-    """14.2: share of rows where chosen gained more on the reference than rejected did."""
-    gains = torch.stack([chosen - ref_chosen, rejected - ref_rejected])
-    return (gains[0] > gains[1]).double().mean()
+def judge_accuracy_of(accuracy_of):
+    """14.2: of pairs made with margins of every combination of signs, the share above 0."""
+    for n in (1, 2, 3, 4):
+        for row, signs in enumerate(product((-1.0, 0.0, 1.0), repeat=n)):
+            # quarters, so that ties are exact
+            refs, gains, sizes = (draws(3, 2, n, seed=row) * 4).round() / 4
+            ref_chosen, ref_rejected = refs
+            rejected = ref_rejected + gains[0]
+            margins = torch.tensor(signs, dtype=torch.float64) * (0.25 + sizes[0].abs())
+            chosen = ref_chosen + gains[0] + margins
+            agree(
+                accuracy_of(chosen, rejected, ref_chosen, ref_rejected),
+                (margins > 0).double().mean(),
+                "of pairs made with known implied rewards, another share has the larger one on "
+                "the chosen answer",
+            )
 
 
 def _without_reference(chosen, rejected, ref_chosen, ref_rejected):
@@ -81,13 +104,27 @@ def _each_alone(chosen, rejected, ref_chosen, ref_rejected):
     return (chosen > ref_chosen).double().mean()
 
 
-def join(prompts, answers):
-    """14.3: prompt, answer, padding in each row of `[B, P + T]`."""
-    joined = torch.full((len(prompts), prompts.shape[1] + answers.shape[1]), -1)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens = [t for t in [*prompt.tolist(), *answer.tolist()] if t != -1]
-        joined[row, : len(tokens)] = torch.tensor(tokens)
-    return joined
+def judge_join(join):
+    """14.3: every combination of lengths: the prompt, the answer, and nothing but padding."""
+    for n_prompt, n_answer in ((2, 2), (4, 3), (3, 1)):
+        lengths = list(product(range(1, n_prompt + 1), range(1, n_answer + 1)))
+        tokens = (9 * draws(len(lengths), n_prompt + n_answer, seed=n_prompt).abs()).long()
+        prompts, answers = tokens[:, :n_prompt].clone(), tokens[:, n_prompt:].clone()
+        for row, (p, a) in enumerate(lengths):
+            prompts[row, p:] = answers[row, a:] = -1
+        joined = join(prompts, answers)
+        for row, (p, a) in enumerate(lengths):
+            agree(
+                joined[row, : p + a],
+                torch.cat([prompts[row, :p], answers[row, :a]]),
+                "a row does not begin with the prompt's tokens and then the answer's, each in "
+                "order",
+            )
+            agree(joined[row, p + a :], -1, "after an answer's last token there is no padding")
+
+
+def _sorted_stably(tokens, keys):
+    return tokens.gather(1, keys.int().argsort(dim=1, stable=True))
 
 
 def _gap(prompts, answers):
@@ -99,26 +136,24 @@ def _gap(prompts, answers):
 
 def _on_the_left(prompts, answers):
     """The padding is on the left: here it goes to the end of the row."""
-    joined = join(prompts, answers)
-    for row, tokens in enumerate(joined):
-        joined[row] = tokens.roll(int((tokens == -1).sum()))
-    return joined
+    tokens = torch.cat([prompts, answers], dim=1)
+    return _sorted_stably(tokens, tokens != -1)
 
 
 def _answer_first(prompts, answers):
     """The answer stands before the prompt: a causal model would then answer what it has
     not read.
     """
-    return join(answers, prompts)
+    tokens = torch.cat([answers, prompts], dim=1)
+    return _sorted_stably(tokens, tokens == -1)
 
 
 def _unstable(prompts, answers):
     """The tokens of a row are sorted by value: bring the padding to the end and keep the order of
     the rest (a sort by "is it padding" with stable=True does).
     """
-    joined = join(prompts, answers)
-    large = joined.masked_fill(joined == -1, joined.max() + 1).sort(1).values
-    return large.masked_fill(large == joined.max() + 1, -1)
+    tokens = torch.cat([prompts, answers], dim=1)
+    return _sorted_stably(tokens, torch.where(tokens == -1, tokens.max() + 1, tokens))
 
 
 TOKENS = torch.tensor([5, 7, 3, 4, 9, 0, 0, 0])
@@ -135,15 +170,28 @@ ANSWERS = torch.tensor([[9, 1, 0], [3, 0, -1], [0, -1, -1]])
 EXERCISES = (
     Exercise(
         "14.1",
-        ((TOKENS, 2, 0), (FULL, 1, 0), (TOKENS, 3, 0)),
-        answer_mask,
-        (_end_token_left_out, _padding_counts, _prompt_counts, _one_too_late, _one_too_early),
+        cases=((TOKENS, 2, 0), (FULL, 1, 0), (TOKENS, 3, 0)),
+        judge=judge_answer_mask,
+        mistakes=(
+            _end_token_left_out,
+            _padding_counts,
+            _prompt_counts,
+            _one_too_late,
+            _one_too_early,
+        ),
+        shape=lambda tokens, n_prompt, end: tokens.shape,
     ),
     Exercise(
         "14.2",
-        ((*AFTER, *BEFORE), (*BEFORE, *BEFORE)),
-        accuracy_of,
-        (_without_reference, _ties_are_right, _other_way_round, _each_alone),
+        cases=((*AFTER, *BEFORE), (*BEFORE, *BEFORE)),
+        judge=judge_accuracy_of,
+        mistakes=(_without_reference, _ties_are_right, _other_way_round, _each_alone),
     ),
-    Exercise("14.3", ((PROMPTS, ANSWERS),), join, (_gap, _on_the_left, _answer_first, _unstable)),
+    Exercise(
+        "14.3",
+        cases=((PROMPTS, ANSWERS),),
+        judge=judge_join,
+        mistakes=(_gap, _on_the_left, _answer_first, _unstable),
+        shape=lambda prompts, answers: (len(prompts), prompts.shape[1] + answers.shape[1]),
+    ),
 )

@@ -56,6 +56,12 @@ def random_policies(ref_probs: Tensor, seed: int) -> Tensor:
     return torch.randn(ref_probs.shape, dtype=torch.float64, generator=generator).softmax(-1)
 
 
+def draws(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers of `shape`, float64: other sizes and values for a judge to try."""
+    generator = torch.Generator().manual_seed(3_000_003 + seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
 def numbers(result: Any, shape: Sequence[int]) -> Tensor:
     """`result` as a float64 tensor of `shape`.
 
