@@ -1,12 +1,13 @@
 """Every exercise: its solution passes, and plausible mistakes each get a sentence of their own."""
 
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_mini.checks import check, diagnose, exercises
+from dpo_mini.checks import Exercise, check, diagnose, exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = exercises()
@@ -66,17 +67,43 @@ def test_zeros_and_constants_fail(number, value):
     assert not diagnose(number, blank(number, value))[0]
 
 
+def nearly(number: str, change: str, size: float):
+    """The solution, off by `size` in one way."""
+    generator = torch.Generator().manual_seed(0)
+
+    def answer(*arguments):
+        right = torch.as_tensor(SOLUTIONS[number](*arguments), dtype=torch.float64).detach()
+        where = torch.zeros(right.numel(), dtype=torch.float64)
+        where[torch.randint(right.numel(), (), generator=generator)] = 1.0
+        return {
+            "shifted": right + size,
+            "scaled": right * (1 + size),
+            "turned round": -right,
+            "one entry": right + size * where.reshape(right.shape),
+        }[change]
+
+    return answer
+
+
+@pytest.mark.parametrize("change", ["shifted", "scaled", "turned round", "one entry"])
 @pytest.mark.parametrize("number", EXERCISES)
-def test_the_stub_fails(number):
-    passed, sentence = diagnose(number, lambda *arguments: None)
-    assert not passed
-    assert "returned None" in sentence
+def test_near_misses_fail(number, change):
+    """Theorems that let these pass would not pin the answer down."""
+    assert not diagnose(number, nearly(number, change, 1e-4))[0]
 
 
-def test_an_unfinished_stub_is_told_so():
-    passed, sentence = diagnose("0.1", lambda ref_probs, rewards, beta: None)
+def unfinished(*arguments):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("stub", [lambda *arguments: None, unfinished])
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_stub_is_not_attempted(number, stub, capsys):
+    passed, sentence = diagnose(number, stub)
     assert not passed
-    assert "returned None" in sentence
+    assert sentence.startswith("not attempted: ")
+    check(number, stub)
+    assert capsys.readouterr().out.startswith(f"Exercise {number} not attempted: ")
 
 
 def test_what_is_not_a_number_is_told_so():
@@ -86,10 +113,22 @@ def test_what_is_not_a_number_is_told_so():
     assert "shape [2] where [4]" in diagnose("0.1", lambda *arguments: torch.ones(2))[1]
 
 
-def test_an_unknown_mistake_is_shown_its_number():
+def test_an_unknown_mistake_is_told_which_theorem_fails():
     passed, sentence = diagnose("0.1", lambda ref_probs, rewards, beta: ref_probs)
     assert not passed
-    assert "0.4000 where 0.7411 is wanted" in sentence
+    assert "does not differ as their rewards do" in sentence
+
+
+def test_no_judge_has_an_answer_beside_it():
+    """What an exercise holds is its judge and its mistakes; the solution is a learner's."""
+    assert {field.name for field in fields(Exercise)} == {
+        "number",
+        "cases",
+        "judge",
+        "mistakes",
+        "shape",
+        "tolerance",
+    }
 
 
 def test_a_candidate_cannot_harm_the_cases():
@@ -104,7 +143,7 @@ def test_a_candidate_cannot_harm_the_cases():
 def test_check_prints_one_line(capsys):
     check("0.1", SOLUTIONS["0.1"])
     assert capsys.readouterr().out == (
-        "Exercise 0.1 passed: your answer agrees with ours on every case.\n"
+        "Exercise 0.1 passed: every theorem that its judge asks for holds.\n"
     )
 
 

@@ -1,8 +1,10 @@
-"""Checks for the exercises: they name the likely mistake.
+"""Checks for the exercises: they judge by theorem, and name the likely mistake.
 
-A check runs the learner's function on cases of its own and compares with an answer worked out
-here, without the library: it is an independent judge. Where the result equals that of a known
-mistake, its sentence is what the learner reads.
+A check runs the learner's function on cases of its own. Whether it is right, a judge decides by
+what must hold of a right answer: it sums to one, a constant changes nothing, the mean over all
+outcomes is the gradient, the table is that of the enumeration. It holds no copy of the answer, so
+any function passes for which the theorems hold. Where a wrong result equals that of a known
+mistake, the mistake's sentence is what the learner reads, else the theorem's.
 
     check("2.1", my_function)               # in a notebook: prints one line
     passed, sentence = diagnose("2.1", f)   # in a homework's own tests
@@ -15,8 +17,14 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Answer = Callable[..., Any]
+NOT_ATTEMPTED = "not attempted"
+
+
+def _one_number(*_: Any) -> Sequence[int]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -25,18 +33,33 @@ class Exercise:
 
     Args:
       number: chapter and place, such as "2.1".
-      cases: argument tuples that the function is called with.
-      answer: the right function, written with torch alone.
+      cases: argument tuples on which a wrong answer is held against the known mistakes.
+      judge: takes the candidate, which then takes copies of its arguments and returns float64
+        tensors of the right shape, on any arguments; raises AssertionError with one sentence for
+        the theorem that fails. `homework.agree` is its usual line.
       mistakes: functions that a learner with one mistake each writes. Its docstring is the sentence
         that the learner then reads: it names the mistake and does not give the answer.
-      tolerance: the largest absolute difference from the answer that passes.
+      shape: from a case's arguments to the shape of the result; one number, if left out.
+      tolerance: the largest absolute difference at which a result is a mistake's.
     """
 
     number: str
     cases: Sequence[tuple]
-    answer: Answer
-    mistakes: Sequence[Answer]
+    judge: Callable[[Callable[..., Tensor]], None] = (
+        print  # TRANSITION: no default once all chapters are converted
+    )
+    mistakes: Sequence[Answer] = ()  # TRANSITION: no default
+    shape: Callable[..., Sequence[int]] = _one_number
     tolerance: float = 1e-8
+    answer: Any = None  # TRANSITION: goes when all chapters are converted
+
+
+class _UnfitError(Exception):
+    """What a candidate returned cannot be judged; the message is the sentence to read."""
+
+
+class _EmptyError(_UnfitError):
+    """The candidate is the stub."""
 
 
 def check(number: str, candidate: Answer) -> None:
@@ -46,49 +69,34 @@ def check(number: str, candidate: Answer) -> None:
       ValueError: there is no exercise of that number.
     """
     passed, sentence = diagnose(number, candidate)
-    print(f"Exercise {number} {'passed' if passed else 'not yet'}: {sentence}")
+    if sentence.startswith(NOT_ATTEMPTED):
+        print(f"Exercise {number} {sentence}")
+    else:
+        print(f"Exercise {number} {'passed' if passed else 'not yet'}: {sentence}")
 
 
 def diagnose(number: str, candidate: Answer) -> tuple[bool, str]:
     """Whether `candidate` solves exercise `number`, and one sentence on why or why not.
 
+    Returns:
+      `(passed, sentence)`; of a stub the sentence begins with `NOT_ATTEMPTED`.
     Raises:
       ValueError: there is no exercise of that number.
     """
     exercise = _exercise(number)
     if not callable(candidate):
         return False, f"this takes a function and got {type(candidate).__name__}."
-    results = []
-    for case in exercise.cases:
-        try:
-            result = candidate(*_copies(case))
-        except Exception as error:
-            return False, f"your function raised {type(error).__name__}: {error}"
-        if result is None:
-            return False, "your function returned None: write its body and return the result."
-        wanted = _tensor(exercise.answer(*_copies(case)))
-        try:
-            got = _tensor(result)
-        except (TypeError, ValueError, RuntimeError):
-            return False, f"your function returned a {type(result).__name__}, not numbers."
-        if got.shape != wanted.shape:
-            shapes = f"{list(got.shape)} where {list(wanted.shape)} is wanted"
-            return False, f"your function returned the shape {shapes}."
-        results.append((case, got, wanted))
-    if all(_close(got, wanted, exercise.tolerance) for _, got, wanted in results):
-        return True, "your answer agrees with ours on every case."
-    for mistake in exercise.mistakes:
-        wrong = [_tensor(mistake(*_copies(case))) for case in exercise.cases]
-        pairs = zip(wrong, results, strict=True)
-        if all(_close(got, w, exercise.tolerance) for w, (_, got, _) in pairs):
-            return False, " ".join((mistake.__doc__ or "").split())
-    _, got, wanted = next(r for r in results if not _close(r[1], r[2], exercise.tolerance))
-    at = tuple((~_equal(got, wanted, exercise.tolerance)).nonzero()[0].tolist())
-    where = f" at {list(at)}" if at else ""
-    return (
-        False,
-        f"your answer{where} is {got[at].item():.4f} where {wanted[at].item():.4f} is wanted.",
-    )
+    answer = _judged(exercise, candidate)
+    try:
+        results = [answer(*case) for case in exercise.cases]
+        exercise.judge(answer)
+    except _EmptyError:
+        return False, f"{NOT_ATTEMPTED}: write the body of your function and return the result."
+    except _UnfitError as unfit:
+        return False, str(unfit)
+    except AssertionError as broken:
+        return False, _known_mistake(exercise, results) or str(broken)
+    return True, "every theorem that its judge asks for holds."
 
 
 def exercises() -> dict[str, Exercise]:
@@ -108,18 +116,54 @@ def _exercise(number: str) -> Exercise:
     return known[number]
 
 
+def _judged(exercise: Exercise, candidate: Answer) -> Callable[..., Tensor]:
+    """The candidate as a judge may call it: it harms no argument, and returns numbers."""
+
+    def answer(*arguments: Any) -> Tensor:
+        try:
+            result = candidate(*_copies(arguments))
+        except NotImplementedError as error:
+            raise _EmptyError from error
+        except Exception as error:
+            sentence = f"your function raised {type(error).__name__}: {error}"
+            raise _UnfitError(sentence) from error
+        if result is None:
+            raise _EmptyError
+        try:
+            got = _tensor(result)
+        except (TypeError, ValueError, RuntimeError) as error:
+            sentence = f"your function returned a {type(result).__name__}, not numbers."
+            raise _UnfitError(sentence) from error
+        if list(got.shape) != (wanted := list(exercise.shape(*arguments))):
+            sentence = (
+                f"your function returned the shape {list(got.shape)} where {wanted} is wanted."
+            )
+            raise _UnfitError(sentence)
+        return got
+
+    return answer
+
+
+def _known_mistake(exercise: Exercise, results: Sequence[Tensor]) -> str:
+    """The sentence of the mistake that gives these results on every case; "" if none does."""
+    for mistake in exercise.mistakes:
+        wrong = (_tensor(mistake(*_copies(case))) for case in exercise.cases)
+        pairs = zip(wrong, results, strict=True)
+        if all(_close(got, w, exercise.tolerance) for w, got in pairs):
+            return " ".join((mistake.__doc__ or "").split())
+    return ""
+
+
 def _copies(case: tuple) -> tuple:
     """The case's arguments, copied, so that a candidate that changes them harms nobody."""
-    return tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in case)
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in case)
 
 
-def _tensor(result: Any) -> torch.Tensor:
+def _tensor(result: Any) -> Tensor:
     return torch.as_tensor(result, dtype=torch.float64).detach()
 
 
-def _equal(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> torch.Tensor:
-    return torch.isclose(got, wanted, rtol=0.0, atol=tolerance, equal_nan=True)
-
-
-def _close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
-    return got.shape == wanted.shape and bool(_equal(got, wanted, tolerance).all())
+def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return got.shape == wanted.shape and torch.allclose(
+        got, wanted, rtol=0.0, atol=tolerance, equal_nan=True
+    )

@@ -3,15 +3,23 @@
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, other_instances
 
 REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
 
 
-def tilt(ref_probs, rewards, beta):
-    """0.1: pi* from probabilities `[Y]`, rewards `[Y]` and beta."""
-    weights = ref_probs * torch.exp(rewards / beta)
-    return weights / weights.sum()
+def judge_tilt(tilt):
+    """0.1: a policy whose log-ratios to the reference differ as the rewards do, over beta."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
+        probs = tilt(ref_probs, rewards, beta)
+        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        gains = beta * (probs / ref_probs).log()
+        agree(
+            gains - gains[0],
+            rewards - rewards[0],
+            "beta log(pi / pi_ref) of two answers does not differ as their rewards do",
+        )
 
 
 def _beta_multiplies(ref_probs, rewards, beta):
@@ -36,9 +44,15 @@ def _probability_in_softmax(ref_probs, rewards, beta):
     return torch.softmax(ref_probs + rewards / beta, -1)
 
 
-def reward_margin(probs, ref_probs, beta):
-    """0.2: the reward of answer 0 above answer 1, read off a policy `[Y]`."""
-    return beta * torch.log(probs[0] * ref_probs[1] / (probs[1] * ref_probs[0]))
+def judge_reward_margin(reward_margin):
+    """0.2: read off a policy that was made with known rewards, the margin is theirs."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
+        probs = torch.softmax(ref_probs.log() + rewards / beta, -1)
+        agree(
+            reward_margin(probs, ref_probs, beta),
+            rewards[0] - rewards[1],
+            "the policy was made with rewards that differ by another margin",
+        )
 
 
 def _margin_without_reference(probs, ref_probs, beta):
@@ -48,12 +62,12 @@ def _margin_without_reference(probs, ref_probs, beta):
 
 def _margin_without_beta(probs, ref_probs, beta):
     """Beta is missing: this margin is in nats, not in units of reward."""
-    return reward_margin(probs, ref_probs, 1.0)
+    return torch.log(probs[0] * ref_probs[1] / (probs[1] * ref_probs[0]))
 
 
 def _margin_turned_round(probs, ref_probs, beta):
     """The sign is turned round: this is the reward of answer 1 above answer 0."""
-    return -reward_margin(probs, ref_probs, beta)
+    return beta * torch.log(probs[1] * ref_probs[0] / (probs[0] * ref_probs[1]))
 
 
 def _margin_of_ratios(probs, ref_probs, beta):
@@ -65,13 +79,14 @@ EXERCISES = (
     Exercise(
         "0.1",
         cases=((REF, REWARDS, 0.5), (REF.flip(0), REWARDS, 2.0)),
-        answer=tilt,
+        judge=judge_tilt,
         mistakes=(_beta_multiplies, _no_reference, _not_normalised, _probability_in_softmax),
+        shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
     Exercise(
         "0.2",
-        cases=((tilt(REF, REWARDS, 0.5), REF, 0.5), (REF.flip(0), REF, 2.0)),
-        answer=reward_margin,
+        cases=((REF.roll(1), REF, 0.5), (REF.flip(0), REF, 2.0)),
+        judge=judge_reward_margin,
         mistakes=(
             _margin_without_reference,
             _margin_without_beta,
