@@ -5,6 +5,7 @@ import math
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, other_instances, random_policies
 
 POLICY = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -19,9 +20,37 @@ def _nats(probs, other_probs):
     return torch.xlogy(probs, probs / other_probs).sum()
 
 
-def objective(probs, ref_probs, rewards, beta):
-    """1.1: J of a policy `[Y]`."""
-    return (probs * rewards).sum() - beta * _nats(probs, ref_probs)
+def judge_objective(objective):
+    """1.1: J is known where the rewards make the policy optimal, and it is linear in the rewards."""
+    for seed, ((ref, _), (rewards, _), beta) in enumerate(other_instances(seed=1)):
+        probs = random_policies(ref, seed)
+        own_rewards = beta * (probs.log() - ref.log())  # probs is their optimum, with Z = 1
+        agree(
+            objective(probs, ref, own_rewards + 0.7, beta),
+            0.7,
+            "rewards of beta log(pi / pi_ref) + c make pi the optimum, and its J is c",
+        )
+        agree(
+            objective(probs, ref, rewards, beta) - objective(probs, ref, own_rewards, beta),
+            probs @ (rewards - own_rewards),
+            "when the rewards change, J changes by the mean change under the policy",
+        )
+        _judge_answers_never_given(objective, probs, ref, rewards, beta)
+
+
+def _judge_answers_never_given(objective, probs, ref, rewards, beta):
+    for y, only in enumerate(torch.eye(len(ref), dtype=torch.float64)):
+        agree(
+            objective(only, ref, rewards, beta),
+            rewards[y] + beta * math.log(ref[y]),
+            "a policy that gives one answer only pays beta times the surprise of the reference",
+        )
+    rest, ref_rest = probs[1:] / probs[1:].sum(), ref[1:] / ref[1:].sum()
+    agree(
+        objective(torch.cat([torch.zeros_like(ref[:1]), rest]), ref, rewards, beta),
+        objective(rest, ref_rest, rewards[1:], beta) + beta * math.log(ref[1:].sum()),
+        "an answer of probability 0 costs what the reference gave to it, and no more",
+    )
 
 
 def _kl_turned_round(probs, ref_probs, rewards, beta):
@@ -49,9 +78,24 @@ def _entropy_only(probs, ref_probs, rewards, beta):
     return (probs * rewards).sum() - beta * torch.xlogy(probs, probs).sum()
 
 
-def safe_beta(rewards, floor):
-    """1.2: the least beta with pi*/pi_ref >= floor guaranteed."""
-    return (rewards.max() - rewards.min()) / -math.log(floor)
+def judge_safe_beta(safe_beta):
+    """1.2: no reference takes an answer below the floor, and the worst one takes it just there."""
+    for seed, (_, (rewards, _), _) in enumerate(other_instances(seed=2)):
+        for floor in (0.05, 0.3, 0.8):
+            beta = safe_beta(rewards, floor)
+            assert beta > 0, "your beta is not above 0"
+            for draw in range(5):
+                ref = random_policies(rewards, 10 * seed + draw)
+                shares = torch.softmax(ref.log() + rewards / beta, 0) / ref
+                assert shares.min() >= floor, "with your beta an answer falls below the floor"
+            worst_ref = torch.full_like(rewards, 1e-13)
+            worst_ref[rewards.argmax()] = 1.0
+            shares = torch.softmax(worst_ref.log() + rewards / beta, 0) / worst_ref
+            agree(
+                shares.min(),
+                floor,
+                "a reference that all but always gives the best answer does not meet the floor",
+            )
 
 
 def _largest_reward(rewards, floor):
@@ -81,16 +125,22 @@ def _negative_beta(rewards, floor):
     return (rewards.max() - rewards.min()) / math.log(floor)
 
 
-def forward_gaussian(points, probs):
-    """1.3: mean and standard deviation of the target."""
-    mean = (probs * points).sum()
-    return torch.stack([mean, (probs * (points - mean) ** 2).sum().sqrt()])
+def judge_forward_gaussian(forward_gaussian):
+    """1.3: forward KL, by autograd, is stationary; it has one stationary point."""
+    for seed, (_, (points, _), _) in enumerate(other_instances(seed=3)):
+        probs = random_policies(points, seed)
+        gaussian = forward_gaussian(points, probs).requires_grad_()
+        assert gaussian[1] > 0, "the standard deviation is not above 0"
+        log_density = torch.distributions.Normal(*gaussian).log_prob(points)
+        kl = (probs * (probs.log() - log_density)).sum()
+        (slopes,) = torch.autograd.grad(kl, gaussian)
+        agree(slopes, 0.0, "another Gaussian has a smaller forward KL: its gradient is not 0")
 
 
 def _variance(points, probs):
     """The second number is a variance: take its square root."""
-    mean, std = forward_gaussian(points, probs)
-    return torch.stack([mean, std**2])
+    mean = (probs * points).sum()
+    return torch.stack([mean, (probs * (points - mean) ** 2).sum()])
 
 
 def _at_the_mode(points, probs):
@@ -114,7 +164,7 @@ EXERCISES = (
     Exercise(
         "1.1",
         cases=((POLICY, REF, REWARDS, 0.5), (REF.flip(0), REF, REWARDS, 2.0)),
-        answer=objective,
+        judge=judge_objective,
         mistakes=(
             _kl_turned_round,
             _penalty_added,
@@ -126,7 +176,7 @@ EXERCISES = (
     Exercise(
         "1.2",
         cases=((REWARDS, 0.1), (REWARDS + 10.0, 0.5)),
-        answer=safe_beta,
+        judge=judge_safe_beta,
         mistakes=(
             _largest_reward,
             _logarithm_missing,
@@ -138,7 +188,8 @@ EXERCISES = (
     Exercise(
         "1.3",
         cases=((POINTS, TARGET), (POINTS + 1.0, TARGET.flip(0))),
-        answer=forward_gaussian,
+        judge=judge_forward_gaussian,
         mistakes=(_variance, _at_the_mode, _without_weights, _second_moment),
+        shape=lambda points, probs: (2,),
     ),
 )
