@@ -176,6 +176,23 @@ def test_decimal_numbers_in_prose_occur_in_the_chapter(path):
         assert close, f"{number} is in the text and in no output"
 
 
+EXERCISE = re.compile(
+    r"^\*\*(\d+)\.(\d)\*\* \(\d+ minutes, (?:easy|medium|hard)\) .+?"
+    r"\n\n<details><summary>Hint</summary>\n\n.+?\n\n</details>$",
+    re.M | re.S,
+)
+
+
+def test_exercises_have_minutes_difficulty_and_a_hint(path):
+    cells = [cell.source for cell in read(path).cells if "<details>" in cell.source]
+    found = [EXERCISE.search(source) for source in cells]
+    chapter = int(path.name[:2])
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]
+    assert numbers == [(chapter, n + 1) for n in range(len(cells))]
+    assert 2 <= len(numbers) <= 4
+    assert prose(path).count("minutes, ") == len(numbers)
+
+
 def test_the_chapter_has_solutions(path):
     solutions = NOTEBOOKS / "solutions" / f"{path.stem}.py"
     assert solutions.exists()

@@ -45,13 +45,10 @@ class Exercise:
 
     number: str
     cases: Sequence[tuple]
-    judge: Callable[[Callable[..., Tensor]], None] = (
-        print  # TRANSITION: no default once all chapters are converted
-    )
-    mistakes: Sequence[Answer] = ()  # TRANSITION: no default
+    judge: Callable[[Callable[..., Tensor]], None]
+    mistakes: Sequence[Answer]
     shape: Callable[..., Sequence[int]] = _one_number
     tolerance: float = 1e-8
-    answer: Any = None  # TRANSITION: goes when all chapters are converted
 
 
 class _UnfitError(Exception):
