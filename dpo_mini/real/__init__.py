@@ -15,7 +15,12 @@ with warnings.catch_warnings():
     # Of tqdm, in a Jupyter without ipywidgets; the bars that it would draw are switched off.
     # Here, before any file of this folder imports transformers.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
+    try:
+        from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
+    except ModuleNotFoundError as error:
+        needed = "pip install transformers datasets accelerate peft"
+        sentence = f"dpo_mini.real needs the package {error.name}: {needed}"
+        raise ModuleNotFoundError(sentence, name=error.name) from None
 
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import csv_log, tensorboard_log
