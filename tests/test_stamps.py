@@ -227,3 +227,44 @@ def test_numbers_stay_while_they_are_about_right():
     assert "runs in about 20 seconds" in stamp_chapters.spent_line(notebook, title)
     twice = {**notebook, "cells": notebook["cells"] * 2}
     assert f"about {2 * stated_minutes(title)} minutes" in stamp_chapters.spent_line(twice, title)
+
+
+# --- the teaching plans ----------------------------------------------------------------------
+
+
+def plans():
+    """Of each plan of INSTRUCTORS.md its hours, and its parts: what is done, and the minutes."""
+    page = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8").partition("## Teach from")[2]
+    for hours, text in re.findall(r"^\*\*(\w+) hours.*?\*\*(.*?)(?=^\*\*|\Z)", page, re.M | re.S):
+        parts = re.findall(r"(.*?)\((\d+)(?: minutes)?\)", text, re.S)
+        yield hours, [(what, int(number)) for what, number in parts]
+
+
+@pytest.mark.parametrize(("hours", "total"), [("Two", 120), ("Four", 240), ("Eight", 480)])
+def test_the_minutes_of_a_teaching_plan_add_up(hours, total):
+    assert sum(number for _, number in dict(plans())[hours]) == total
+
+
+def test_a_teaching_plan_agrees_with_the_chapters():
+    """A whole chapter takes what it states, a part of it less; exercises what they say."""
+    titles = {path.name[:2]: read(path)["cells"][0]["source"] for path in chapters()}
+    everything = "\n".join(minutes.sources(read(path), "markdown") for path in chapters())
+    wholes = 0
+    for _, parts in plans():
+        for what, given in parts:
+            named = re.findall(r"(?<![\d.])(?:0\d|1[0-5])(?![\d.]\d)", what)
+            reading = sum(stated_minutes(titles[number]) for number in named)
+            doing = 0
+            for number in re.findall(r"\b\d+\.\d\b", what):
+                told = re.search(rf"^\*\*{re.escape(number)}\*\* \((\d+) minutes", everything, re.M)
+                doing += int(told[1])
+            if "two hours" in what:
+                assert given == 120 + doing
+            elif re.fullmatch(r"[,.\s]*(Day one: |and )?\d\d ", what):
+                wholes += 1
+                assert minutes.within(2, given, reading), what
+            elif doing and not named:
+                assert doing <= given <= doing + 5, what
+            elif named:
+                assert given <= reading + doing, what
+    assert wholes == 8
