@@ -70,7 +70,11 @@ def with_needs(names) -> set[str]:
 
 
 class Environment:
-    """A virtual environment with a few packages of this one, linked and not copied."""
+    """A virtual environment with a few packages of this one, linked and not copied.
+
+    torch alone weighs hundreds of megabytes, and to link takes a tenth of a second: so each test
+    has a fresh one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,6 +117,9 @@ class Environment:
         alone.mkdir()
         shutil.copy(path, alone)
         notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
         log, kernel = self.folder / "written.txt", self.folder / "kernel.py"
         kernel.write_text(KERNEL, encoding="utf-8")
         km = kernel_of([str(self.python), str(kernel), str(log)], self.folder / "kernels")

@@ -137,8 +137,12 @@ def test_the_bootstrap_is_the_same_everywhere_and_comes_first():
     assert firsts == {bootstrap()}
 
 
+PACKAGE = SimpleNamespace(origin="/somewhere/dpo_mini/__init__.py")
+FOLDER = SimpleNamespace(origin=None)  # a clone beside the notebook, say
+
+
 def bootstrapped(monkeypatch, *, there, source=None, code=0, said=""):
-    """Run the cell as if the package were there or not; what it gave to pip."""
+    """Run the cell as if an import found `there`; what it gave to pip."""
     calls = []
 
     def run(command, **settings):
@@ -146,7 +150,7 @@ def bootstrapped(monkeypatch, *, there, source=None, code=0, said=""):
         return SimpleNamespace(returncode=code, stderr=said)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there)
     monkeypatch.delenv("DPO_MINI_SOURCE", raising=False)
     if source:
         monkeypatch.setenv("DPO_MINI_SOURCE", source)
@@ -154,14 +158,24 @@ def bootstrapped(monkeypatch, *, there, source=None, code=0, said=""):
     return calls
 
 
+def test_what_the_bootstrap_takes_for_a_package_and_what_not(monkeypatch, tmp_path):
+    assert importlib.util.find_spec("dpo_mini").origin is not None
+    (tmp_path / "a_clone").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("a_clone").origin is None
+
+
 def test_the_bootstrap_does_nothing_where_the_package_is(monkeypatch, capfd):
-    assert bootstrapped(monkeypatch, there=True, source="anything") == []
+    assert bootstrapped(monkeypatch, there=PACKAGE, source="anything") == []
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("there", [None, FOLDER])
 @pytest.mark.parametrize("source", [None, "/a b/c.whl"])
-def test_the_bootstrap_installs_into_this_python_and_no_other_package(monkeypatch, source, capfd):
-    (command,) = bootstrapped(monkeypatch, there=False, source=source)
+def test_the_bootstrap_installs_into_this_python_and_no_other_package(
+    monkeypatch, capfd, source, there
+):
+    (command,) = bootstrapped(monkeypatch, there=there, source=source)
     wanted = source or f"git+{address()}"
     assert command == [sys.executable, "-m", "pip", "install", "--no-deps", wanted]
     assert capfd.readouterr() == ("", "")
@@ -169,7 +183,7 @@ def test_the_bootstrap_installs_into_this_python_and_no_other_package(monkeypatc
 
 def test_the_bootstrap_says_what_could_not_be_installed(monkeypatch):
     with pytest.raises(RuntimeError, match=r"could not install git\+https://\S+: no network"):
-        bootstrapped(monkeypatch, there=False, code=1, said="no network")
+        bootstrapped(monkeypatch, there=None, code=1, said="no network")
 
 
 # --- minutes ---------------------------------------------------------------------------------

@@ -2,9 +2,15 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from dpo_mini.files import write_whole
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -18,15 +24,18 @@ def sheets() -> list[Path]:
     return sorted((NOTEBOOKS / "homework").glob("*.ipynb"))
 
 
+def project() -> dict:
+    """The table `[project]` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def address() -> str:
     """The repository's address: `Repository` in pyproject.toml, and nowhere else by hand.
 
     Raises:
       ValueError: there is none, or it is not on GitHub.
     """
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^Repository = "(.*)"$', text, re.M)
-    given = found[1] if found else "nothing"
+    given = project().get("urls", {}).get("Repository", "nothing")
     # Colab opens notebooks from GitHub and from no other host.
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", given):
         raise ValueError(

@@ -22,7 +22,8 @@ import subprocess
 import sys
 
 SOURCE = "git+{address}"
-if importlib.util.find_spec("dpo_mini") is None:
+spec = importlib.util.find_spec("dpo_mini")
+if spec is None or spec.origin is None:  # a mere folder has no origin
     source = os.getenv("DPO_MINI_SOURCE", SOURCE)
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", source]
     done = subprocess.run(pip, capture_output=True, text=True)

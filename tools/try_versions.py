@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from course import ROOT, chapters
+from course import ROOT, chapters, project
 from kernels import bare_environment, kernel_of
 from nbclient.exceptions import CellExecutionError
 from run_chapters import execute
@@ -26,9 +26,8 @@ NAMED = ("torch", "numpy", "matplotlib", "transformers")
 
 def ranges() -> list[str]:
     """The requirements of the library and of its extras `notebooks` and `real`, as written."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    tables = re.findall(r"^(dependencies|notebooks|real) = \[(.*?)\]", text, re.M | re.S)
-    found = [need for _, table in tables for need in re.findall(r'"([^"]+)"', table)]
+    extras = project()["optional-dependencies"]
+    found = [*project()["dependencies"], *extras["notebooks"], *extras["real"]]
     return [need for need in found if not need.startswith("jupyterlab")]  # a kernel is enough
 
 
