@@ -1,4 +1,7 @@
 # make lab: open the course. make test: what CI runs. make run: execute every chapter anew.
+# make test-alone: each of chapters 00 to 13 alone in an empty folder, as Colab has it.
+# make test-oldest, make test-newest: every chapter on the lowest, the highest versions allowed, in an
+# environment in _build. PyPI's torch for Linux weighs some 6 GB there.
 # make homework SEED=7: the sheets of that instance, for nbgrader (INSTRUCTORS.md).
 # make site: the course as web pages in _build/site, from the committed outputs. make test-site: every
 # page of it in Chromium, which is installed where that is missing and apt and root are there.
@@ -11,7 +14,7 @@ READY := .venv/ready
 SITE := _build/venv
 SITE_READY := $(SITE)/ready
 
-.PHONY: lab run test homework test-homework site test-site pdf
+.PHONY: lab run test test-alone test-oldest test-newest homework test-homework site test-site pdf
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=notebooks notebooks/00_take_the_tour.ipynb
@@ -24,6 +27,12 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval --nbval-current-env notebooks
+
+test-alone: $(READY)
+	$(BIN)/python -m pytest -n 2 --all-chapters tests/test_alone.py
+
+test-oldest test-newest: test-%: $(READY)
+	$(BIN)/python tools/try_versions.py $*
 
 homework: $(READY)
 	$(BIN)/python tools/make_homework.py $(if $(SEED),--seed $(SEED))

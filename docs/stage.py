@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 SOURCE = ROOT / "_build" / "source"
 EXPLORER_IN = ("02", "05", "10")
 CITED = re.compile(r"arXiv:((?:[a-z-]+/)?\d+(?:\.\d+)?)")
+BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")
 API = {
     "On exact tables": ["closed_form", "preferences", "losses"],
     "Gradients through samples": ["policy_gradient", "relaxations"],
@@ -72,8 +73,14 @@ def without_scripts() -> str:
 
 
 def stage_notebook(path: Path, widget: str) -> None:
-    """A chapter as the site reads it: alt text where Sphinx looks for it, no empty outputs."""
+    """A chapter as the site reads it: alt text where Sphinx looks for it, no empty outputs.
+
+    Its badge becomes words, for no page asks another host for a picture. The cell that installs the
+    package has a tag by which myst-nb leaves it out: nothing runs here.
+    """
     notebook = nbformat.read(path, as_version=4)
+    title = notebook.cells[0]
+    title.source = BADGE.sub(r"[Open in Colab](\1)", title.source)
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue

@@ -446,21 +446,27 @@ def show(fig: Figure, *, alt: str) -> None:
 
 
 def save(
-    fig: Figure, name: str, *, alt: str | None = None, folder: str | Path = "../figures"
+    fig: Figure, name: str, *, alt: str | None = None, folder: str | Path | None = None
 ) -> None:
     """Show a headline figure and write it to `folder/name.png`, whole or not at all.
 
-    Nothing is written where `folder` does not exist, so that a chapter opened on its own still
-    runs.
+    Nothing is written where `folder` does not exist. Left out, it is the course's `figures/`, and
+    only for a notebook that runs in the course's `notebooks/`: a chapter opened on its own shows
+    its figures and leaves no file behind, whatever folders lie around it.
 
     Args:
       fig: what to show.
       name: the file's name without its ending.
       alt: as in `show`; the titles of the axes when left out.
-      folder: where figures live, seen from the notebooks.
+      folder: where figures live.
     """
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes]
     show(fig, alt="; ".join(titles) if alt is None else alt)
+    if folder is None:
+        course = Path(__file__).resolve().parent.parent
+        folder = course / "figures"
+        if Path.cwd() != course / "notebooks":
+            return
     if Path(folder).is_dir():
         write_whole(Path(folder) / f"{name}.png", _png(fig))
 

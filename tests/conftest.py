@@ -6,6 +6,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-chapters", action="store_true", help="tests/test_alone.py: 00 to 13, not three"
+    )
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(20260101)

@@ -97,10 +97,11 @@ def test_a_cell_holds_one_idea(path):
         assert not cell.source.rstrip().endswith(";")
         assert "NBVAL_IGNORE" not in cell.source
         assert "NBVAL_SKIP" not in cell.source
-    assert lengths[0] <= 8 + ("SEED = " in code_cells(path)[0].source), "the set-up"
+    lengths = lengths[1:]  # after the bootstrap
+    assert lengths[0] <= 8 + ("SEED = " in code_cells(path)[1].source), "the set-up"
     assert sorted(lengths)[len(lengths) // 2] <= 10
-    assert "set_num_threads(1)" in code_cells(path)[0].source
-    assert "set_default_dtype(torch.float64)" in code_cells(path)[0].source
+    assert "set_num_threads(1)" in code_cells(path)[1].source
+    assert "set_default_dtype(torch.float64)" in code_cells(path)[1].source
 
 
 def test_every_draw_comes_from_the_one_seed_of_the_set_up(path):
@@ -133,19 +134,33 @@ def test_a_loop_of_training_shows_how_far_it_is(path):
 
 def test_text_and_code_take_turns(path):
     kinds = "".join(cell.cell_type[0] for cell in read(path).cells)
-    assert kinds.startswith("mc")
+    assert kinds.startswith("mccm"), "the claim, the bootstrap, the set-up, the first words"
     assert kinds.endswith("m")
     assert "ccc" not in kinds
 
 
 def test_the_rhythm_of_a_chapter(path):
     text = prose(path)
-    for part in ("**Claim.**", "**You'll do**", "**You'll learn**", "**You'll need**", "minutes"):
+    for part in (
+        "**Claim.**",
+        "**You'll do**",
+        "**You'll learn**",
+        "**You'll need**",
+        "**You'll spend**",
+    ):
         assert part in text.split("\n## ")[0], part
     for part in ("## Two routes meet", "## Where it breaks", "## Exercises", "## Summary"):
         assert part in text, part
     assert "**References.**" in text
     assert 2 <= len(re.findall(r"^check\(", shown(path), re.M)) <= 3
+
+
+def test_a_chapter_opened_alone_lacks_no_picture(path):
+    """Its figures are outputs; the badge has words where it cannot be fetched."""
+    for alt, link in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)", prose(path)):
+        assert link.startswith("https://"), link
+        assert alt
+    assert "<img" not in prose(path)
 
 
 def test_links_lead_somewhere(path):

@@ -82,3 +82,14 @@ def test_importing_the_library_loads_torch_and_nothing_slower():
     done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+def test_without_transformers_real_says_what_to_install():
+    script = "import sys; sys.modules['transformers'] = None; import dpo_mini.real"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: dpo_mini.real needs the package transformers: "
+        'pip install transformers datasets accelerate peft, or pip install "dpo_mini[real]"'
+    )

@@ -97,6 +97,22 @@ def test_save_writes_whole_files_and_only_where_the_folder_is(monkeypatch, tmp_p
     assert (tmp_path / "line.png").read_bytes() == first  # the same picture, the same bytes
 
 
+def test_save_without_a_folder_writes_for_the_course_alone(monkeypatch, tmp_path):
+    """A chapter opened elsewhere touches no folder of its reader's that is called figures."""
+    monkeypatch.setattr("IPython.display.display", lambda data, **kw: None)
+    fig, _ = axes("t", "x", "y")
+    for name in ("course", "elsewhere"):
+        for inside in ("notebooks", "figures"):
+            (tmp_path / name / inside).mkdir(parents=True)
+    monkeypatch.setattr(plotting, "__file__", str(tmp_path / "course" / "dpo_mini" / "plotting.py"))
+    for name in ("elsewhere/notebooks", "course/figures", "course/notebooks"):
+        assert not list((tmp_path / "course" / "figures").iterdir())
+        monkeypatch.chdir(tmp_path / name)
+        plotting.save(fig, "line", alt="a line")
+    assert [p.name for p in (tmp_path / "course" / "figures").iterdir()] == ["line.png"]
+    assert not list((tmp_path / "elsewhere" / "figures").iterdir())
+
+
 def test_save_describes_a_figure_by_its_titles(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("IPython.display.display", lambda data, **kw: seen.append(kw["metadata"]))

@@ -1,7 +1,8 @@
 """Execute chapters in order, refresh their outputs and figures, and print a line for each.
 
-python tools/run_chapters.py runs all, python tools/run_chapters.py 02 05 some. With --seed 7 they
-run as copies with another SEED, nothing is written, and the verdicts that do not hold are printed.
+python tools/run_chapters.py runs all, python tools/run_chapters.py 02 05 some. It stamps what the
+chapters' heads say, their minutes included (tools/stamp_chapters.py). With --seed 7 they run as
+copies with another SEED, nothing is written, and the verdicts that do not hold are printed.
 """
 
 import argparse
@@ -12,47 +13,84 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
+from course import NOTEBOOKS, chapters, text_of
+from minutes import REFERENCE_SECONDS, calibrate, within
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from stamp_chapters import main as stamp
+from stamp_chapters import stamp_chapter
 from tqdm import tqdm
 
 from dpo_mini.files import write_whole
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+QUIET_KERNEL = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=40"]}
 VERDICT = re.compile(r"\b(?:True|False|passed|not yet)\b")
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"}
 
 
-def execute(notebook: nbformat.NotebookNode, path: Path, folder: Path) -> None:
-    """Execute the cells of a notebook in a folder, in place, a bar counting them."""
+def execute(
+    notebook: nbformat.NotebookNode,
+    folder: Path,
+    *,
+    env: dict[str, str] | None = None,
+    **settings: object,
+) -> float:
+    """Run a notebook's cells and return the kernel's processor seconds.
+
+    They are those of the machine that `minutes` refers to: its work, timed before and after, says
+    how fast this one is just now.
+
+    Args:
+      notebook: gets its outputs, in place.
+      folder: where the kernel starts.
+      env: the kernel's environment variables; those of this process when left out.
+      settings: of `NotebookClient`, such as which kernel.
+    """
+    used = 0.0
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     # disable=None: no bar where the output goes to a file
-    bar = tqdm(total=len(code), desc=path.name[:2], unit="cell", leave=False, disable=None)
+    bar = tqdm(total=len(code), unit="cell", leave=False, disable=None)
+
+    def look(**_: object) -> None:
+        nonlocal used
+        bar.update()
+        times = psutil.Process(client.km.provisioner.pid).cpu_times()
+        used = times.user + times.system
+
     client = NotebookClient(
         notebook,
-        on_cell_executed=lambda **_: bar.update(),
         timeout=600,
-        kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(folder)}},
+        on_cell_executed=look,
+        **settings,
     )
+    before = calibrate()
+    # Without the first of these a kernel of somebody else's manager would live on.
     with bar:
-        client.execute()
+        client.execute(cleanup_kc=True, **({} if env is None else {"env": env}))
+    return used * 2 * REFERENCE_SECONDS / (before + calibrate())
 
 
 def run_chapter(path: Path) -> None:
     """Execute one notebook and write it back, whole or not at all."""
-    notebook = nbformat.read(path, as_version=4)
-    execute(notebook, path, path.parent)
+    given = json.loads(path.read_text(encoding="utf-8"))
+    stamp_chapter(given, path.name)
+    notebook = nbformat.reads(text_of(given), as_version=4)
+    seconds = execute(notebook, path.parent, **QUIET_KERNEL)
+    known = notebook.metadata.get("dpo_mini", {}).get("seconds")
+    if known is None or not within(1.5, known, seconds):
+        known = float(f"{seconds:.2g}")
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": LANGUAGE}
+    notebook.metadata["dpo_mini"] = {"seconds": known}
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+    stamp_chapter(notebook, path.name)
     nbformat.validate(notebook)
-    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    write_whole(path, text.encode())
+    write_whole(path, text_of(notebook).encode())
 
 
 def try_seed(path: Path, seed: int) -> None:
@@ -61,10 +99,10 @@ def try_seed(path: Path, seed: int) -> None:
     for cell in notebook.cells:
         cell.source = re.sub(r"^SEED = 0\b", f"SEED = {seed}", cell.source, flags=re.M)
     with tempfile.TemporaryDirectory() as beside:
-        folder = Path(beside) / path.stem  # beside which there is no folder figures/
+        folder = Path(beside) / path.stem  # `plotting.save` writes from notebooks/ alone
         folder.mkdir()
         try:
-            execute(notebook, path, folder)
+            execute(notebook, folder, **QUIET_KERNEL)
         except CellExecutionError as error:
             print(f"  stopped: {error.ename}: {error.evalue}")
     for number, (before, after) in enumerate(zip(committed.cells, notebook.cells, strict=True)):
@@ -84,16 +122,17 @@ def main() -> None:
     parser.add_argument("chapters", nargs="*", help="numbers, such as 02 05; all when left out")
     parser.add_argument("--seed", type=int, help="try another SEED, and write nothing")
     given = parser.parse_args()
-    chapters = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     wanted = given.chapters
-    chapters = [path for path in chapters if not wanted or path.name[:2] in wanted]
-    if not chapters:
+    found = [path for path in chapters() if not wanted or path.name[:2] in wanted]
+    if not found:
         parser.error(f"no chapter is numbered {' or '.join(wanted)} in {NOTEBOOKS.name}/")
-    for number, path in enumerate(chapters, 1):
-        print(f"[{number}/{len(chapters)}] {path.name} ...", flush=True)
+    for number, path in enumerate(found, 1):
+        print(f"[{number}/{len(found)}] {path.name} ...", flush=True)
         start = time.perf_counter()
         run_chapter(path) if given.seed is None else try_seed(path, given.seed)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+    if given.seed is None:
+        stamp()  # README's table too
 
 
 if __name__ == "__main__":

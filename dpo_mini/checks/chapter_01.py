@@ -21,7 +21,7 @@ def _nats(probs, other_probs):
 
 
 def judge_objective(objective):
-    """1.1: J is known where the rewards make the policy optimal, and it is linear in the rewards."""
+    """1.1: J is known where the rewards make the policy optimal, and linear in the rewards."""
     for seed, ((ref, _), (rewards, _), beta) in enumerate(other_instances(seed=1)):
         probs = random_policies(ref, seed)
         own_rewards = beta * (probs.log() - ref.log())  # probs is their optimum, with Z = 1

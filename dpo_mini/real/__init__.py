@@ -20,8 +20,9 @@ with warnings.catch_warnings():
         import tokenizers  # noqa: F401
         from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: F401
     except ModuleNotFoundError as error:
-        needs = f"dpo_mini.real needs {error.name}, which the extra 'real' installs"
-        raise ImportError(f'{needs}: pip install "dpo_mini[real]"', name=error.name) from error
+        needs = f"dpo_mini.real needs the package {error.name}"
+        how = 'pip install transformers datasets accelerate peft, or pip install "dpo_mini[real]"'
+        raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from None
 
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import csv_log, tensorboard_log

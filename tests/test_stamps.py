@@ -1,0 +1,284 @@
+"""What tools/stamp_chapters.py writes: the address, the bootstrap cell and the minutes."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import minutes
+import pytest
+import stamp_chapters
+from course import ROOT, address, chapters, sheets
+from stamp_chapters import bootstrap, in_words, stated_minutes, stated_seconds
+
+BOTH = [*chapters(), *sheets()]
+FORK = "https://github.com/someone.else/a-course"
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def slug(repository):
+    return repository.removeprefix("https://github.com/")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """What the script reads and writes, in another place."""
+    for name in ("pyproject.toml", "README.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, tmp_path)
+    without = shutil.ignore_patterns("__pycache__", ".*", "solutions")
+    for name in ("tools", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
+    return tmp_path
+
+
+def stamp(folder):
+    """Run the script that lies in `folder`; what it printed."""
+    command = [sys.executable, str(folder / "tools" / "stamp_chapters.py")]
+    there = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=there)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def texts(folder):
+    return {
+        path.relative_to(folder): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def in_one_line(folder, old, new):
+    path = folder / "pyproject.toml"
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+# --- the address -----------------------------------------------------------------------------
+
+
+def test_every_stamped_place_is_as_the_script_would_write_it():
+    for path, text in stamp_chapters.stamped().items():
+        assert path.read_text(encoding="utf-8") == text, "run tools/stamp_chapters.py"
+
+
+def test_a_fork_changes_one_line_and_so_all_places_and_nothing_else(copy):
+    before = texts(copy)
+    in_one_line(copy, f'Repository = "{address()}"', f'Repository = "{FORK}"')
+    said = stamp(copy)
+    after = texts(copy)
+    assert after == {p: t.replace(slug(address()), slug(FORK)) for p, t in before.items()}
+    changed = {str(path) for path in before if after[path] != before[path]}
+    expected = {"README.md", "CITATION.cff", *(str(p.relative_to(ROOT)) for p in BOTH)}
+    assert changed == expected | {"pyproject.toml"}
+    assert set(re.findall(r"^stamped (.+)$", said, re.M)) == expected
+    assert stamp(copy) == "", "run again it writes nothing"
+
+
+def test_no_other_file_knows_the_address():
+    """A place that the script does not write would keep the old address in a fork."""
+    known = {path.relative_to(ROOT) for path in stamp_chapters.stamped()}
+    folders = ("dpo_mini", "docs", "tools", "tests", "examples", "benchmarks", "configs", ".ci")
+    files = [p for name in folders for p in (ROOT / name).rglob("*") if p.is_file()]
+    files += [p for p in ROOT.iterdir() if p.is_file()]
+    for path in files:
+        if "__pycache__" in path.parts or path.name in ("pyproject.toml", "constraints.txt"):
+            continue
+        with contextlib.suppress(UnicodeDecodeError):
+            if slug(address()) in path.read_text(encoding="utf-8"):
+                assert path.relative_to(ROOT) in known, path
+
+
+@pytest.mark.parametrize("given", ["https://example.org/dpo", f"{FORK}/", f"{FORK}.git/x"])
+def test_an_address_that_colab_cannot_open_is_refused(copy, given):
+    in_one_line(copy, f'"{address()}"', f'"{given}"')
+    with pytest.raises(AssertionError, match=re.escape(f"got {given}, takes https://github")):
+        stamp(copy)
+
+
+def test_a_chapter_that_lost_its_head_gets_it_back(copy):
+    """As when somebody writes the first cell anew."""
+    before = texts(copy)
+    path = copy / "notebooks" / "02_derive_the_optimal_policy.ipynb"
+    notebook = read(path)
+    title = notebook["cells"][0]["source"]
+    kept = [line for line in title.split("\n") if "spend**" not in line]
+    kept = "\n".join(kept).split("\n\n")
+    notebook["cells"][0]["source"] = "\n\n".join([kept[0], *kept[2:]])
+    assert "Colab" not in notebook["cells"][0]["source"]
+    assert notebook["cells"].pop(1)["id"] == "bootstrap"
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["execution_count"] -= 1
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    stamp(copy)
+    assert texts(copy) == before
+
+
+# --- the bootstrap ---------------------------------------------------------------------------
+
+
+def test_the_bootstrap_is_the_same_everywhere_and_comes_first():
+    firsts = set()
+    for path in BOTH:
+        cells = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
+        firsts.add(cells[0]["source"])
+        assert cells[0]["outputs"] == []
+        assert cells[0]["execution_count"] == 1
+    assert firsts == {bootstrap()}
+
+
+PACKAGE = SimpleNamespace(origin="/somewhere/dpo_mini/__init__.py")
+FOLDER = SimpleNamespace(origin=None)  # a clone beside the notebook, say
+
+
+def bootstrapped(monkeypatch, *, there, source=None, code=0, said=""):
+    """Run the cell as if an import found `there`; what it gave to pip."""
+    calls = []
+
+    def run(command, **settings):
+        calls.append(command)
+        return SimpleNamespace(returncode=code, stderr=said)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there)
+    monkeypatch.delenv("DPO_MINI_SOURCE", raising=False)
+    if source:
+        monkeypatch.setenv("DPO_MINI_SOURCE", source)
+    exec(compile(bootstrap(), "bootstrap", "exec"), {})
+    return calls
+
+
+def test_what_the_bootstrap_takes_for_a_package_and_what_not(monkeypatch, tmp_path):
+    assert importlib.util.find_spec("dpo_mini").origin is not None
+    (tmp_path / "a_clone").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("a_clone").origin is None
+
+
+def test_the_bootstrap_does_nothing_where_the_package_is(monkeypatch, capfd):
+    assert bootstrapped(monkeypatch, there=PACKAGE, source="anything") == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("there", [None, FOLDER])
+@pytest.mark.parametrize("source", [None, "/a b/c.whl"])
+def test_the_bootstrap_installs_into_this_python_and_no_other_package(
+    monkeypatch, capfd, source, there
+):
+    (command,) = bootstrapped(monkeypatch, there=there, source=source)
+    wanted = source or f"git+{address()}"
+    assert command == [sys.executable, "-m", "pip", "install", "--no-deps", wanted]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bootstrap_says_what_could_not_be_installed(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"could not install git\+https://\S+: no network"):
+        bootstrapped(monkeypatch, there=None, code=1, said="no network")
+
+
+# --- minutes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
+def test_stated_times_are_within_a_factor_of_two(path):
+    """Of the formula for reading, of the last run for running; exercises add up exactly."""
+    notebook = read(path)
+    title = notebook["cells"][0]["source"]
+    assert minutes.within(2, stated_minutes(title), minutes.reading_minutes(notebook))
+    measured = notebook["metadata"]["dpo_mini"]["seconds"]
+    assert minutes.within(2, stated_seconds(title), measured)
+    doing = int(re.search(r"and (\d+) for the exercises", title)[1])
+    assert doing == minutes.exercise_minutes(notebook) >= 8
+
+
+def test_reading_minutes_by_hand():
+    cells = [
+        {"cell_type": "markdown", "source": "# Two words\n\n$$x = 1$$\n\nand $a b c$ four more."},
+        {"cell_type": "code", "source": "a = 1\n\nb = 2\nc = 3", "outputs": []},
+        {"cell_type": "code", "source": "", "outputs": [{"data": {"image/png": "..."}}]},
+        {"cell_type": "markdown", "source": "**1.1** (3 minutes, easy) x\n\n**1.2** (10 minutes"},
+    ]
+    # Words: 2, then and symbol four more, then 1 1 3 minutes easy x, then 1 2 10 minutes: 16.
+    # Three lines of code, one equation, one figure.
+    assert minutes.reading_minutes({"cells": cells}) == pytest.approx(16 / 200 + 3 / 15 + 2 / 2)
+    assert minutes.exercise_minutes({"cells": cells}) == 13
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(1, "a second"), (45, "45 seconds"), (60, "a minute"), (90, "90 seconds"), (120, "2 minutes")],
+)
+def test_seconds_in_words_and_back(seconds, words):
+    assert in_words(seconds) == words
+    assert stated_seconds(f"- x; it runs in about {words}.") == seconds
+
+
+def test_a_round_number_is_near_enough_to_stay():
+    for measured in (0.9 * 1.02**k for k in range(320)):
+        if measured <= 600:
+            assert minutes.within(2**0.5, minutes.nearest(measured), measured)
+
+
+def test_numbers_stay_while_they_are_about_right():
+    """Else a slower or busier machine would rewrite the chapter, and a reworded sentence too."""
+    notebook = read(chapters()[2])
+    title = notebook["cells"][0]["source"]
+    line = stamp_chapters.spent_line(notebook, title)
+    assert line in title
+    notebook["metadata"]["dpo_mini"]["seconds"] = 1.4 * stated_seconds(title)
+    assert stamp_chapters.spent_line(notebook, title) == line
+    notebook["metadata"]["dpo_mini"]["seconds"] = 4 * stated_seconds(title)
+    assert "runs in about 20 seconds" in stamp_chapters.spent_line(notebook, title)
+    twice = {**notebook, "cells": notebook["cells"] * 2}
+    assert f"about {2 * stated_minutes(title)} minutes" in stamp_chapters.spent_line(twice, title)
+
+
+# --- the teaching plans ----------------------------------------------------------------------
+
+
+def plans():
+    """Of each plan of INSTRUCTORS.md its hours, and its parts: what is done, and the minutes."""
+    page = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8").partition("## Teach from")[2]
+    for hours, text in re.findall(r"^\*\*(\w+) hours.*?\*\*(.*?)(?=^\*\*|\Z)", page, re.M | re.S):
+        parts = re.findall(r"(.*?)\((\d+)(?: minutes)?\)", text, re.S)
+        yield hours, [(what, int(number)) for what, number in parts]
+
+
+@pytest.mark.parametrize(("hours", "total"), [("Two", 120), ("Four", 240), ("Eight", 480)])
+def test_the_minutes_of_a_teaching_plan_add_up(hours, total):
+    assert sum(number for _, number in dict(plans())[hours]) == total
+
+
+def test_a_teaching_plan_agrees_with_the_chapters():
+    """A whole chapter takes what it states, a part of it less; exercises what they say."""
+    titles = {path.name[:2]: read(path)["cells"][0]["source"] for path in chapters()}
+    everything = "\n".join(minutes.sources(read(path), "markdown") for path in chapters())
+    wholes = 0
+    for _, parts in plans():
+        for what, given in parts:
+            named = re.findall(r"(?<![\d.])(?:0\d|1[0-5])(?![\d.]\d)", what)
+            reading = sum(stated_minutes(titles[number]) for number in named)
+            doing = 0
+            for number in re.findall(r"\b\d+\.\d\b", what):
+                told = re.search(rf"^\*\*{re.escape(number)}\*\* \((\d+) minutes", everything, re.M)
+                doing += int(told[1])
+            if "two hours" in what:
+                assert given == 120 + doing
+            elif re.fullmatch(r"[,.\s]*(Day one: |and )?\d\d ", what):
+                wholes += 1
+                assert minutes.within(2, given, reading), what
+            elif doing and not named:
+                assert doing <= given <= doing + 5, what
+            elif named:
+                assert given <= reading + doing, what
+    assert wholes == 8

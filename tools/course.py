@@ -1,0 +1,57 @@
+"""What the other tools share: where the course stands, its address, and notebooks as files."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from dpo_mini.files import write_whole
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def chapters() -> list[Path]:
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def sheets() -> list[Path]:
+    return sorted((NOTEBOOKS / "homework").glob("*.ipynb"))
+
+
+def project() -> dict:
+    """The table `[project]` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def address() -> str:
+    """The repository's address: `Repository` in pyproject.toml, and nowhere else by hand.
+
+    Raises:
+      ValueError: there is none, or it is not on GitHub.
+    """
+    given = project().get("urls", {}).get("Repository", "nothing")
+    # Colab opens notebooks from GitHub and from no other host.
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", given):
+        raise ValueError(
+            f"Repository in pyproject.toml: got {given}, takes https://github.com/OWNER/NAME"
+        )
+    return given
+
+
+def text_of(notebook: dict) -> str:
+    """A notebook in the one form that is committed: a change shows as a small difference."""
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def write(path: Path, text: str) -> bool:
+    """Write a file whole, and only where it would change; whether it did."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_whole(path, text.encode())
+    return True
