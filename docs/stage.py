@@ -17,14 +17,21 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "_build" / "source"
-EXPLORER_IN = ("02", "05", "10")
 CITED = re.compile(r"arXiv:((?:[a-z-]+/)?\d+(?:\.\d+)?)")
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")
 API = {
     "On exact tables": ["closed_form", "preferences", "losses"],
     "Gradients through samples": ["policy_gradient", "relaxations"],
     "Models and tasks": ["logps", "tasks", "policies", "rollout", "train", "real"],
-    "Around it": ["plotting", "progress", "checks", "checks.museum", "files", "deprecation"],
+    "Around it": [
+        "plotting",
+        "explorer",
+        "progress",
+        "checks",
+        "checks.museum",
+        "files",
+        "deprecation",
+    ],
 }
 
 sys.path.insert(0, str(ROOT))
@@ -46,33 +53,14 @@ def toctree(caption: str, entries: list[str]) -> str:
     return f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
 
 
-def explorer(table: str) -> str:
-    page = (DOCS / "explorer.html").read_text(encoding="utf-8").replace("<!-- table -->", table)
-    return f"```{{raw}} html\n{page}\n```\n"
+def explorer() -> str:
+    """The explorer of every instance of the course, as a page takes it."""
+    from dpo_mini.explorer import Explorer
+
+    return f"```{{raw}} html\n{Explorer().html()}\n```\n"
 
 
-def without_scripts() -> str:
-    """What the explorer would show first, as a table that needs no script."""
-    from dpo_mini import closed_form, tasks
-
-    task, beta = tasks.four_answers(), 0.5
-    best = closed_form.optimal_logps(task.ref_logps, task.rewards, beta)
-    implied = closed_form.implied_rewards(best, task.ref_logps, beta)
-    columns = [task.ref_logps.exp(), task.rewards, best.exp(), implied]
-    rows = "".join(
-        f"<tr><th scope='row'>{name}</th>"
-        + "".join(f"<td>{column[0, i].item():.4f}</td>" for column in columns)
-        + "</tr>"
-        for i, name in enumerate("abcd")
-    )
-    log_z = closed_form.log_partition(task.ref_logps, task.rewards, beta).item()
-    heads = ("answer", "π_ref", "reward", "π*", "implied reward")
-    head = "".join(f"<th scope='col'>{name}</th>" for name in heads)
-    caption = f"Four answers at β = {beta}: log Z = {log_z:.4f}, J(π*) = {beta * log_z:.4f}"
-    return f"<table><caption>{caption}</caption><tr>{head}</tr>{rows}</table>"
-
-
-def stage_notebook(path: Path, widget: str) -> None:
+def stage_notebook(path: Path) -> None:
     """A chapter as the site reads it: alt text where Sphinx looks for it, no empty outputs.
 
     Its badge becomes words, for no page asks another host for a picture. The cell that installs the
@@ -89,11 +77,6 @@ def stage_notebook(path: Path, widget: str) -> None:
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": " ".join(alt.split())}}
-    if path.name[:2] in EXPLORER_IN:
-        ends = [i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source]
-        text = "## Move it yourself\n\nThe [explorer](../explorer.md), on this page."
-        text += f"\n\n{widget}"
-        notebook.cells.insert(ends[0], nbformat.v4.new_markdown_cell(text))
     write(f"notebooks/{path.name}", nbformat.writes(notebook))
 
 
@@ -176,9 +159,8 @@ def api_pages() -> list[str]:
 def main() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    table = without_scripts()
     for path in chapters:
-        stage_notebook(path, explorer(table))
+        stage_notebook(path)
     shutil.copytree(ROOT / "figures", SOURCE / "figures")
     for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", "examples/train_dpo.py"):
         (SOURCE / name).parent.mkdir(exist_ok=True)
@@ -203,7 +185,7 @@ def main() -> None:
     write("bibliography.md", bibliography_page(chapters))
     shutil.copy(DOCS / "glossary.md", SOURCE / "glossary.md")
     text = (DOCS / "explorer.md").read_text(encoding="utf-8")
-    write("explorer.md", text + "\n" + explorer(table))
+    write("explorer.md", text + "\n" + explorer())
     api_pages()
 
 

@@ -1,8 +1,8 @@
 """DPO derived, measured and broken on tasks small enough to enumerate.
 
 `import dpo_mini` brings in torch and nothing slower. `dpo_mini.plotting` (matplotlib),
-`dpo_mini.progress`, `dpo_mini.checks` and `dpo_mini.real` (transformers, which the extra `real`
-installs) are there all the same: each is imported when it is first asked for.
+`dpo_mini.explorer`, `dpo_mini.progress`, `dpo_mini.checks` and `dpo_mini.real` (transformers, which
+the extra `real` installs) are there all the same: each is imported when it is first asked for.
 """
 
 from importlib import import_module
@@ -25,6 +25,7 @@ from dpo_mini import (
 
 if TYPE_CHECKING:
     from dpo_mini import checks as checks
+    from dpo_mini import explorer as explorer
     from dpo_mini import plotting as plotting
     from dpo_mini import progress as progress
     from dpo_mini import real as real
@@ -43,7 +44,7 @@ __all__ = [
     "tasks",
     "train",
 ]
-_LATER = ("checks", "plotting", "progress", "real")
+_LATER = ("checks", "explorer", "plotting", "progress", "real")
 
 
 if not TYPE_CHECKING:  # a type checker that sees this lets every name pass

@@ -23,6 +23,7 @@ LEVELS = {
     "checks": 0,
     "policies": 1,
     "tasks": 1,
+    "explorer": 2,
     "rollout": 2,
     "train": 3,
     "real": 4,

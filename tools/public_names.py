@@ -13,9 +13,11 @@ MODULES = (
     *(
         f"dpo_mini.{name}"
         for name in (
+            "checks",
             "checks.museum",
             "closed_form",
             "deprecation",
+            "explorer",
             "files",
             "logps",
             "losses",

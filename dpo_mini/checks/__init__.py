@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["NOT_ATTEMPTED", "Exercise", "check", "diagnose", "exercises"]
+
 Answer = Callable[..., Any]
 NOT_ATTEMPTED = "not attempted"
 
@@ -164,3 +166,7 @@ def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return got.shape == wanted.shape and torch.allclose(
         got, wanted, rtol=0.0, atol=tolerance, equal_nan=True
     )
+
+
+def __dir__() -> list[str]:
+    return __all__
