@@ -106,7 +106,7 @@ def test_tab_completion_in_a_notebook_shows_what_a_user_may_call(use_jedi):
             found = [match.text for match in shell.Completer.completions(text, len(text))]
         return {text.removeprefix(".") for text in found}
 
-    later = {"checks", "plotting", "progress"}
+    later = {"checks", "explorer", "plotting", "progress"}
     if importlib.util.find_spec("transformers"):
         later.add("real")
     assert offered("dpo_mini.") == {*dpo_mini.__all__, *later}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NOT_ATTEMPTED", "Exercise", "check", "diagnose", "exercises"]
+__all__ = ["Answer", "NOT_ATTEMPTED", "Exercise", "check", "diagnose", "exercises"]
 
 Answer = Callable[..., Any]
 NOT_ATTEMPTED = "not attempted"

@@ -1,17 +1,34 @@
 """Chapter 07: estimate a gradient that cannot be backpropagated."""
 
 import math
+from itertools import product
 
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree
 
 
-def leave_one_out(rewards):
-    """7.1: each reward less the mean of the other K - 1."""
-    n_rewards = len(rewards)
-    others = [torch.cat([rewards[:k], rewards[k + 1 :]]).mean() for k in range(n_rewards)]
-    return rewards - torch.stack(others)
+def judge_leave_one_out(leave_one_out):
+    """7.1: what one reward does to each advantage, and the mean of the estimate over all draws."""
+    for rewards in (*REWARDS, torch.tensor([0.3, -2.0, 0.7, 0.7, 1.5], dtype=torch.float64)):
+        n_rewards = len(rewards)
+        agree(leave_one_out(0 * rewards + 1.7), 0.0, "equal rewards leave an advantage over")
+        before = leave_one_out(rewards)
+        for k in range(n_rewards):
+            raised = rewards.clone()
+            raised[k] += 0.6
+            gain = leave_one_out(raised) - before
+            agree(gain[k], 0.6, "the baseline of a sample moves with the sample's own reward")
+            others = torch.cat([gain[:k], gain[k + 1 :]])
+            agree(others, -0.6 / (n_rewards - 1), "the baseline of a sample is no mean of the rest")
+    probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    scores, estimate = torch.eye(3, dtype=torch.float64) - probs, 0.0  # of a softmax's logits
+    for drawn in product(range(3), repeat=3):
+        advantages = leave_one_out(REWARDS[1][list(drawn)])
+        estimate = estimate + probs[list(drawn)].prod() * (advantages @ scores[list(drawn)]) / 3
+    truth = probs * (REWARDS[1] - probs @ REWARDS[1])
+    agree(estimate, truth, "over all draws of three samples the estimate is biased")
 
 
 def _itself_included(rewards):
@@ -31,7 +48,7 @@ def _reward_forgotten(rewards):
 
 def _advantage_turned_round(rewards):
     """The sign is turned round: a reward above the others' mean has a positive advantage."""
-    return -leave_one_out(rewards)
+    return (rewards.sum() - rewards) / (len(rewards) - 1) - rewards
 
 
 def _normalised(rewards):
@@ -39,11 +56,20 @@ def _normalised(rewards):
     return (rewards - rewards.mean()) / rewards.std(correction=0)
 
 
-def straight_through_slope(theta, c):
-    """7.2: E[f'(b)] dp/dtheta, summed over tails and heads."""
-    p = 1 / (1 + math.exp(-theta))
-    tails, heads = 2 * (0 - c), 2 * (1 - c)
-    return ((1 - p) * tails + p * heads) * p * (1 - p)
+def judge_straight_through_slope(straight_through_slope):
+    """7.2: both outcomes, each with the gradient that autograd takes through b + p - p."""
+    for theta, c in ((0.4, 0.45), (-1.2, 0.1), (2.0, 0.8), (0.0, 1.5), (-0.3, -0.7)):
+        mean_slope = 0.0
+        for b in (0.0, 1.0):
+            logit = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+            p = logit.sigmoid()
+            (slope,) = torch.autograd.grad((b + p - p.detach() - c) ** 2, logit)
+            mean_slope = mean_slope + (p if b else 1 - p).detach() * slope
+        agree(
+            straight_through_slope(theta, c),
+            mean_slope,
+            "autograd through both outcomes, each by its probability, finds another mean slope",
+        )
 
 
 def _true_slope(theta, c):
@@ -68,12 +94,31 @@ def _one_outcome(theta, c):
 
 def _descent(theta, c):
     """The sign is turned round: the slope of the cost is wanted, not the step down."""
-    return -straight_through_slope(theta, c)
+    p = 1 / (1 + math.exp(-theta))
+    return 2 * (c - p) * p * (1 - p)
 
 
-def stretch(p, size):
-    """7.3: E[population standard deviation] / (p (1 - p))."""
-    return _expected(lambda m: math.sqrt(m * (1 - m)), p, size) / (p * (1 - p))
+def judge_stretch(stretch):
+    """7.3: every table of rewards that a group can draw, with GRPO's gradient of each."""
+    for p, size in ((0.3, 5), (0.6, 2), (0.85, 3), (0.05, 7)):
+        mean_gradient = 0.0
+        for outcome in product((0.0, 1.0), repeat=size):
+            rewards = torch.tensor(outcome, dtype=torch.float64)
+            chance = (p * rewards + (1 - p) * (1 - rewards)).prod()
+            deviation = rewards.std(correction=0)
+            if deviation > 0:
+                advantages = (rewards - rewards.mean()) / deviation
+                # A success is the action of probability p: its score by the logit is 1 - p.
+                mean_gradient += chance * (advantages * (rewards - p)).mean()
+        agree(
+            stretch(p, size),
+            mean_gradient / (p * (1 - p)),
+            "the mean over every group of this size, by enumeration, is another",
+        )
+
+
+def _mean_deviation(p, size):
+    return _expected(lambda m: math.sqrt(m * (1 - m)), p, size)
 
 
 def _expected(function, p, size):
@@ -85,7 +130,7 @@ def _expected(function, p, size):
 
 def _sample_deviation(p, size):
     """The deviation divides by K - 1: the population's is asked for, which divides by K."""
-    return stretch(p, size) * math.sqrt((size - 1) / size)
+    return _mean_deviation(p, size) * math.sqrt((size - 1) / size) / (p * (1 - p))
 
 
 def _endless_group(p, size):
@@ -99,7 +144,7 @@ def _not_divided(p, size):
     """This is the mean deviation: the true gradient is p (1 - p) times the difference of the two
     scores, and its length is still to be divided out.
     """
-    return stretch(p, size) * p * (1 - p)
+    return _mean_deviation(p, size)
 
 
 def _mean_variance(p, size):
@@ -124,7 +169,7 @@ EXERCISES = [
     Exercise(
         "7.1",
         [(rewards,) for rewards in REWARDS],
-        leave_one_out,
+        judge_leave_one_out,
         [
             _itself_included,
             _divided_by_all,
@@ -132,17 +177,18 @@ EXERCISES = [
             _advantage_turned_round,
             _normalised,
         ],
+        shape=lambda rewards: rewards.shape,
     ),
     Exercise(
         "7.2",
         [(0.4, 0.45), (-1.2, 0.1), (2.0, 0.8)],
-        straight_through_slope,
+        judge_straight_through_slope,
         [_true_slope, _slope_in_p, _one_outcome, _descent],
     ),
     Exercise(
         "7.3",
         [(0.3, 5), (0.01, 64), (0.6, 2)],
-        stretch,
+        judge_stretch,
         [_sample_deviation, _endless_group, _not_divided, _mean_variance, _inverse_deviation],
     ),
 ]

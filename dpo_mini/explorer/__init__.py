@@ -29,7 +29,7 @@ LOSSES = (
 )  # fmt: skip
 """The losses of a pair that the explorer knows, by their names in `losses`."""
 
-Instance = dict[str, str | list[str] | list[float]]
+_Instance = dict[str, str | list[str] | list[float]]
 
 _MOST_ANSWERS = 6
 _HEADS = ("answer", "π_ref", "reward", "π*", "implied reward")
@@ -146,7 +146,7 @@ class Explorer:
         caption = f"<caption>{html.escape(self._caption())}</caption>"
         return f"<table>{caption}<tr>{head}</tr>\n" + "\n".join(rows) + "</table>"
 
-    def _instances(self) -> tuple[list[Instance], int]:
+    def _instances(self) -> tuple[list[_Instance], int]:
         """What can be loaded, the task's own prompts first, and which of it is `prompt`."""
         course = course_instances()
         titles = [f"prompt {text}" for text in self.task.prompt_texts]
@@ -157,7 +157,7 @@ class Explorer:
         return own + course, self.prompt
 
 
-def course_instances() -> list[Instance]:
+def course_instances() -> list[_Instance]:
     """The bandits of `tasks` with at most 6 answers, as the explorer reads them."""
     generator = torch.Generator().manual_seed(0)
     even = torch.full((1, 4), 0.25, dtype=torch.float64)
@@ -176,7 +176,7 @@ def _lines(name: str) -> str:
     return re.sub(r"^\s*(//.*\n\s*)*", "", text, flags=re.M)
 
 
-def _instance(title: str, task: Task, prompt: int) -> Instance:
+def _instance(title: str, task: Task, prompt: int) -> _Instance:
     tables = {"reference": _reference(task)[prompt].exp(), "rewards": task.rewards[prompt]}
     # 12 digits: the last ones of a double differ between machines, and nbval compares this text.
     rounded = {
