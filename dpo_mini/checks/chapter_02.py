@@ -3,6 +3,7 @@
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, other_instances, random_policies
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 POLICY = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -20,9 +21,22 @@ def _nats(probs, other_probs):
     return torch.xlogy(probs, probs / other_probs).sum()
 
 
-def shortfall(probs, ref_probs, rewards, beta):
-    """2.1: J* - J(pi)."""
-    return beta * _nats(probs, _tilt(ref_probs, rewards, beta))
+def _objective(probs, ref_probs, rewards, beta):
+    return (probs * rewards).sum() - beta * _nats(probs, ref_probs)
+
+
+def judge_shortfall(shortfall):
+    """2.1: it is 0 at an optimum that is known beforehand, and it grows as J falls."""
+    for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=1)):
+        best, probs = (random_policies(ref_probs, 2 * seed + n) for n in (0, 1))
+        rewards = beta * (best / ref_probs).log() + 0.3  # so best is their optimum
+        agree(shortfall(best, ref_probs, rewards, beta), 0.0, "the optimum falls short of itself")
+        agree(
+            shortfall(probs, ref_probs, rewards, beta),
+            _objective(best, ref_probs, rewards, beta)
+            - _objective(probs, ref_probs, rewards, beta),
+            "between two policies the shortfalls do not differ as their J does",
+        )
 
 
 def _shortfall_turned_round(probs, ref_probs, rewards, beta):
@@ -59,8 +73,20 @@ def _multiplier(total, low, high):
     return (low + high) / 2
 
 
-def forward_kl_policy(ref_probs, rewards, beta):
-    """2.2: pi_ref beta / (lambda - r), lambda above every reward."""
+def judge_forward_kl_policy(forward_kl_policy):
+    """2.2: a policy where the objective, which is concave, is stationary, by autograd."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
+        probs = forward_kl_policy(ref_probs, rewards, beta)
+        agree(probs.sum(), 1.0, "the probabilities do not sum to 1: lambda must see to it")
+        assert probs.min() > 0, "a probability is not above 0: forward KL would be infinite"
+        logits = probs.log().requires_grad_()
+        policy = logits.softmax(0)
+        objective = policy @ rewards - beta * (ref_probs * (ref_probs / policy).log()).sum()
+        (slopes,) = torch.autograd.grad(objective, logits)
+        agree(slopes, 0.0, "another policy is better: the gradient of the objective is not 0")
+
+
+def _solved_for_lambda(ref_probs, rewards, beta):
     best = float(rewards.max())
     level = _multiplier(lambda x: (ref_probs * beta / (x - rewards)).sum(), best, best + beta)
     return ref_probs * beta / (level - rewards)
@@ -84,17 +110,31 @@ def _hyperbola_not_normalised(ref_probs, rewards, beta):
 
 def _forward_beta_upside_down(ref_probs, rewards, beta):
     """Beta is upside down: a small beta must let the reward speak louder."""
-    return forward_kl_policy(ref_probs, rewards, 1 / beta)
+    return _solved_for_lambda(ref_probs, rewards, 1 / beta)
 
 
 def _forward_reward_flipped(ref_probs, rewards, beta):
     """The worst answer gains: mind the sign of the reward in the stationarity condition."""
-    return forward_kl_policy(ref_probs, -rewards, beta)
+    return _solved_for_lambda(ref_probs, -rewards, beta)
 
 
-def chi_squared_policy(ref_probs, rewards, beta):
-    """2.3: pi_ref max(0, 1 + (r - lambda) / (2 beta))."""
+def judge_chi_squared_policy(chi_squared_policy):
+    """2.3: the conditions of Karush, Kuhn and Tucker, which have one solution."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=3, n=6):
+        for weight in (beta, beta / 8):  # with the smaller one answers are dropped
+            probs = chi_squared_policy(ref_probs, rewards, weight)
+            assert probs.min() >= 0, "some of your probabilities are negative"
+            agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+            policy = probs.clone().requires_grad_()
+            penalty = (ref_probs * (policy / ref_probs - 1) ** 2).sum()
+            (slopes,) = torch.autograd.grad(policy @ rewards - weight * penalty, policy)
+            kept = probs > 0
+            level = slopes[kept].max()
+            agree(slopes[kept], level, "moving mass between two answers that you keep still helps")
+            assert (slopes <= level + 1e-8).all(), "an answer that you dropped is worth some mass"
 
+
+def _dropped_where_negative(ref_probs, rewards, beta):
     def policy(level):
         return ref_probs * (1 + (rewards - level) / (2 * beta)).clamp(min=0)
 
@@ -115,7 +155,7 @@ def _cut_and_normalised(ref_probs, rewards, beta):
 
 def _factor_two(ref_probs, rewards, beta):
     """A factor 2 is missing: the derivative of (u - 1)^2 is 2 (u - 1)."""
-    return chi_squared_policy(ref_probs, rewards, beta / 2)
+    return _dropped_where_negative(ref_probs, rewards, beta / 2)
 
 
 def _chi_exponential(ref_probs, rewards, beta):
@@ -127,7 +167,7 @@ EXERCISES = (
     Exercise(
         "2.1",
         cases=((POLICY, REF, REWARDS, 0.5), (REF_4.flip(0), REF_4, REWARDS_4, 2.0)),
-        answer=shortfall,
+        judge=judge_shortfall,
         mistakes=(
             _shortfall_turned_round,
             _shortfall_in_nats,
@@ -139,7 +179,7 @@ EXERCISES = (
     Exercise(
         "2.2",
         cases=((REF, REWARDS, 0.5), (REF_4, REWARDS_4, 2.0)),
-        answer=forward_kl_policy,
+        judge=judge_forward_kl_policy,
         mistakes=(
             _exponential_tilt,
             _hyperbola_normalised,
@@ -147,11 +187,13 @@ EXERCISES = (
             _forward_beta_upside_down,
             _forward_reward_flipped,
         ),
+        shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
     Exercise(
         "2.3",
         cases=((REF, REWARDS, 0.35), (REF_4, REWARDS_4, 1.0), (REF_4, REWARDS_4, 0.1)),
-        answer=chi_squared_policy,
+        judge=judge_chi_squared_policy,
         mistakes=(_negative_probabilities, _cut_and_normalised, _factor_two, _chi_exponential),
+        shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
 )

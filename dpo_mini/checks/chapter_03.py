@@ -1,10 +1,12 @@
 """Chapter 03: the partition function."""
 
 import math
+from itertools import product
 
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, other_instances
 
 PROBS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
@@ -12,9 +14,19 @@ WIDER = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 WIDER_REWARDS = torch.tensor([2.0, 1.0, 0.0, 0.3], dtype=torch.float64)
 
 
-def log_z_of_tokens(token_probs, token_rewards, beta, n_tokens):
-    """3.1: log Z of `n_tokens` independent tokens, each with its own reward."""
-    return n_tokens * torch.log((token_probs * torch.exp(token_rewards / beta)).sum())
+def judge_log_z_of_tokens(log_z_of_tokens):
+    """3.1: the sum over every sentence, one by one."""
+    for (token_probs, _), (token_rewards, _), beta in other_instances(seed=1):
+        for n_tokens in (1, 2, 4):
+            z = 0.0
+            for sentence in product(range(len(token_probs)), repeat=n_tokens):
+                said = list(sentence)
+                z = z + token_probs[said].prod() * (token_rewards[said].sum() / beta).exp()
+            agree(
+                log_z_of_tokens(token_probs, token_rewards, beta, n_tokens),
+                z.log(),
+                "the sum over every sentence, one by one, has another logarithm",
+            )
 
 
 def _reward_times_length(token_probs, token_rewards, beta, n_tokens):
@@ -26,7 +38,7 @@ def _reward_times_length(token_probs, token_rewards, beta, n_tokens):
 
 def _one_token(token_probs, token_rewards, beta, n_tokens):
     """This is log Z of a single token: every one of the n places has such a factor."""
-    return log_z_of_tokens(token_probs, token_rewards, beta, 1)
+    return torch.log((token_probs * torch.exp(token_rewards / beta)).sum())
 
 
 def _mean_reward(token_probs, token_rewards, beta, n_tokens):
@@ -41,18 +53,34 @@ def _no_base(token_probs, token_rewards, beta, n_tokens):
     return n_tokens * torch.logsumexp(token_rewards / beta, 0)
 
 
-def draws_needed(ref_probs, rewards, beta, error):
-    """3.2: draws from the reference for a relative standard deviation `error` of Z."""
+def judge_draws_needed(draws_needed):
+    """3.2: the relative error of N draws, over all that N draws can be, takes N draws."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
+        weights = (rewards / beta).exp()
+        z = ref_probs @ weights
+        for n_draws in (1, 2, 3):
+            variance = 0.0
+            for drawn in product(range(len(ref_probs)), repeat=n_draws):
+                at = list(drawn)
+                variance = variance + ref_probs[at].prod() * (weights[at].mean() / z - 1) ** 2
+            agree(
+                draws_needed(ref_probs, rewards, beta, float(variance.sqrt())),
+                n_draws,
+                "the exact relative error of N draws, asked of your function, does not give N",
+            )
+
+
+def _chi_squared(ref_probs, rewards, beta):
     weights = torch.exp(rewards / beta)
     weights = weights / (ref_probs * weights).sum()
-    return (ref_probs * (weights - 1) ** 2).sum() / error**2
+    return (ref_probs * (weights - 1) ** 2).sum()
 
 
 def _error_not_squared(ref_probs, rewards, beta, error):
     """The error enters once where it should be squared: half the error costs four times the
     draws.
     """
-    return draws_needed(ref_probs, rewards, beta, error) * error
+    return _chi_squared(ref_probs, rewards, beta) / error
 
 
 def _absolute(ref_probs, rewards, beta, error):
@@ -64,7 +92,7 @@ def _absolute(ref_probs, rewards, beta, error):
 
 def _second_moment(ref_probs, rewards, beta, error):
     """The mean is not taken off: chi-squared is the second moment of the weight minus 1."""
-    return draws_needed(ref_probs, rewards, beta, error) + 1 / error**2
+    return (_chi_squared(ref_probs, rewards, beta) + 1) / error**2
 
 
 def _kl_for_chi(ref_probs, rewards, beta, error):
@@ -73,9 +101,17 @@ def _kl_for_chi(ref_probs, rewards, beta, error):
     return (optimum * (optimum / ref_probs).log()).sum() / error**2
 
 
-def count_solutions(log_z, beta, n_bits):
-    """3.3: how many of 2^n_bits completions have reward 1, the rest having 0."""
-    return (math.exp(log_z) - 1) / (math.exp(1 / beta) - 1) * 2**n_bits
+def judge_count_solutions(count_solutions):
+    """3.3: log Z of a formula whose solutions were counted beforehand, by its truth table."""
+    generator = torch.Generator().manual_seed(3)
+    for n_bits, beta in ((3, 0.5), (6, 2.0), (8, 0.25), (5, 1.25)):
+        holds = torch.rand(2**n_bits, dtype=torch.float64, generator=generator) < 0.3
+        log_z = (holds.double() / beta).exp().mean().log()
+        agree(
+            count_solutions(float(log_z), beta, n_bits),
+            int(holds.sum()),
+            "a truth table whose log Z you were given has another number of solutions",
+        )
 
 
 def _failures_forgotten(log_z, beta, n_bits):
@@ -85,7 +121,7 @@ def _failures_forgotten(log_z, beta, n_bits):
 
 def _a_share(log_z, beta, n_bits):
     """This is the share of solutions: the reference gives each completion 2^-n_bits."""
-    return count_solutions(log_z, beta, 0)
+    return (math.exp(log_z) - 1) / (math.exp(1 / beta) - 1)
 
 
 def _log_for_z(log_z, beta, n_bits):
@@ -95,7 +131,7 @@ def _log_for_z(log_z, beta, n_bits):
 
 def _beta_turned(log_z, beta, n_bits):
     """Beta is upside down: a solution weighs exp(1/beta)."""
-    return count_solutions(log_z, 1 / beta, n_bits)
+    return (math.exp(log_z) - 1) / (math.exp(beta) - 1) * 2**n_bits
 
 
 def _one_not_taken(log_z, beta, n_bits):
@@ -112,19 +148,19 @@ EXERCISES = (
     Exercise(
         "3.1",
         cases=((PROBS, REWARDS, 0.5, 7), (WIDER, WIDER_REWARDS, 2.0, 3)),
-        answer=log_z_of_tokens,
+        judge=judge_log_z_of_tokens,
         mistakes=(_reward_times_length, _one_token, _mean_reward, _no_base),
     ),
     Exercise(
         "3.2",
         cases=((PROBS, REWARDS, 0.5, 0.1), (WIDER, WIDER_REWARDS, 2.0, 0.25)),
-        answer=draws_needed,
+        judge=judge_draws_needed,
         mistakes=(_error_not_squared, _absolute, _second_moment, _kl_for_chi),
     ),
     Exercise(
         "3.3",
         cases=((_log_z_of(37, 0.5, 8), 0.5, 8), (_log_z_of(5, 2.0, 10), 2.0, 10)),
-        answer=count_solutions,
+        judge=judge_count_solutions,
         mistakes=(_failures_forgotten, _a_share, _log_for_z, _beta_turned, _one_not_taken),
     ),
 )

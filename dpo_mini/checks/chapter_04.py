@@ -3,6 +3,7 @@
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, other_instances, random_policies
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
@@ -13,9 +14,13 @@ WIDER_POLICY = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 WIDER_EVEN = torch.full((4,), 0.25, dtype=torch.float64)
 
 
-def representative(rewards, ref_probs, beta):
-    """4.1: the reward of the same class whose log Z is 0."""
-    return rewards - beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
+def judge_representative(representative):
+    """4.1: it is of the same class, and its Z is 1."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=1):
+        found = representative(rewards, ref_probs, beta)
+        agree(found - found[0], rewards - rewards[0], "two answers no longer differ as they did")
+        z = (ref_probs * (found / beta).exp()).sum()
+        agree(z, 1.0, "Z of what you return is not 1, so it is no implied reward")
 
 
 def _without_beta(rewards, ref_probs, beta):
@@ -40,13 +45,18 @@ def _plain_sum(rewards, ref_probs, beta):
 
 def _added(rewards, ref_probs, beta):
     """The sign is turned round: beta log Z is added, so log Z doubles where it should vanish."""
-    return 2 * rewards - representative(rewards, ref_probs, beta)
+    return rewards + beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
 
 
-def anchored_rewards(probs, ref_probs, beta, reward_of_first):
-    """4.2: every reward, from an optimal policy and the reward of answer 0."""
-    odds = (probs / ref_probs) / (probs[0] / ref_probs[0])
-    return reward_of_first + beta * torch.log(odds)
+def judge_anchored_rewards(anchored_rewards):
+    """4.2: read off a policy that was made with known rewards, they come back."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
+        probs = torch.softmax(ref_probs.log() + rewards / beta, 0)
+        agree(
+            anchored_rewards(probs, ref_probs, beta, float(rewards[0])),
+            rewards,
+            "the policy was made with known rewards, and these are others",
+        )
 
 
 def _not_anchored(probs, ref_probs, beta, reward_of_first):
@@ -66,13 +76,18 @@ def _reference_forgotten(probs, ref_probs, beta, reward_of_first):
 
 def _in_nats(probs, ref_probs, beta, reward_of_first):
     """Beta is missing: the differences are in nats, not in units of reward."""
-    return anchored_rewards(probs, ref_probs, 1.0, reward_of_first)
+    odds = (probs / ref_probs) / (probs[0] / ref_probs[0])
+    return reward_of_first + torch.log(odds)
 
 
-def move_to_reference(probs, old_ref_probs, new_ref_probs):
-    """4.3: the optimum of the same reward and beta at another reference."""
-    weights = probs * new_ref_probs / old_ref_probs
-    return weights / weights.sum()
+def judge_move_to_reference(move_to_reference):
+    """4.3: optima of one reward and beta at two references, made with both known."""
+    for seed, ((old, _), (rewards, _), beta) in enumerate(other_instances(seed=3)):
+        new = random_policies(old, seed)
+        optima = [torch.softmax(ref.log() + rewards / beta, 0) for ref in (old, new)]
+        got = move_to_reference(optima[0], old, new)
+        agree(got.sum(), 1.0, "your probabilities do not sum to 1")
+        agree(got, optima[1], "the optimum of the same reward at the new reference is another")
 
 
 def _old_kept(probs, old_ref_probs, new_ref_probs):
@@ -94,26 +109,30 @@ def _no_sum(probs, old_ref_probs, new_ref_probs):
 
 def _turned_round(probs, old_ref_probs, new_ref_probs):
     """The references have changed places: this moves from the new one to the old."""
-    return move_to_reference(probs, new_ref_probs, old_ref_probs)
+    weights = probs * old_ref_probs / new_ref_probs
+    return weights / weights.sum()
 
 
 EXERCISES = (
     Exercise(
         "4.1",
         cases=((REWARDS, REF, 0.5), (WIDER_REWARDS, WIDER_REF, 2.0)),
-        answer=representative,
+        judge=judge_representative,
         mistakes=(_without_beta, _mean_taken_off, _best_taken_off, _plain_sum, _added),
+        shape=lambda rewards, ref_probs, beta: rewards.shape,
     ),
     Exercise(
         "4.2",
         cases=((POLICY, REF, 0.5, 3.0), (WIDER_POLICY, WIDER_REF, 2.0, -1.0)),
-        answer=anchored_rewards,
+        judge=judge_anchored_rewards,
         mistakes=(_not_anchored, _first_stays, _reference_forgotten, _in_nats),
+        shape=lambda probs, ref_probs, beta, reward_of_first: probs.shape,
     ),
     Exercise(
         "4.3",
         cases=((POLICY, REF, REF.flip(0)), (WIDER_POLICY, WIDER_REF, WIDER_EVEN)),
-        answer=move_to_reference,
+        judge=judge_move_to_reference,
         mistakes=(_old_kept, _no_new, _no_sum, _turned_round),
+        shape=lambda probs, old_ref_probs, new_ref_probs: probs.shape,
     ),
 )

@@ -1,8 +1,11 @@
 """Chapter 05: watch Z cancel."""
 
+from itertools import permutations
+
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree, other_instances
 
 REF = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 REWARDS = torch.tensor([[1.0, 0.2, -0.4, 0.8], [2.2, 0.9, 1.6, 0.4]], dtype=torch.float64)
@@ -10,20 +13,33 @@ LOGRATIOS = torch.tensor([0.9, -0.3, 0.4, -1.1], dtype=torch.float64)
 SCORES = torch.tensor([1.5, 0.2, -0.6, 0.7], dtype=torch.float64)
 
 
-def missing_margin(ref_probs, rewards, beta):
-    """5.1: beta [log Z(x0) - log Z(x1)] from tables `[2, Y]`."""
-    z = (ref_probs * torch.exp(rewards / beta)).sum(1)
-    return beta * torch.log(z[0] / z[1])
+def judge_missing_margin(missing_margin):
+    """5.1: with it every implied margin across the prompts is that of the known rewards."""
+    for ref_probs, rewards, beta in other_instances(seed=1):
+        best = torch.softmax(ref_probs.log() + rewards / beta, 1)
+        implied = beta * (best / ref_probs).log()
+        missing = missing_margin(ref_probs, rewards, beta)
+        agree(
+            implied[0][:, None] - implied[1] + missing,
+            rewards[0][:, None] - rewards[1],
+            "added to the implied margins across prompts, it does not give those of the rewards",
+        )
+
+
+def _partition_functions(ref_probs, rewards, beta):
+    return (ref_probs * torch.exp(rewards / beta)).sum(1)
 
 
 def _margin_without_beta(ref_probs, rewards, beta):
     """Beta is missing before log Z: this is in nats, not in units of reward."""
-    return missing_margin(ref_probs, rewards, beta) / beta
+    z = _partition_functions(ref_probs, rewards, beta)
+    return torch.log(z[0] / z[1])
 
 
 def _margin_turned_round(ref_probs, rewards, beta):
     """The sign is turned round: a prompt with a large Z has implied rewards that are too low."""
-    return -missing_margin(ref_probs, rewards, beta)
+    z = _partition_functions(ref_probs, rewards, beta)
+    return beta * torch.log(z[1] / z[0])
 
 
 def _margin_of_z(ref_probs, rewards, beta):
@@ -46,11 +62,24 @@ def _margin_at_beta_one(ref_probs, rewards, beta):
     return beta * torch.log(z[0] / z[1])
 
 
-def ranking_logp(logratios, beta):
-    """5.2: Plackett-Luce on beta log-ratios `[K]`, best first."""
-    weights = torch.exp(beta * logratios)
-    left = weights.flip(0).cumsum(0).flip(0)  # the weight of an answer and of all below it
-    return torch.log(weights / left).sum()
+def judge_ranking_logp(ranking_logp):
+    """5.2: all rankings, the first place, and what a place leaves to the ones after it."""
+    for _, (logratios, _), beta in other_instances(seed=2):
+        wins = torch.softmax(beta * logratios, 0)
+        firsts, n_answers = torch.zeros_like(wins), len(wins)
+        for order in map(list, permutations(range(n_answers))):
+            logp = ranking_logp(logratios[order], beta)
+            firsts[order[0]] += logp.exp()
+            if order[1:] == sorted(order[1:]):  # one order of the rest is enough
+                head, turned = order[0], [order[0], *order[:0:-1]]
+                agree(
+                    logp - ranking_logp(logratios[turned], beta),
+                    ranking_logp(logratios[order[1:]], beta)
+                    - ranking_logp(logratios[turned[1:]], beta),
+                    f"who comes after the first, here {head}, depends on who is first",
+                )
+        agree(firsts.sum(), 1.0, "the probabilities of all rankings do not sum to 1")
+        agree(firsts, wins, "over all rankings the first place is no softmax of implied rewards")
 
 
 def _ranking_of_neighbours(logratios, beta):
@@ -73,21 +102,30 @@ def _ranking_with_replacement(logratios, beta):
     return torch.log_softmax(beta * logratios, 0).sum()
 
 
+def _placed(weights):
+    left = weights.flip(0).cumsum(0).flip(0)  # the weight of an answer and of all below it
+    return torch.log(weights / left).sum()
+
+
 def _ranking_without_beta(logratios, beta):
     """Beta is missing: the implied reward is beta times the log-ratio."""
-    return ranking_logp(logratios, 1.0)
+    return _placed(torch.exp(logratios))
 
 
 def _ranking_upside_down(logratios, beta):
     """The ranking is read from worst to best: unlike a pair's, its probability is not that of the
     mirror image.
     """
-    return ranking_logp(logratios.flip(0), beta)
+    return _placed(torch.exp(beta * logratios.flip(0)))
 
 
-def best_value(logratios, scores, beta):
-    """5.3: the mean over answers of score minus implied reward."""
-    return scores.mean() - beta * logratios.mean()
+def judge_best_value(best_value):
+    """5.3: the squared error, a parabola in V, has slope 0 there."""
+    for _, (logratios, scores), beta in other_instances(seed=3):
+        value = best_value(logratios, scores, beta).requires_grad_()
+        error = (scores - beta * logratios - value).pow(2).sum()
+        (slope,) = torch.autograd.grad(error, value)
+        agree(slope, 0.0, "another V has a smaller squared error: its slope is not 0")
 
 
 def _value_of_scores(logratios, scores, beta):
@@ -97,24 +135,24 @@ def _value_of_scores(logratios, scores, beta):
 
 def _value_turned_round(logratios, scores, beta):
     """The sign is turned round: V is added to the implied reward to give the score."""
-    return -best_value(logratios, scores, beta)
+    return (beta * logratios - scores).mean()
 
 
 def _value_without_beta(logratios, scores, beta):
     """Beta is missing: the implied reward is beta times the log-ratio."""
-    return best_value(logratios, scores, 1.0)
+    return (scores - logratios).mean()
 
 
 def _value_not_averaged(logratios, scores, beta):
     """This is a sum over answers: the minimum of a squared error is a mean."""
-    return best_value(logratios, scores, beta) * len(scores)
+    return (scores - beta * logratios).sum()
 
 
 EXERCISES = (
     Exercise(
         "5.1",
         cases=((REF, REWARDS, 0.5), (REF, REWARDS.flip(0), 2.0)),
-        answer=missing_margin,
+        judge=judge_missing_margin,
         mistakes=(
             _margin_without_beta,
             _margin_turned_round,
@@ -126,7 +164,7 @@ EXERCISES = (
     Exercise(
         "5.2",
         cases=((LOGRATIOS, 0.5), (LOGRATIOS[:3], 2.0)),
-        answer=ranking_logp,
+        judge=judge_ranking_logp,
         mistakes=(
             _ranking_of_neighbours,
             _ranking_of_all_pairs,
@@ -138,7 +176,7 @@ EXERCISES = (
     Exercise(
         "5.3",
         cases=((LOGRATIOS, SCORES, 0.5), (LOGRATIOS[1:], SCORES[1:], 2.0)),
-        answer=best_value,
+        judge=judge_best_value,
         mistakes=(
             _value_of_scores,
             _value_turned_round,

@@ -1,8 +1,12 @@
 """Chapter 06: fit DPO by maximum likelihood."""
 
+import math
+from itertools import product
+
 import torch
 
 from dpo_mini.checks import Exercise
+from dpo_mini.checks.homework import agree
 
 CHOSEN = torch.tensor([-2.0, -1.2, -0.7], dtype=torch.float64)
 REJECTED = torch.tensor([-1.5, -3.1, -2.2], dtype=torch.float64)
@@ -19,10 +23,28 @@ TOKEN_LOGPS = torch.log(
 TOKENS = torch.tensor([[5, 2, 2, 2], [2, 2, 2, 2], [4, 3, 5, 1], [3, 1, 5, 2]])  # 2 ends and pads
 
 
-def dpo(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """6.1: the DPO loss of each pair, `[B]`, in nats."""
-    d = (chosen - ref_chosen) - (rejected - ref_rejected)
-    return torch.logaddexp(torch.zeros_like(d), -beta * d)
+def judge_dpo(dpo):
+    """6.1: the probabilities of both labels sum to 1, and their log-odds are the margin."""
+    columns = (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)
+    for beta in (0.5, 2.0, 0.1):
+        for chosen, rejected, ref_chosen, ref_rejected in (columns, (FAR, *columns[1:])):
+            loss = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
+            other = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
+            assert torch.isfinite(loss).all(), "a margin far below 0 has an infinite loss or NaN"
+            agree(
+                torch.exp(-loss) + torch.exp(-other),
+                1.0,
+                "the probabilities of a label and of its opposite do not sum to 1",
+            )
+            agree(
+                other - loss,
+                beta * ((chosen - ref_chosen) - (rejected - ref_rejected)),
+                "the log-odds of the label are not beta times the margin of the log-ratios",
+            )
+
+
+def _minus_log_sigmoid(margins):
+    return torch.logaddexp(torch.zeros_like(margins), -margins)
 
 
 def _dpo_without_reference(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -32,17 +54,18 @@ def _dpo_without_reference(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def _dpo_without_beta(chosen, rejected, ref_chosen, ref_rejected, beta):
     """Beta is missing: a margin in nats is read as a margin of reward."""
-    return dpo(chosen, rejected, ref_chosen, ref_rejected, 1.0)
+    return _minus_log_sigmoid((chosen - ref_chosen) - (rejected - ref_rejected))
 
 
 def _dpo_turned_round(chosen, rejected, ref_chosen, ref_rejected, beta):
     """Chosen and rejected are turned round: this loss makes the loser likely."""
-    return dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
+    return _minus_log_sigmoid(beta * ((rejected - ref_rejected) - (chosen - ref_chosen)))
 
 
 def _dpo_likelihood(chosen, rejected, ref_chosen, ref_rejected, beta):
     """This is the probability of the label: the loss is its negative logarithm."""
-    return torch.exp(-dpo(chosen, rejected, ref_chosen, ref_rejected, beta))
+    d = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return torch.exp(-_minus_log_sigmoid(beta * d))
 
 
 def _dpo_that_overflows(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -55,18 +78,34 @@ def _dpo_that_overflows(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def _dpo_reference_added(chosen, rejected, ref_chosen, ref_rejected, beta):
     """The reference has the wrong sign: it is subtracted from each log-probability."""
-    return dpo(chosen, rejected, -ref_chosen, -ref_rejected, beta)
+    return _minus_log_sigmoid(beta * ((chosen + ref_chosen) - (rejected + ref_rejected)))
 
 
-def completion_logp(token_logps, tokens, end_token):
-    """6.2: log pi(y|x), `[B]`, where the end token also pads."""
-    total = torch.zeros(len(tokens), dtype=token_logps.dtype)
-    for row in range(len(tokens)):
-        for token, logp in zip(tokens[row].tolist(), token_logps[row], strict=True):
-            total[row] += logp
-            if token == end_token:
-                break
-    return total
+def judge_completion_logp(completion_logp):
+    """6.2: which token counts, in every row; and every completion of a policy, to sum to 1."""
+    rows, end_token = torch.tensor(list(product(range(3), repeat=4))), 1
+    nothing = torch.zeros(rows.shape, dtype=torch.float64)
+    agree(completion_logp(nothing, rows, end_token), 0.0, "tokens of probability 1 do not give 0")
+    for place in range(4):
+        less = nothing.clone()
+        less[:, place] = -0.7
+        goes_on = [end_token not in row[:place] for row in rows.tolist()]
+        agree(
+            completion_logp(less, rows, end_token),
+            -0.7 * torch.tensor(goes_on, dtype=torch.float64),
+            "a token counts once where no end token stands before it, and else not at all",
+        )
+    unended = [row for row in rows.tolist() if end_token not in row[:-1]]
+    ended = [[*row[:n], *[end_token] * (4 - n)] for row in unended for n in range(3)]
+    completions = torch.tensor([list(row) for row in {*map(tuple, unended), *map(tuple, ended)}])
+    before = torch.cat([torch.zeros_like(completions[:, :1]), completions[:, :-1]], 1)
+    policy = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.3, 0.6, 0.1]], dtype=torch.float64)
+    scored = policy[before, completions].log()
+    agree(
+        completion_logp(scored, completions, end_token).exp().sum(),
+        1.0,
+        "the probabilities of all completions of a policy do not sum to 1",
+    )
 
 
 def _logp_without_end(token_logps, tokens, end_token):
@@ -82,7 +121,8 @@ def _logp_with_padding(token_logps, tokens, end_token):
 def _logp_mean(token_logps, tokens, end_token):
     """This is a mean over tokens: it is no longer the logarithm of a probability."""
     ends_before = (tokens == end_token).cumsum(1) - (tokens == end_token).long()
-    return completion_logp(token_logps, tokens, end_token) / (ends_before == 0).sum(1)
+    counted = ends_before == 0
+    return (token_logps * counted).sum(1) / counted.sum(1)
 
 
 def _logp_shifted_mask(token_logps, tokens, end_token):
@@ -93,10 +133,23 @@ def _logp_shifted_mask(token_logps, tokens, end_token):
     return (token_logps * (keep == 0)).sum(1)
 
 
-def standard_error(share, n, beta):
-    """6.3: standard error of the fitted log-ratio margin of one pair, nats."""
-    information = n * beta**2 * share * (1 - share)
-    return information**-0.5
+def judge_standard_error(standard_error):
+    """6.3: one over the root of the log-likelihood's curvature at its maximum, by autograd."""
+    for share, n, beta in ((0.7311, 400, 0.5), (0.55, 90, 2.0), (0.1, 25, 0.25), (0.9, 1000, 1.6)):
+        fitted = math.log(share / (1 - share)) / beta  # there a label is right with this share
+        margin = torch.tensor(fitted, dtype=torch.float64, requires_grad=True)
+        odds = torch.stack([beta * margin, -beta * margin])
+        shares = torch.tensor([share, 1 - share], dtype=torch.float64)
+        loss = -n * (shares * torch.nn.functional.logsigmoid(odds)).sum()
+        (slope,) = torch.autograd.grad(loss, margin, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, margin)
+        error = standard_error(share, n, beta)
+        assert error > 0, "a standard error is above 0"
+        agree(
+            error**2 * curvature,
+            1.0,
+            "squared, and times the curvature of the n labels' loss in the margin, it is not 1",
+        )
 
 
 def _error_of_the_share(share, n, beta):
@@ -108,22 +161,22 @@ def _error_of_the_share(share, n, beta):
 
 def _error_in_reward(share, n, beta):
     """This is the standard error of the reward margin: a log-ratio is the reward over beta."""
-    return beta * standard_error(share, n, beta)
+    return (n * share * (1 - share)) ** -0.5
 
 
 def _error_squared(share, n, beta):
     """This is the variance: a standard error is its square root."""
-    return standard_error(share, n, beta) ** 2
+    return 1 / (n * beta**2 * share * (1 - share))
 
 
 def _error_of_one_label(share, n, beta):
     """The number of labels is missing: this is the error of a single one."""
-    return standard_error(share, 1, beta)
+    return (beta**2 * share * (1 - share)) ** -0.5
 
 
 def _error_beta_upside_down(share, n, beta):
     """Beta is on the wrong side: a small beta makes the policy's margin less certain, not more."""
-    return beta**2 * standard_error(share, n, beta)
+    return beta * (n * share * (1 - share)) ** -0.5
 
 
 EXERCISES = (
@@ -133,7 +186,7 @@ EXERCISES = (
             (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5),
             (FAR, REJECTED, REF_CHOSEN, REF_REJECTED, 2.0),
         ),
-        answer=dpo,
+        judge=judge_dpo,
         mistakes=(
             _dpo_without_reference,
             _dpo_without_beta,
@@ -142,17 +195,19 @@ EXERCISES = (
             _dpo_that_overflows,
             _dpo_reference_added,
         ),
+        shape=lambda chosen, *_: chosen.shape,
     ),
     Exercise(
         "6.2",
         cases=((TOKEN_LOGPS, TOKENS, 2), (TOKEN_LOGPS.flip(0), TOKENS, 5)),
-        answer=completion_logp,
+        judge=judge_completion_logp,
         mistakes=(_logp_without_end, _logp_with_padding, _logp_mean, _logp_shifted_mask),
+        shape=lambda token_logps, tokens, end_token: tokens.shape[:1],
     ),
     Exercise(
         "6.3",
         cases=((0.7311, 400, 0.5), (0.55, 90, 2.0)),
-        answer=standard_error,
+        judge=judge_standard_error,
         mistakes=(
             _error_of_the_share,
             _error_in_reward,
