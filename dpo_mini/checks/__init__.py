@@ -26,6 +26,7 @@ NOT_ATTEMPTED = "not attempted"
 
 
 def _one_number(*_: Any) -> Sequence[int]:
+    """The shape of one number, whatever the arguments `_` are."""
     return ()
 
 
