@@ -1,7 +1,11 @@
 """What every test shares: one thread, and a generator of its own."""
 
+import os
+
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,8 @@ CELLS = (
 
 @pytest.fixture
 def chapter(tmp_path):
-    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    title = "# 99 Make it up\n\n- **You'll need**: nothing.\n\nNext: nothing"
+    cells = [nbformat.v4.new_markdown_cell(title), *map(nbformat.v4.new_code_cell, CELLS)]
     path = tmp_path / "99_made_up.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     run_chapters.run_chapter(path)
@@ -30,8 +31,8 @@ def test_another_seed_prints_the_verdicts_that_change_and_writes_nothing(chapter
     assert "SEED is small: True" in committed
     for seed, said in (
         (1, []),
-        (7, ["  cell 1: SEED is small: False"]),
-        (9, ["  stopped: AssertionError:", "  cell 1: SEED is small: False"]),
+        (7, ["  cell 3: SEED is small: False"]),
+        (9, ["  stopped: AssertionError:", "  cell 3: SEED is small: False"]),
     ):
         run_chapters.try_seed(chapter, seed)
         assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == said

@@ -240,7 +240,8 @@ def test_numbers_stay_while_they_are_about_right():
     notebook["metadata"]["dpo_mini"]["seconds"] = 4 * stated_seconds(title)
     assert "runs in about 20 seconds" in stamp_chapters.spent_line(notebook, title)
     twice = {**notebook, "cells": notebook["cells"] * 2}
-    assert f"about {2 * stated_minutes(title)} minutes" in stamp_chapters.spent_line(twice, title)
+    longer = stamp_chapters.stated_minutes(stamp_chapters.spent_line(twice, title))
+    assert minutes.within(1.1, longer, 2 * minutes.reading_minutes(notebook))
 
 
 # --- the teaching plans ----------------------------------------------------------------------

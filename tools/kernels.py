@@ -27,6 +27,9 @@ def kernel_of(argv: list[str], folder: Path) -> AsyncKernelManager:
 
 
 def bare_environment(**changes: str) -> dict[str, str]:
-    """This process's environment variables without those that lead Python to its packages."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    return {**kept, **changes}
+    """This process's environment variables without those that lead Python to its packages.
+
+    Nor the one that torch, once it has compiled something, leaves for its children.
+    """
+    own = ("PYTHONPATH", "PYTHONHOME", "TORCHINDUCTOR_CACHE_DIR")
+    return {**{k: v for k, v in os.environ.items() if k not in own}, **changes}

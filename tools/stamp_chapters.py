@@ -132,7 +132,7 @@ def stamped_readme(text: str, titles: dict[str, str]) -> str:
     text = re.sub(r"(git\+|git clone )https://\S+", rf"\1{address()}", text)
     for name, title in titles.items():
         spent = re.search(r"about (\d+) minutes to read and (\d+) for", title)
-        row = re.compile(rf"^(\|.*\(notebooks/{re.escape(name)}\) \|.*\|)[^|]*\|$", re.M)
+        row = re.compile(rf"^(\| \[[^\]]*\]\(notebooks/{re.escape(name)}\) \|.*\|)[^|]*\|$", re.M)
         text = row.sub(lambda found, s=spent: f"{found[1]} {s[1]} + {s[2]} |", text)
     return text
 
