@@ -6,9 +6,18 @@ const mark = () => {
     const most = Math.min(box.clientWidth, document.documentElement.clientWidth);
     formula.classList.toggle("wide", formula.offsetWidth > most);
   }
+  // What scrolls must be reached from the keyboard, and what does not should not.
+  for (const box of document.querySelectorAll("pre, .table-wrapper, span.math, div.math, mjx-container")) {
+    const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX !== "visible";
+    scrolls ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex");
+  }
 };
 
 addEventListener("load", () => {
-  window.MathJax?.startup?.promise.then(mark);
+  // The theme calls these headings and does not say of which level.
+  for (const caption of document.querySelectorAll('[role="heading"]:not([aria-level])')) {
+    caption.setAttribute("aria-level", "2");
+  }
+  (window.MathJax?.startup?.promise ?? Promise.resolve()).then(mark);
   addEventListener("resize", mark);
 });

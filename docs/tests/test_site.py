@@ -5,12 +5,18 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
+import axe_playwright_python
 import pytest
 
 SITE = Path(__file__).resolve().parents[2] / "_build" / "site"
 CHAPTERS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
 DRAWN = "() => window.MathJax?.startup?.promise.then(() => true) ?? true"
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+# The rules of WCAG 2.1 at levels A and AA: what is broken, and where first.
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+BROKEN = """runOnly => axe.run({runOnly, resultTypes: ["violations"]})
+  .then(({violations}) => violations.map(({id, nodes}) => `${id}: ${nodes[0].html}`))"""
 # Text and what lies behind it: the lowest contrast of a page, by the formula of WCAG 2.
 CONTRAST = """() => {
   const rgb = colour => colour.match(/[\\d.]+/g).map(Number);
@@ -102,10 +108,13 @@ def test_a_page_is_whole_at_a_desk_and_on_a_phone(name, tab, site):
         page.emulate_media(color_scheme=scheme)
         ratio, where = page.evaluate(CONTRAST)
         assert ratio >= 4.5, f"{scheme}: {ratio:.2f} at {where}"
+    page.evaluate(AXE)
+    assert page.evaluate(BROKEN, WCAG) == []
     page.set_viewport_size({"width": 390, "height": 844})
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
     assert page.evaluate(STICKS_OUT) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate(BROKEN, ["scrollable-region-focusable"]) == []
 
 
 def test_dark_is_dark_by_wish_and_by_button(tab, site):
