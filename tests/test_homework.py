@@ -9,7 +9,6 @@ import re
 import runpy
 import subprocess
 import sys
-import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHEETS = sorted((ROOT / "notebooks" / "homework").glob("*.ipynb"))
 TOOL = ROOT / "tools" / "make_homework.py"
 MISTAKES = runpy.run_path(str(ROOT / "tests" / "mistakes" / "homework.py"))["MISTAKES"]
-HIDDEN = re.compile(r"^\s*### BEGIN HIDDEN TESTS$(.*?)^\s*### END HIDDEN TESTS$", re.M | re.S)
 NAME = re.compile(r"^(?:def )?(\w+)(?:\(| = )", re.M)
 
 stamped = runpy.run_path(str(TOOL))["stamped"]
@@ -47,12 +45,18 @@ def about(cell) -> dict:
 
 
 def graded_tests() -> dict[str, Path]:
+    """The sheet of each visible test, by grade id."""
     found = {}
     for sheet in SHEETS:
         for cell in cells_of(sheet):
-            if cell.cell_type == "code" and about(cell).get("grade"):
+            if about(cell).get("grade_id", "").endswith("-test"):
                 found[about(cell)["grade_id"]] = sheet
     return found
+
+
+def hidden(test: str) -> str:
+    """The grade id of the hidden tests of the same exercise: h1-slope-more of h1-slope-test."""
+    return re.sub("-test$", "-more", test)
 
 
 TESTS = graded_tests()
@@ -66,12 +70,11 @@ class Attempt:
         exercise = ""
         for cell in cells_of(TESTS[test], seed):
             if about(cell).get("grade_id") == test:
-                # The cell defines a function and calls it: here are the two parts of its body.
-                body = textwrap.dedent(cell.source.split("\n", 1)[1].rsplit("\n", 1)[0])
-                self.visible = HIDDEN.sub("", body)
-                self.hidden = HIDDEN.search(body).group(1)
+                self.visible = cell.source
+            elif about(cell).get("grade_id") == hidden(test):
+                self.hidden = cell.source
                 break
-            if cell.cell_type == "code" and not about(cell).get("grade"):
+            elif cell.cell_type == "code" and not about(cell).get("grade"):
                 exec(cell.source, self.values)
                 if about(cell).get("solution"):
                     exercise = cell.source
@@ -81,12 +84,9 @@ class Attempt:
 
     def judge(self, answer, *, hidden_only: bool = False) -> str:
         """What the test says of `answer`: nothing where it passes."""
+        self.values[self.name] = answer
         try:
-            if hidden_only:  # the solution passes the visible part, which makes its names
-                exec(self.visible, self.values)
-                self.values[self.name] = answer
-            else:
-                self.values[self.name] = answer
+            if not hidden_only:
                 exec(self.visible, self.values)
             exec(self.hidden, self.values)
         except Exception as error:
@@ -128,10 +128,11 @@ def test_every_test_has_three_mistakes_and_every_sheet_a_written_question():
     assert all(len(mistakes) >= 3 for mistakes in MISTAKES.values())
     for sheet in SHEETS:
         cells = [about(cell) for cell in cells_of(sheet)]
-        graded = [cell for cell in cells if cell.get("grade")]
-        written = [cell["grade_id"] for cell in graded if cell["solution"]]
-        assert 5 <= len(graded) <= 7
-        assert len(written) == 1
+        graded = [cell["grade_id"] for cell in cells if cell.get("grade")]
+        tests = [name for name in graded if name in TESTS]
+        pairs = [name for test in tests for name in (test, hidden(test))]
+        assert graded == [*pairs, f"h{sheet.name[0]}-words"]
+        assert 5 <= len(tests) <= 6
         ids = [cell["grade_id"] for cell in cells if cell]
         assert len(set(ids)) == len(ids)
 
@@ -174,9 +175,17 @@ def test_the_hidden_tests_accept_the_solution_and_refuse_a_mistake(test):
     assert sum(sentence != "" for sentence in refused) >= 2, refused
 
 
+@pytest.mark.parametrize("sheet", SHEETS, ids=lambda path: path.stem)
+def test_a_cell_holds_one_idea(sheet):
+    for cell in cells_of(sheet):
+        if cell.cell_type == "code":
+            assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= 20, cell.source
+            assert max(map(len, cell.source.splitlines())) <= 79
+
+
 def visible_sentences(source: str) -> list[str]:
     """All that a visible test can say: its own texts, and those of an exercise of a chapter."""
-    body = ast.parse(HIDDEN.sub("", source))
+    body = ast.parse(source)
     pieces = {id(v) for n in ast.walk(body) if isinstance(n, ast.JoinedStr) for v in n.values[1:]}
     found = [n for n in ast.walk(body) if isinstance(n, ast.Constant) and id(n) not in pieces]
     texts = [n.value for n in found]
@@ -196,7 +205,7 @@ def test_the_grading_page_explains_every_sentence(sheet):
     for cell in cells_of(sheet):
         heading = re.match(r"## (\d)\.", cell.source)
         exercise = f"{sheet.name[0]}.{heading.group(1)}" if heading else exercise
-        if about(cell).get("grade") and cell.cell_type == "code":
+        if about(cell).get("grade_id") in TESTS:
             explained = [words for place, words in rows if place in ("all", exercise)]
             assert set(MISTAKES[about(cell)["grade_id"]]) <= set(explained)
             for sentence in visible_sentences(cell.source):
@@ -208,9 +217,13 @@ def test_the_points_are_those_of_the_headings_and_of_the_grading_page(sheet):
     page = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
     points, headings = [], []
     for cell in cells_of(sheet):
-        headings += re.findall(r"^## .*\((\d+) points\)$", cell.source, re.M)
-        points += [about(cell)["points"]] if about(cell).get("grade") else []
-    assert points == [int(heading) for heading in headings]
+        for heading in re.findall(r"^## .*\((\d+) points\)$", cell.source, re.M):
+            headings.append(int(heading))
+            points.append(0)
+        if about(cell).get("grade"):
+            assert about(cell)["points"] > 0
+            points[-1] += about(cell)["points"]
+    assert points == headings
     assert f"There are {sum(points)} points." in cells_of(sheet)[0].source
     assert re.search(rf"\[{sheet.stem}\].*\| {sum(points)} \|", page)
 
@@ -405,9 +418,13 @@ def test_nbgrader_hands_out_collects_and_grades_three_students(sheet, tmp_path):
     for test in tests:  # one who is right
         points, most = marks["ada"][test]
         assert (points, said["ada"][test]) == (most, ""), test
+    refused = {test for test in map(hidden, PARTLY[sheet.stem]) if said["ben"][test]}
+    assert refused, "no hidden test notices what is wrong"
     for test in tests:  # one who is partly right, and is told why
         points, most = marks["ben"][test]
-        if test in PARTLY[sheet.stem]:
+        if test in refused:
+            assert points == 0
+        elif test in PARTLY[sheet.stem]:
             assert points == 0
             assert PARTLY[sheet.stem][test] in said["ben"][test]
             assert html.escape(PARTLY[sheet.stem][test], quote=False) in feedback
