@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
 import pytest
-from course import ROOT, chapters
+from course import chapters
 from kernels import bare_environment, kernel_of
 from minutes import within
 from nbclient.exceptions import CellExecutionError
@@ -144,19 +143,6 @@ def printed(notebook) -> list[list[str]]:
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
-
-
-def test_the_wheel_holds_the_whole_package(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    files = [path for path in (ROOT / "dpo_mini").rglob("*") if path.is_file()]
-    mine = {str(p.relative_to(ROOT)) for p in files if "__pycache__" not in p.parts}
-    assert {name for name in names if name.startswith("dpo_mini/")} == mine
-    assert len(mine) > 30
-    metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
-    text = zipfile.ZipFile(wheel).read(metadata).decode()
-    needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", text, re.M)
-    assert sorted(needed) == ["matplotlib", "numpy", "torch"]
-    assert "Project-URL: Repository, " in text
 
 
 def test_the_environment_has_what_it_should_and_no_more(environment):

@@ -2,18 +2,18 @@
 
 import email
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from course import address
+from wheel import build_wheel
 
 import dpo_mini
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 # Installed with torch, numpy and matplotlib, or part of Python; the rest is out of reach.
 ALONE = """
 import sys
@@ -60,19 +60,7 @@ sys.path.insert(0, sys.argv[1])
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy so that nothing is left in the source."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "dpo_mini", source / "dpo_mini", ignore=ignore)
-    for name in ("tests", "notebooks"):  # what lies beside it stays out
-        (source / name).mkdir()
-        (source / name / "__init__.py").write_text("")
-    command = [sys.executable, "-c", BUILD, str(built)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
-    (path,) = built.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("built"))) as archive:
         yield archive
 
 
@@ -101,6 +89,7 @@ def test_the_library_alone_needs_three_packages(metadata):
     assert sorted(alone) == ["matplotlib", "numpy", "torch"]
     assert metadata["Version"] == dpo_mini.__version__
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata.get_all("Project-URL") == [f"Repository, {address()}"]
 
 
 def test_the_wheel_holds_every_module_and_the_mark_of_types_and_nothing_else(wheel):

@@ -11,14 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from public_names import LIST, MODULES, public_names
 
 import dpo_mini
 from dpo_mini.deprecation import OldNames, Renamed
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-from public_names import LIST, MODULES, public_names  # noqa: E402
-
 WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called there, not completed
     "dpo_mini.policies": {
         "GELU",

@@ -1,12 +1,7 @@
 """The tool that runs chapters: as they are, or as a copy with another SEED."""
 
-import sys
-from pathlib import Path
-
 import nbformat
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import run_chapters
 
 CELLS = (

@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 
 import nbformat
+from course import ROOT, sheets, text_of
 
 from dpo_mini.checks.homework import instance
 from dpo_mini.files import write_whole
 
-ROOT = Path(__file__).resolve().parent.parent
-SHEETS = sorted((ROOT / "notebooks" / "homework").glob("*.ipynb"))
 CONFIG = r"""c = get_config()
 c.CourseDirectory.course_id = "dpo_mini"
 c.ClearSolutions.code_stub = {"python": "...  # your lines here"}
@@ -55,10 +54,10 @@ def stamped(path: Path, seed: int) -> str:
             cell["source"] = instance_lines(seed)
         else:
             cell["source"] = re.sub(r"\bseed=\d+", f"seed={seed}", source)
-    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return text_of(notebook)
 
 
-def make_course(folder: Path, seed: int, sheets: list[Path]) -> None:
+def make_course(folder: Path, seed: int, wanted: list[Path]) -> None:
     """Write the course directory `folder`, its sources and its student copies."""
     from nbgrader.apps import NbGraderAPI
     from traitlets.config import Config
@@ -73,8 +72,8 @@ def make_course(folder: Path, seed: int, sheets: list[Path]) -> None:
     config.CourseDirectory.root = str(folder)
     config.Exchange.root = str(folder / "exchange")
     api = NbGraderAPI(config=config)
-    for number, path in enumerate(sheets, 1):
-        print(f"[{number}/{len(sheets)}] {path.stem} ...", end=" ", flush=True)
+    for number, path in enumerate(wanted, 1):
+        print(f"[{number}/{len(wanted)}] {path.stem} ...", end=" ", flush=True)
         start = time.perf_counter()
         source = folder / "source" / path.stem / path.name
         source.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +96,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.seed < 0:
         parser.error(f"--seed: got {given.seed}, takes an integer >= 0")
-    sheets = [path for path in SHEETS if given.sheet in (None, int(path.name[0]))]
-    if not sheets:
-        parser.error(f"--sheet: got {given.sheet}, takes one of 1 to {len(SHEETS)}")
+    wanted = [path for path in sheets() if given.sheet in (None, int(path.name[0]))]
+    if not wanted:
+        parser.error(f"--sheet: got {given.sheet}, takes one of 1 to {len(sheets())}")
     folder = (given.out / f"seed_{given.seed}").resolve()
-    make_course(folder, given.seed, sheets)
+    make_course(folder, given.seed, wanted)
     print(f"student copies: {folder / 'release'}")
 
 
