@@ -1,43 +1,86 @@
-"""What every public function refuses, said in one voice.
+"""Argument checks, with one message format: the argument, what it must be, what it was.
 
-Each message names the argument, what it got and what it takes. Shapes use the letters of the
-library: `B` rows, `X` prompts, `Y` completions, `T` tokens, `V` vocabulary, `K` ranked items.
+Shapes use the letters of the library: `B` rows, `X` prompts, `Y` completions, `T` tokens, `V`
+vocabulary, `K` ranked items.
+
+Inside `torch.compile` and the transforms of `torch.func` the values of a tensor cannot be looked
+at. There a check of values passes, and checks of types, shapes and dtypes are made as always.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from numbers import Integral, Real
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Table: TypeAlias = Tensor | np.ndarray | Sequence[Any]
+"""A tensor, a numpy array, or numbers in nested lists."""
+
+_LARGEST_COUNT = 2**63 - 1  # what an int64 holds
 
 
 def check_positive(name: str, value: float) -> None:
     """Refuse anything but a finite real number above zero."""
     _check_real(name, value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: got {value}, takes a finite number > 0")
+    if not 0 < _finite_float(value) < math.inf:
+        raise ValueError(f"{name}: got {_shown(value)}, takes a finite number > 0")
+
+
+def positive_scalar(name: str, value: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """A number > 0, or a tensor of no dimension, as a tensor of no dimension.
+
+    Args:
+      name: the argument's name.
+      value: the number; a tensor keeps its gradient.
+      dtype: of the result. A number that it rounds to 0 is refused.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            got = f"{value.dtype} of shape {list(value.shape)}"
+            raise ValueError(f"`{name}` must be one real number, got a tensor of {got}")
+        scalar = value.to(dtype)
+    else:
+        check_positive(name, value)
+        scalar = torch.tensor(float(value), dtype=dtype)
+    if values_visible(scalar) and not 0 < scalar.item() < math.inf:
+        raise ValueError(f"`{name}` must be a finite number > 0 in {dtype}, got {float(value):g}")
+    return scalar
+
+
+def check_number(name: str, value: float) -> None:
+    """Refuse anything but a finite real number."""
+    _check_real(name, value)
+    if not math.isfinite(_finite_float(value)):
+        raise ValueError(f"`{name}` must be a finite number, got {_shown(value)}")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
     """Refuse anything but a real number with `low <= value < high`."""
     _check_real(name, value)
-    if not low <= value < high:
-        raise ValueError(f"{name}: got {value}, takes a number in [{low}, {high})")
+    if not low <= _finite_float(value) < high:
+        raise ValueError(f"{name}: got {_shown(value)}, takes a number in [{low}, {high})")
 
 
 def check_fraction(name: str, value: float) -> None:
     """Refuse anything but a real number with `0 <= value <= 1`."""
     _check_real(name, value)
     if not 0 <= value <= 1:
-        raise ValueError(f"{name}: got {value}, takes a number in [0, 1]")
+        raise ValueError(f"{name}: got {_shown(value)}, takes a number in [0, 1]")
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> None:
-    """Refuse anything but a whole number of at least `least`."""
+    """Refuse anything but a whole number from `least` to the largest that an int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a whole number >= {least}")
     if value < least:
-        raise ValueError(f"{name}: got {value}, takes a whole number >= {least}")
+        raise ValueError(f"{name}: got {_shown(value)}, takes a whole number >= {least}")
+    if value > _LARGEST_COUNT:
+        most = f"a whole number <= {_LARGEST_COUNT}"
+        raise ValueError(f"`{name}` must be {most}, got {_shown(value)}")
 
 
 def check_generator(generator: torch.Generator) -> None:
@@ -60,8 +103,15 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"{name}: got {kind}, takes a floating torch.Tensor {shape}")
+        if tensor.layout != torch.strided:
+            what = "a dense tensor (.to_dense() makes one)"
+            raise ValueError(f"`{name}` must be {what}, got layout {tensor.layout}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes a floating dtype")
+            what = "a floating dtype (.double() makes one)"
+            raise ValueError(f"`{name}` must have {what}, got {tensor.dtype}")
+        if shape == "[X, Y]" and tensor.dim() == 1:
+            what = f"[X, Y], got shape {list(tensor.shape)}: for one prompt write {name}[None]"
+            raise ValueError(f"`{name}` must be {what}")
         if n_dims not in (None, tensor.dim()) or tensor.numel() == 0:
             raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes a non-empty {shape}")
         if tensor.shape != first.shape:
@@ -70,19 +120,66 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
         check_alike(first_name, first, **{name: tensor})
 
 
+def as_floats(shape: str, tables: Mapping[str, Table], *, cast_up: bool = False) -> list[Tensor]:
+    """Floating tensors of one dtype and one shape from tensors, numpy arrays and lists.
+
+    A list of numbers, or an array of whole ones, takes the dtype of the tables beside it, and
+    float64 where there are none.
+
+    Args:
+      shape: as in `check_floats`.
+      tables: under the names that the caller's caller used.
+      cast_up: whether the smaller of two floating dtypes is cast up to the larger, or refused.
+    """
+    tensors, of_no_dtype = {}, []
+    for name, table in tables.items():
+        if not isinstance(table, Tensor | np.ndarray) or (
+            isinstance(table, np.ndarray) and not np.issubdtype(table.dtype, np.floating)
+        ):
+            of_no_dtype.append(name)
+        tensors[name] = table if isinstance(table, Tensor) else _read_numbers(name, table, shape)
+    floating = [
+        tensor.dtype
+        for name, tensor in tensors.items()
+        if name not in of_no_dtype and tensor.is_floating_point()
+    ]
+    dtype = reduce(torch.promote_types, floating) if floating else torch.float64
+    for name, tensor in tensors.items():
+        if name in of_no_dtype or (cast_up and tensor.is_floating_point()):
+            tensors[name] = tensor.to(dtype)
+    check_floats(shape, **tensors)
+    return list(tensors.values())
+
+
+def _read_numbers(name: str, numbers: np.ndarray | Sequence[Any], shape: str) -> Tensor:
+    """An array as a tensor of its dtype, a list as one of float64."""
+    try:
+        if not isinstance(numbers, np.ndarray):
+            if isinstance(numbers, str) or not isinstance(numbers, Sequence):
+                raise TypeError("not numbers in an order")
+            numbers = np.asarray(numbers, dtype=np.float64)
+        return torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        what = f"a floating torch.Tensor {shape}, an array or a list of numbers"
+        raise TypeError(f"`{name}` must be {what}, got {type(numbers).__name__}") from error
+
+
 def check_alike(first_name: str, first: Tensor, **others: Tensor) -> None:
     """Refuse tensors whose dtype or device differs from that of `first`."""
     for name, other in others.items():
         for what in ("dtype", "device"):
             got, want = getattr(other, what), getattr(first, what)
             if got != want:
-                raise ValueError(f"{name}: got {what} {got}, takes {want} like {first_name}")
+                cure = f"{name}.to({want if what == 'dtype' else repr(str(want))})"
+                raise ValueError(
+                    f"`{name}` must have {what} {want} like `{first_name}`, got {got}: write {cure}"
+                )
 
 
 def check_logps(**tensors: Tensor) -> None:
     """Refuse NaN and +inf; -inf is the log-probability of the impossible and passes."""
     for name, tensor in tensors.items():
-        if not (tensor < math.inf).all():  # NaN is not less than anything
+        if values_visible(tensor) and not (tensor < math.inf).all():  # NaN is less than nothing
             got = "NaN" if torch.isnan(tensor).any() else "+inf"
             raise ValueError(f"{name}: got {got}, takes log-probabilities < inf")
 
@@ -90,17 +187,25 @@ def check_logps(**tensors: Tensor) -> None:
 def check_finite(**tensors: Tensor) -> None:
     """Refuse NaN and both infinities."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if values_visible(tensor) and not torch.isfinite(tensor).all():
             bad = tensor[~torch.isfinite(tensor)][0].item()
             raise ValueError(f"{name}: got {bad}, takes finite values")
 
 
 def check_normalised(**tables: Tensor) -> None:
-    """Refuse rows whose probabilities do not sum to 1: logits passed for log-probabilities."""
+    """Refuse rows whose probabilities do not sum to 1: logits passed for log-probabilities.
+
+    A log-probability l is rounded by up to eps |l| / 2. That moves the sum of a row by up to eps
+    times its entropy, which in half precision is more than the thousandth that is always allowed.
+    """
     for name, table in tables.items():
-        totals = table.detach().logsumexp(-1).exp().flatten()
-        worst = totals[(totals - 1).abs().argmax()].item()
-        if not abs(worst - 1) < 1e-3:
+        if not values_visible(table):
+            continue
+        logps = table.detach().float() if table.element_size() < 4 else table.detach()
+        rounding = torch.finfo(table.dtype).eps * torch.special.entr(logps.exp()).sum(-1)
+        wrong = ((logps.logsumexp(-1).exp() - 1).abs() - rounding).flatten()
+        if not wrong.max() < 1e-3:
+            worst = logps.logsumexp(-1).exp().flatten()[wrong.argmax()].item()
             raise ValueError(
                 f"{name}: got a row whose probabilities sum to {worst:.4g}, takes rows that sum "
                 "to 1 (logits? apply log_softmax first)"
@@ -110,6 +215,8 @@ def check_normalised(**tables: Tensor) -> None:
 def check_indices(name: str, indices: Tensor, shape: str, size: int) -> None:
     """Refuse anything but an int64 tensor of `shape` with values in `0..size-1`."""
     check_integers(name, indices, shape)
+    if not values_visible(indices):
+        return
     least, most = indices.aminmax()
     if least < 0 or most >= size:
         got = indices[(indices < 0) | (indices >= size)][0].item()
@@ -121,7 +228,7 @@ def check_integers(name: str, indices: Tensor, shape: str) -> None:
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: got {type(indices).__name__}, takes an int64 tensor {shape}")
     if indices.dtype != torch.int64:
-        raise ValueError(f"{name}: got dtype {indices.dtype}, takes torch.int64")
+        raise ValueError(f"`{name}` must have dtype torch.int64 (.long()), got {indices.dtype}")
     if indices.dim() != shape.count(",") + 1 or indices.numel() == 0:
         raise ValueError(f"{name}: got shape {list(indices.shape)}, takes a non-empty {shape}")
 
@@ -144,7 +251,7 @@ def as_bool_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise TypeError(f"{name}: got {type(mask).__name__}, takes a bool or 0/1 tensor")
     if mask.shape != shape:
         raise ValueError(f"{name}: got shape {list(mask.shape)}, takes {list(shape)}")
-    if mask.dtype != torch.bool:
+    if mask.dtype != torch.bool and values_visible(mask):
         wrong = (mask != 0) & (mask != 1)
         if wrong.any():
             raise ValueError(f"{name}: got {mask[wrong][0].item()}, takes 0 or 1")
@@ -154,3 +261,26 @@ def as_bool_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _check_real(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a number")
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` may be looked at: not inside a transform."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(tensor, recurse=False) is tensor
+
+
+def _finite_float(value: float) -> float:
+    """A real number as a float; one that no float holds, such as 10**400, as infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _shown(value: Any) -> str:
+    """A number for a message, also where it has more digits than Python writes out."""
+    try:
+        return str(value)
+    except ValueError:
+        return f"one of {value.bit_length():,} bits"

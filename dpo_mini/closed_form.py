@@ -1,22 +1,41 @@
 r"""Exact answers on enumerated tables: log Z, $\pi^*$, implied rewards, KL, J and the frontier.
 
-A table has one row a prompt and one column a completion, `[X, Y]`. Every function keeps dtype and
-device and is differentiable. Log-probabilities and KL are in nats, beta in reward units per nat.
+A table has one row per prompt and one column per completion, `[X, Y]`: a tensor, a numpy array or
+nested lists. Where two floating dtypes meet, the smaller is cast up; lists are float64 unless a
+tensor or an array stands beside them. Every function keeps the device and is differentiable, in
+beta too where that is a tensor of no dimension. Log-probabilities and KL are in nats, beta in
+reward units per nat.
+
+In float32 a result is as accurate as its rounded inputs allow: the KL of two near policies is never
+negative and keeps its digits. Half precision is computed in float32 and rounded once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_mini._numerics import (
+    chi_squared_terms,
+    common_dtype,
+    dtype_of_input,
+    kl_terms,
+    log_mean_exp,
+    normalise,
+    probability_gaps,
+    value_zero,
+    widen,
+)
 from dpo_mini.arguments import (
-    check_alike,
+    Table,
+    as_floats,
     check_count,
     check_finite,
-    check_floats,
     check_logps,
     check_normalised,
-    check_positive,
+    positive_scalar,
+    values_visible,
 )
 
 __all__ = [
@@ -35,7 +54,7 @@ __all__ = [
 ]
 
 
-def tilt(prior_logps: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+def tilt(prior_logps: Table, log_weights: Table) -> tuple[Tensor, Tensor]:
     r"""A prior times weights, normalised: $\log p(y) + w(y) - \log Z$, and $\log Z$.
 
     What maximises $E_q[w] - KL(q\|p)$ over all q, where the maximum is $\log Z = \log\sum_y
@@ -48,26 +67,26 @@ def tilt(prior_logps: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
       `(logps [X, Y], log_z [X])`, nats.
     Raises:
-      ValueError: shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities; a weight
-        that is NaN or +inf; a row whose weights leave the prior no mass.
+      ValueError: shapes differ; a dtype that is not floating; NaN, +inf or unnormalised
+        log-probabilities; a weight that is NaN or +inf; a row whose weights leave the prior no
+        mass.
     Source: the Gibbs variational principle: Donsker & Varadhan 1975.
     """
-    check_floats("[X, Y]", prior_logps=prior_logps, log_weights=log_weights)
-    _check_tables(prior_logps=prior_logps)
-    bad = torch.isnan(log_weights) | torch.isposinf(log_weights)
-    if bad.any():
-        got = log_weights[bad][0].item()
-        raise ValueError(f"log_weights: got {got}, takes finite values or -inf")
-    joint = prior_logps + log_weights
-    if torch.isneginf(joint).all(-1).any():
-        raise ValueError(
-            "log_weights: got a row of -inf wherever the prior has mass, takes one finite weight "
-            "there"
-        )
-    return _normalise(joint)
+    prior, weights = _read({"prior_logps": prior_logps}, log_weights=log_weights)
+    if values_visible(weights):
+        bad = torch.isnan(weights) | torch.isposinf(weights)
+        if bad.any():
+            got = weights[bad][0].item()
+            raise ValueError(f"log_weights: got {got}, takes finite values or -inf")
+        if torch.isneginf(prior + weights).all(-1).any():
+            raise ValueError(
+                "log_weights: got a row of -inf wherever the prior has mass, takes one finite "
+                "weight there"
+            )
+    return normalise(prior + weights)[0], log_mean_exp(prior, weights)
 
 
-def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+def log_partition(ref_logps: Table, rewards: Table, beta: float | Tensor) -> Tensor:
     r"""$\log Z(x) = \log \sum_y \pi_{ref}(y|x)\, e^{r(x,y)/\beta}$.
 
     Args:
@@ -77,26 +96,34 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     Returns:
       `[X]`, nats.
     Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities;
-        a reward that is not finite.
+      ValueError: `beta <= 0`; shapes differ; a dtype that is not floating; NaN, +inf or
+        unnormalised log-probabilities; a reward that is not finite; a beta so small that log Z is
+        beyond the largest number of its dtype.
     Source: Rafailov et al. 2023, below Eq. 4, arXiv:2305.18290.
     """
-    return _tilt_by_rewards(ref_logps, rewards, beta)[1]
+    reference, scores = _read({"ref_logps": ref_logps}, rewards=rewards)
+    check_finite(rewards=scores)
+    log_z = log_mean_exp(reference, scores / positive_scalar("beta", beta, scores.dtype))
+    _check_log_z(log_z, common_dtype(ref_logps, rewards))
+    return log_z
 
 
-def optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+def optimal_logps(ref_logps: Table, rewards: Table, beta: float | Tensor) -> Tensor:
     r"""$\log\pi^*(y|x) = \log\pi_{ref}(y|x) + r(x,y)/\beta - \log Z(x)$.
 
-    Args and errors are those of `log_partition`.
+    Args and errors are those of `log_partition`, but no beta is too small: as beta goes to 0, all
+    mass goes to the best answer of the reference's support.
 
     Returns:
       `[X, Y]`, nats.
     Source: Rafailov et al. 2023, Eq. 4, arXiv:2305.18290.
     """
-    return _tilt_by_rewards(ref_logps, rewards, beta)[0]
+    reference, scores = _read({"ref_logps": ref_logps}, rewards=rewards)
+    check_finite(rewards=scores)
+    return _optimal_logps(reference, scores, positive_scalar("beta", beta, scores.dtype))
 
 
-def implied_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+def implied_rewards(logps: Table, ref_logps: Table, beta: float | Tensor) -> Tensor:
     r"""$\hat r(x,y) = \beta \log[\pi(y|x) / \pi_{ref}(y|x)]$: the reward up to $\beta\log Z(x)$.
 
     Args:
@@ -106,38 +133,34 @@ def implied_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     Returns:
       `[X, Y]`, reward units.
     Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; NaN or +inf; a `ref_logps` of -inf.
+      ValueError: `beta <= 0`; shapes differ; a dtype that is not floating; NaN or +inf; a
+        `ref_logps` of -inf.
     Source: Rafailov et al. 2023, Eq. 5 without its beta log Z, arXiv:2305.18290.
     """
-    check_positive("beta", beta)
-    check_floats("[X, Y]", logps=logps, ref_logps=ref_logps)
-    check_logps(logps=logps)
-    check_finite(ref_logps=ref_logps)
-    return beta * (logps - ref_logps)
+    tables = {"logps": logps, "ref_logps": ref_logps}
+    policy, reference = as_floats("[X, Y]", tables, cast_up=True)
+    check_logps(logps=policy)
+    check_finite(ref_logps=reference)
+    logratios = widen(policy) - widen(reference)
+    return positive_scalar("beta", beta, logratios.dtype) * logratios
 
 
-def kl(logps: Tensor, other_logps: Tensor) -> Tensor:
+def kl(logps: Table, other_logps: Table) -> Tensor:
     r"""$KL(\pi\|\rho) = \sum_y \pi(y|x)\,[\log\pi(y|x) - \log\rho(y|x)]$.
 
     Args:
       logps: `[X, Y]`, log pi, nats; a probability of 0 contributes 0.
       other_logps: `[X, Y]`, log rho, nats.
     Returns:
-      `[X]`, nats; +inf where pi has mass that rho lacks.
+      `[X]`, nats, >= 0, exactly 0 for equal tables; +inf where pi has mass that rho lacks.
     Raises:
-      ValueError: shapes or dtypes differ; NaN, +inf or unnormalised log-probabilities.
+      ValueError: shapes differ; a dtype that is not floating; NaN, +inf or unnormalised
+        log-probabilities.
     """
-    _check_tables(logps=logps, other_logps=other_logps)
-    impossible = torch.isneginf(logps)
-    lacking = torch.isneginf(other_logps) & ~impossible  # pi has mass here, rho has none
-    # Infinities become 0 before they are multiplied: 0 * inf is NaN, also in gradients.
-    finite_logps = logps.masked_fill(impossible, 0.0)
-    finite_others = other_logps.masked_fill(impossible | lacking, 0.0)
-    finite = (logps.exp() * (finite_logps - finite_others)).sum(-1)
-    return finite.masked_fill(lacking.any(-1), torch.inf)
+    return _kl(*_read({"logps": logps, "other_logps": other_logps}))
 
 
-def expected_reward(logps: Tensor, rewards: Tensor) -> Tensor:
+def expected_reward(logps: Table, rewards: Table) -> Tensor:
     r"""$E_{y\sim\pi}[r(x,y)]$.
 
     Args:
@@ -148,13 +171,12 @@ def expected_reward(logps: Tensor, rewards: Tensor) -> Tensor:
     Raises:
       ValueError: as in `log_partition`.
     """
-    check_floats("[X, Y]", logps=logps, rewards=rewards)
-    _check_tables(logps=logps)
-    check_finite(rewards=rewards)
-    return (logps.exp() * rewards).sum(-1)
+    policy, scores = _read({"logps": logps}, rewards=rewards)
+    check_finite(rewards=scores)
+    return (policy.exp() * scores).sum(-1)
 
 
-def objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+def objective(logps: Table, ref_logps: Table, rewards: Table, beta: float | Tensor) -> Tensor:
     r"""$J(\pi) = E_{y\sim\pi}[r(x,y)] - \beta\,KL(\pi\|\pi_{ref})$.
 
     Args:
@@ -167,12 +189,16 @@ def objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) ->
       ValueError: as in `log_partition`.
     Source: Rafailov et al. 2023, Eq. 3, arXiv:2305.18290.
     """
-    check_positive("beta", beta)
-    _check_tables(logps=logps, ref_logps=ref_logps)
-    return expected_reward(logps, rewards) - beta * kl(logps, ref_logps)
+    tables = {"logps": logps, "ref_logps": ref_logps}
+    policy, reference, scores = _read(tables, rewards=rewards)
+    check_finite(rewards=scores)
+    penalty = positive_scalar("beta", beta, scores.dtype) * _kl(policy, reference)
+    return (policy.exp() * scores).sum(-1) - penalty
 
 
-def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> tuple[Tensor, Tensor]:
+def frontier(
+    ref_logps: Table, rewards: Table, betas: Sequence[float] | Tensor
+) -> tuple[Tensor, Tensor]:
     r"""The exact reward-KL frontier: where $\pi^*$ lies for each beta; no policy lies above it.
 
     Args:
@@ -182,19 +208,21 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> tupl
     Raises:
       ValueError: `betas` is empty, or as in `log_partition`.
     """
+    reference, scores = _read({"ref_logps": ref_logps}, rewards=rewards)
+    check_finite(rewards=scores)
     try:
-        values = [float(beta) for beta in betas]
+        each = [positive_scalar("betas", beta, scores.dtype) for beta in betas]
     except TypeError:
         kind = type(betas).__name__
         raise TypeError(f"betas: got {kind}, takes a sequence of numbers > 0") from None
-    if not values:
+    if not each:
         raise ValueError("betas: got none, takes at least one number > 0")
-    optima = [optimal_logps(ref_logps, rewards, beta) for beta in values]
-    kls = torch.stack([kl(optimum, ref_logps).mean() for optimum in optima])
-    return kls, torch.stack([expected_reward(optimum, rewards).mean() for optimum in optima])
+    optima = [_optimal_logps(reference, scores, beta) for beta in each]
+    kls = torch.stack([_kl(optimum, reference).mean() for optimum in optima])
+    return kls, torch.stack([(optimum.exp() * scores).sum(-1).mean() for optimum in optima])
 
 
-def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
+def best_of_n_logps(ref_logps: Table, rewards: Table, n: int) -> Tensor:
     r"""log-probabilities of the best of n independent draws from the reference, by its reward.
 
     With F(r) the chance of a reward of at most r and F(r-) of one below it, a reward wins with
@@ -211,33 +239,40 @@ def best_of_n_logps(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     Source: Gao et al. 2022, arXiv:2210.10760; Beirami et al. 2024, arXiv:2401.01879.
     """
     check_count("n", n)
-    check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
-    _check_tables(ref_logps=ref_logps)
-    check_finite(rewards=rewards)
-    ranked, order = rewards.contiguous().sort(-1)
-    probs = ref_logps.exp()
-    tie = torch.searchsorted(ranked, rewards.contiguous())  # [X, Y]: one number a group of equals
-    mass = torch.zeros_like(probs).scatter_add(-1, tie, probs).gather(-1, tie)
-    cdf = probs.gather(-1, order).cumsum(-1)
-    last = torch.searchsorted(ranked, rewards.contiguous(), right=True) - 1
-    at_most = torch.maximum(cdf.gather(-1, last), mass)
-    possible = mass > 0
-    mass, at_most = mass.masked_fill(~possible, 1.0), at_most.masked_fill(~possible, 1.0)
-    # F(r)^n - F(r-)^n loses every digit where the group's mass is small; expm1 does not. Where the
-    # mass is all of F(r), nothing is below: the share is F(r)^n, and log1p(-1) has no gradient.
-    lowest = mass == at_most
-    below = n * torch.log1p(-(mass / at_most).masked_fill(lowest, 0.5))  # n log[F(r-) / F(r)]
-    share = n * at_most.log() + (-torch.expm1(below)).masked_fill(lowest, 1.0).log()
-    return (ref_logps + share - mass.log()).log_softmax(-1)
+    reference, scores = _read({"ref_logps": ref_logps}, rewards=rewards)
+    check_finite(rewards=scores)
+    ranked, order = scores.contiguous().sort(-1)
+    first = torch.searchsorted(ranked, scores.contiguous())  # [X, Y]: one number per group of ties
+    last = torch.searchsorted(ranked, scores.contiguous(), right=True) - 1
+    probs = reference.exp()
+    mass = torch.zeros_like(probs).scatter_add(-1, first, probs).gather(-1, first)
+    ordered = F.pad(probs.gather(-1, order), (1, 1))  # [X, Y + 2], with a 0 at both ends
+    below = ordered.cumsum(-1).gather(-1, first)  # F(r-)
+    above = ordered.flip(-1).cumsum(-1).flip(-1).gather(-1, last + 2)  # 1 - F(r)
+    # F(r)^n - F(r-)^n loses every digit where the group's mass is small, and F(r) where it is close
+    # to 1. So each logarithm is taken of the smaller part. The fills keep a branch that is not used
+    # from a gradient of 0 * inf.
+    impossible, lowest = mass == 0, below == 0
+    mass = mass.masked_fill(impossible, 1.0)
+    at_most = below + mass
+    rare = above < 0.5
+    log_at_most = torch.where(
+        rare, torch.log1p(-above.masked_fill(~rare, 0.0)), at_most.masked_fill(rare, 1.0).log()
+    )
+    share, rest = mass / at_most, below.masked_fill(lowest, 1.0) / at_most
+    small = share < 0.5
+    log_rest = torch.where(small, torch.log1p(-share.masked_fill(~small, 0.0)), rest.log())
+    won = (-torch.expm1(n * log_rest.masked_fill(lowest, -1.0))).masked_fill(lowest, 1.0).log()
+    return normalise(reference - mass.log() + n * log_at_most + won)[0]
 
 
-def total_variation(logps: Tensor, other_logps: Tensor) -> Tensor:
+def total_variation(logps: Table, other_logps: Table) -> Tensor:
     r"""$TV(\pi,\rho) = \tfrac12\sum_y|\pi(y|x) - \rho(y|x)|$, `[X]` in 0..1; errors as in `kl`."""
-    _check_tables(logps=logps, other_logps=other_logps)
-    return 0.5 * (logps.exp() - other_logps.exp()).abs().sum(-1)
+    tables = _read({"logps": logps, "other_logps": other_logps})
+    return 0.5 * _sum_of_terms(probability_gaps, *tables)
 
 
-def chi_squared(logps: Tensor, other_logps: Tensor) -> Tensor:
+def chi_squared(logps: Table, other_logps: Table) -> Tensor:
     r"""$\chi^2(\pi\|\rho) = \sum_y \pi(y|x)^2/\rho(y|x) - 1$.
 
     The variance of the importance weight pi/rho under rho: it decides how many samples from rho an
@@ -246,19 +281,19 @@ def chi_squared(logps: Tensor, other_logps: Tensor) -> Tensor:
     Args and errors are those of `kl`.
 
     Returns:
-      `[X]`; +inf where pi has mass that rho lacks.
+      `[X]`, >= 0, exactly 0 for equal tables; +inf where pi has mass that rho lacks.
     """
-    _check_tables(logps=logps, other_logps=other_logps)
-    possible = ~torch.isneginf(logps)
-    finite_others = other_logps.masked_fill(~possible, 0.0)
-    return torch.expm1((2 * logps - finite_others).logsumexp(-1))
+    policy, other = _read({"logps": logps, "other_logps": other_logps})
+    terms = _sum_of_terms(chi_squared_terms, policy, other)
+    terms = terms + value_zero((2 * policy.exp() - other.exp()).sum(-1))
+    return terms.masked_fill(_lacks_support(policy, other), torch.inf)
 
 
 def log_partition_markov(
-    initial_logps: Tensor,
-    transition_logps: Tensor,
-    token_rewards: Tensor,
-    beta: float,
+    initial_logps: Table,
+    transition_logps: Table,
+    token_rewards: Table,
+    beta: float | Tensor,
     n_tokens: int,
 ) -> Tensor:
     r"""log Z by backward recursion where the reference is a Markov chain and the reward a sum.
@@ -275,49 +310,81 @@ def log_partition_markov(
     Returns:
       `[]`, nats.
     Raises:
-      ValueError: `beta <= 0`, `n_tokens < 1`, shapes or dtypes differ, a row is not normalised, a
-        reward is not finite.
+      ValueError: `beta <= 0`, `n_tokens < 1`, shapes or devices differ, a row is not normalised, a
+        reward is not finite, or log Z is beyond the largest number of its dtype.
     """
-    check_positive("beta", beta)
     check_count("n_tokens", n_tokens)
-    check_floats("[V]", initial_logps=initial_logps, token_rewards=token_rewards)
-    check_floats("[V, V]", transition_logps=transition_logps)
-    check_alike("initial_logps", initial_logps, transition_logps=transition_logps)
-    vocab_size = len(initial_logps)
-    if transition_logps.shape != (vocab_size, vocab_size):
-        got = list(transition_logps.shape)
+    initial, rewards = _read({"initial_logps": initial_logps}, "[V]", token_rewards=token_rewards)
+    check_finite(token_rewards=rewards)
+    (transitions,) = as_floats("[V, V]", {"transition_logps": transition_logps})
+    vocab_size = len(initial)
+    if transitions.shape != (vocab_size, vocab_size):
+        got = list(transitions.shape)
         raise ValueError(f"transition_logps: got shape {got}, takes {[vocab_size, vocab_size]}")
-    _check_values(initial_logps=initial_logps, transition_logps=transition_logps)
-    check_finite(token_rewards=token_rewards)
-    tilt = token_rewards / beta
-    backward = tilt
+    (transitions,) = _read({"transition_logps": transition_logps}, "[V, V]")
+    dtype = torch.promote_types(initial.dtype, transitions.dtype)
+    initial, transitions, rewards = (t.to(dtype) for t in (initial, transitions, rewards))
+    weights = rewards / positive_scalar("beta", beta, dtype)
+    backward = weights
     for _ in range(n_tokens - 1):
-        backward = tilt + (transition_logps + backward).logsumexp(-1)
-    return (initial_logps + backward).logsumexp(-1)
+        backward = weights + log_mean_exp(transitions, backward.expand_as(transitions))
+    log_z = log_mean_exp(initial, backward)
+    _check_log_z(log_z, common_dtype(initial_logps, transition_logps, token_rewards))
+    return log_z
 
 
-def _tilt_by_rewards(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`tilt` by r / beta, refusing in the words of its callers; tables are checked once."""
-    check_positive("beta", beta)
-    check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
-    _check_tables(ref_logps=ref_logps)
-    check_finite(rewards=rewards)
-    return _normalise(ref_logps + rewards / beta)
+def _optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> Tensor:
+    # The best reward of the support comes off first: r / beta may overflow, (r - best) / beta only
+    # to -inf. A constant of the prompt changes nothing, so it takes no gradient.
+    impossible = torch.isneginf(ref_logps)
+    best = rewards.detach().masked_fill(impossible, -torch.inf).amax(-1, keepdim=True)
+    gaps = (rewards - best).masked_fill(impossible, 0.0)
+    return normalise(ref_logps + gaps / beta)[0]
 
 
-def _normalise(joint: Tensor) -> tuple[Tensor, Tensor]:
-    """log[p e^w] less log Z, `[X, Y]`, and log Z, `[X]`."""
-    return joint.log_softmax(-1), joint.logsumexp(-1)
+def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
+    # Both rows sum to 1 but for rounding, so the difference of their sums counts as 0. Its gradient
+    # counts, so that the gradient is that of the definition.
+    terms = _sum_of_terms(kl_terms, logps, other_logps)
+    terms = terms + value_zero((logps.exp() - other_logps.exp()).sum(-1))
+    return terms.masked_fill(_lacks_support(logps, other_logps), torch.inf)
 
 
-def _check_tables(**tables: Tensor) -> None:
-    check_floats("[X, Y]", **tables)
-    _check_values(**tables)
+def _sum_of_terms(
+    formula: Callable[[Tensor, Tensor], Tensor], logps: Tensor, other_logps: Tensor
+) -> Tensor:
+    """The sum of a formula of p and q that is p + q where one of them is 0."""
+    outside = torch.isneginf(logps) | torch.isneginf(other_logps)
+    inside = formula(logps.masked_fill(outside, 0.0), other_logps.masked_fill(outside, 0.0))
+    return torch.where(outside, logps.exp() + other_logps.exp(), inside).sum(-1)
 
 
-def _check_values(**tables: Tensor) -> None:
-    check_logps(**tables)
-    check_normalised(**tables)
+def _lacks_support(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """`[X]`, true where the first policy has mass that the other lacks."""
+    return (torch.isneginf(other_logps) & ~torch.isneginf(logps)).any(-1)
+
+
+def _read(logps: Mapping[str, Table], shape: str = "[X, Y]", **numbers: Table) -> list[Tensor]:
+    """Tables to compute with: of one dtype, at least float32; those of `logps` are normalised."""
+    tables = as_floats(shape, {**logps, **numbers}, cast_up=True)
+    for name, table in logps.items():
+        (alone,) = as_floats(shape, {name: table})  # its own dtype says how it was rounded
+        check_logps(**{name: alone})
+        check_normalised(**{name: alone})
+    return [widen(table) for table in tables]
+
+
+def _check_log_z(log_z: Tensor, dtype: torch.dtype | None) -> None:
+    dtype = dtype or log_z.dtype
+    if values_visible(log_z) and not (log_z.abs() <= torch.finfo(dtype).max).all():
+        raise ValueError(
+            f"`beta` must be large enough for log Z to be a finite number in {dtype}, got a beta "
+            "for which rewards / beta overflows"
+        )
+
+
+for _name in __all__:
+    globals()[_name] = dtype_of_input(globals()[_name])
 
 
 def __dir__() -> list[str]:

@@ -6,8 +6,10 @@ $b = \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}$, where y_w is the chosen an
 completion of one prompt x. A loss whose arguments are `..._mean_logps` takes the log-probability of
 a completion divided by its number of tokens.
 
-On log-ratios of ten thousand nats no loss and no gradient is NaN or infinite. Where a formula is
-an exponential (`discopop_loss`, `f_dpo_loss` with forward KL or alpha) its docstring says how.
+On log-ratios of ten thousand nats no loss and no gradient is NaN or infinite, in float64, float32
+and bfloat16. Where a formula is an exponential (`discopop_loss`, `f_dpo_loss` with forward KL or
+alpha) its docstring says how. Half precision is computed in float32 and rounded once, at the end;
+there a loss above the largest float16, 65,504, is that number.
 """
 
 import math
@@ -16,12 +18,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_mini._numerics import (
+    dtype_of_input,
+    hold,
+    kl_terms,
+    largest_exponent,
+    ranking_terms,
+    widen,
+)
 from dpo_mini.arguments import (
     as_bool_mask,
     check_between,
     check_finite,
     check_floats,
+    check_number,
     check_positive,
+    values_visible,
 )
 
 __all__ = [
@@ -249,8 +261,10 @@ def exo_loss(
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     wins, loses = logsigmoid(beta * (a - b)), logsigmoid(beta * (b - a))  # log q, log(1 - q)
-    kept = wins.exp() * (wins - math.log1p(-label_smoothing))
-    return kept + loses.exp() * (loses - math.log(label_smoothing))
+    right = torch.full_like(wins, math.log1p(-label_smoothing))
+    wrong = torch.full_like(wins, math.log(label_smoothing))
+    # A KL: as sums of terms >= 0, which near q = 1 - e keep the digits that the formula loses.
+    return kl_terms(wins, right) + kl_terms(loses, wrong)
 
 
 def discopop_loss(
@@ -283,7 +297,8 @@ def discopop_loss(
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     margins = beta * (a - b)
     # m * exp(-L) is 0 * inf for L < -710; one exponential of log m - L is not.
-    exponential = _held_exp(logsigmoid(margins / temperature) - margins)
+    exponents = logsigmoid(margins / temperature) - margins
+    exponential = hold(exponents, largest_exponent(chosen_logps.dtype)).exp()
     return exponential - torch.sigmoid(-margins / temperature) * logsigmoid(margins)
 
 
@@ -314,23 +329,25 @@ def f_dpo_loss(
       alpha: finite; used by `"alpha"` alone.
     Returns:
       `[B]`, nats per pair. Forward KL and alpha are exponentials: where -u, or (alpha - 1) u, is
-      above 0.9 log(largest float) (639 in float64, 79 in float32), both value and slope of the
-      exponential are held at what they are there; the sign of the margin stays right.
+      above 0.9 log(largest float) (639 in float64, 79 in float32; lower by log beta for a beta
+      above 1), both value and slope of the exponential are held at what they are there; the sign of
+      the margin stays right.
     Raises:
       ValueError: as `dpo_loss`; an unknown `divergence`; an `alpha` that is not finite.
     Source: Wang et al. 2023, arXiv:2309.16240.
     """
     check_positive("beta", beta)
-    check_finite(alpha=torch.as_tensor(alpha))
+    check_number("alpha", alpha)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    largest = largest_exponent(chosen_logps.dtype) - math.log(max(beta, 1.0))
     if divergence == "reverse_kl":
         margins = a - b
     elif divergence == "forward_kl":
-        margins = _difference_of_powers(a, b, -1.0)
+        margins = _difference_of_powers(a, b, -1.0, largest)
     elif divergence == "js":
-        margins = logsigmoid(a) - logsigmoid(b)
+        margins = _difference_of_logsigmoids(a, b)
     elif divergence == "alpha":
-        margins = a - b if alpha == 1 else _difference_of_powers(a, b, alpha - 1.0)
+        margins = a - b if alpha == 1 else _difference_of_powers(a, b, alpha - 1.0, largest)
     else:
         names = "'reverse_kl', 'forward_kl', 'js' or 'alpha'"
         raise ValueError(f"divergence: got {divergence!r}, takes {names}")
@@ -512,7 +529,8 @@ def simpo_loss(
     means = {"chosen_mean_logps": chosen_mean_logps, "rejected_mean_logps": rejected_mean_logps}
     check_floats("[B]", **means)
     check_finite(**means)
-    return -logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
+    margins = widen(chosen_mean_logps) - widen(rejected_mean_logps)
+    return -logsigmoid(beta * margins - gamma)
 
 
 def cpo_loss(
@@ -536,8 +554,8 @@ def cpo_loss(
     check_between("nll_weight", nll_weight, 0.0, math.inf)
     check_floats("[B]", chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     check_finite(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    preference = -logsigmoid(beta * (chosen_logps - rejected_logps))
-    return preference - nll_weight * chosen_logps
+    chosen, rejected = widen(chosen_logps), widen(rejected_logps)
+    return -logsigmoid(beta * (chosen - rejected)) - nll_weight * chosen
 
 
 def orpo_loss(
@@ -568,11 +586,11 @@ def orpo_loss(
     check_floats("[B]", **means)
     check_finite(**means)
     for name, logps in means.items():
-        if (logps >= 0).any():
+        if values_visible(logps) and (logps >= 0).any():
             raise ValueError(f"{name}: got {logps.max().item()}, takes values < 0")
-    chosen_odds, rejected_odds = (m - torch.log(-torch.expm1(m)) for m in means.values())
-    preference = -beta * logsigmoid(chosen_odds - rejected_odds)
-    return preference - nll_weight * chosen_mean_logps
+    chosen, rejected = widen(chosen_mean_logps), widen(rejected_mean_logps)
+    log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
+    return -beta * logsigmoid(log_odds_ratio) - nll_weight * chosen
 
 
 # --- one answer a row ------------------------------------------------------------------------
@@ -610,12 +628,13 @@ def kto_loss(
     check_floats("[B]", logps=logps, ref_logps=ref_logps)
     check_finite(logps=logps, ref_logps=ref_logps)
     liked = as_bool_mask("desirable", desirable, logps.shape)
-    point = torch.as_tensor(reference_point, dtype=logps.dtype, device=logps.device).detach()
+    logratios = widen(logps) - widen(ref_logps)
+    point = torch.as_tensor(reference_point, dtype=logratios.dtype, device=logps.device).detach()
     if point.dim() > 0:
         got = list(point.shape)
         raise ValueError(f"reference_point: got shape {got}, takes one number for the batch")
     check_finite(reference_point=point)
-    above = beta * (logps - ref_logps - point)
+    above = beta * (logratios - point)
     good = desirable_weight * torch.sigmoid(-above)
     return torch.where(liked, good, undesirable_weight * torch.sigmoid(above))
 
@@ -637,7 +656,8 @@ def kto_reference_point(mismatched_logps: Tensor, ref_mismatched_logps: Tensor) 
     pair = {"mismatched_logps": mismatched_logps, "ref_mismatched_logps": ref_mismatched_logps}
     check_floats("[B]", **pair)
     check_finite(**pair)
-    return (mismatched_logps - ref_mismatched_logps).detach().mean().clamp(min=0)
+    logratios = widen(mismatched_logps) - widen(ref_mismatched_logps)
+    return logratios.detach().mean().clamp(min=0)
 
 
 def dro_loss(
@@ -664,7 +684,8 @@ def dro_loss(
     four = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards, "values": values}
     check_floats("[B]", **four)
     check_finite(**four)
-    return (rewards - values - beta * (logps - ref_logps)) ** 2
+    logratios = widen(logps) - widen(ref_logps)
+    return (widen(rewards) - widen(values) - beta * logratios) ** 2
 
 
 # --- two or more answers with scores ---------------------------------------------------------
@@ -705,8 +726,9 @@ def rebel_loss(
     }
     check_floats("[B]", **six)
     check_finite(**six)
-    margins = (first_logps - ref_first_logps) - (second_logps - ref_second_logps)
-    return (beta * margins - (first_rewards - second_rewards)) ** 2
+    first, second, ref_first, ref_second, first_r, second_r = map(widen, six.values())
+    margins = (first - ref_first) - (second - ref_second)
+    return (beta * margins - (first_r - second_r)) ** 2
 
 
 def log_variance_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
@@ -728,7 +750,7 @@ def log_variance_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta
     """
     check_floats("[B, K]", logps=logps, ref_logps=ref_logps, rewards=rewards)
     check_finite(rewards=rewards)
-    returns = rewards - _listwise_scores(logps, ref_logps, beta)
+    returns = widen(rewards) - _listwise_scores(logps, ref_logps, beta)
     return returns.var(-1)
 
 
@@ -751,10 +773,7 @@ def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tens
     Source: Rafailov et al. 2023, Eq. 20 (appendix A.3), arXiv:2305.18290.
     """
     scores = _listwise_scores(logps, ref_logps, beta)
-    n_items = scores.shape[1]
-    earlier = scores.new_ones(n_items, n_items).tril(-1) > 0  # row k: the items before k
-    remaining = scores.unsqueeze(1).expand(-1, n_items, -1).masked_fill(earlier, -torch.inf)
-    return (remaining.logsumexp(-1) - scores).sum(-1)
+    return -ranking_terms(scores).sum(-1)
 
 
 def best_of_k_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
@@ -771,7 +790,8 @@ def best_of_k_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
     Source: Chen et al. 2024 (S-DPO), arXiv:2406.09215.
     """
     scores = _listwise_scores(logps, ref_logps, beta)
-    return scores.logsumexp(-1) - scores[:, 0]
+    # The same as log sum_j e^{s_j} - s_1, which loses its digits where the best is far ahead.
+    return -logsigmoid(scores[:, 0] - scores[:, 1:].logsumexp(-1))
 
 
 def reward_model_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -788,7 +808,7 @@ def reward_model_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tenso
     rewards = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
     check_floats("[B]", **rewards)
     check_finite(**rewards)
-    return -logsigmoid(chosen_rewards - rejected_rewards)
+    return -logsigmoid(widen(chosen_rewards) - widen(rejected_rewards))
 
 
 def _logratios(
@@ -806,7 +826,8 @@ def _logratios(
     }
     check_floats("[B]", **four)
     check_finite(**four)
-    return chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+    chosen, rejected, ref_chosen, ref_rejected = map(widen, four.values())
+    return chosen - ref_chosen, rejected - ref_rejected
 
 
 def _mean_logratios(
@@ -824,27 +845,36 @@ def _mean_logratios(
     }
     check_floats("[B]", **means)
     check_finite(**means)
-    return chosen_mean_logps - ref_chosen_mean_logps, rejected_mean_logps - ref_rejected_mean_logps
+    chosen, rejected, ref_chosen, ref_rejected = map(widen, means.values())
+    return chosen - ref_chosen, rejected - ref_rejected
 
 
-def _difference_of_powers(a: Tensor, b: Tensor, exponent: float) -> Tensor:
-    """(e^(k a) - e^(k b)) / k for k = `exponent`: no NaN where both powers overflow or vanish.
+def _difference_of_powers(a: Tensor, b: Tensor, exponent: float, largest: float) -> Tensor:
+    """(e^(k a) - e^(k b)) / k for k = `exponent`, each power held where it would overflow.
 
     The larger power is taken out of the bracket: e^p (1 - e^(q - p)), or e^q (e^(p - q) - 1).
     """
     p, q = exponent * a, exponent * b
     gap = p - q
+    most = max(0.0, largest + math.log(min(abs(exponent), 1.0)))
     # Each branch keeps the gradient of its own power (a maximum would halve it at p = q), so that
     # first and second derivatives are right where the policy is the reference.
-    if_p = _held_exp(p) * -torch.expm1(-gap.clamp(min=0))
-    if_q = _held_exp(q) * torch.expm1(gap.clamp(max=0))
+    if_p = hold(p, most).exp() * -torch.expm1(-gap.clamp(min=0))
+    if_q = hold(q, most).exp() * torch.expm1(gap.clamp(max=0))
     return torch.where(gap >= 0, if_p, if_q) / exponent
 
 
-def _held_exp(exponents: Tensor) -> Tensor:
-    """e^x, and above 0.9 log(largest float) the value and the slope that it has there."""
-    largest = 0.9 * math.log(torch.finfo(exponents.dtype).max)
-    return (exponents - (exponents - largest).clamp(min=0).detach()).exp()
+def _difference_of_logsigmoids(a: Tensor, b: Tensor) -> Tensor:
+    """log sigma(a) - log sigma(b), which keeps its digits where both are near or far below 0."""
+    near = torch.log1p(torch.sigmoid(-a) * torch.expm1((a - b).clamp(-1, 1)))
+    below = (a - b) + (logsigmoid(-a) - logsigmoid(-b))
+    far = torch.where((a < 0) & (b < 0), below, logsigmoid(a) - logsigmoid(b))
+    return torch.where((a - b).abs() < 1, near, far)
+
+
+def _log_odds(logps: Tensor) -> Tensor:
+    """log[p / (1 - p)] of a log-probability below 0."""
+    return logps - torch.log(-torch.expm1(logps))
 
 
 def _listwise_scores(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
@@ -854,7 +884,11 @@ def _listwise_scores(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     check_finite(logps=logps, ref_logps=ref_logps)
     if logps.shape[1] < 2:
         raise ValueError(f"logps: got {logps.shape[1]} completion a row, takes >= 2")
-    return beta * (logps - ref_logps)
+    return beta * (widen(logps) - widen(ref_logps))
+
+
+for _name in __all__:
+    globals()[_name] = dtype_of_input(globals()[_name])
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,11 @@ r"""Gradients of an expected reward from samples: surrogate losses, baselines, G
 Pure tensors. A surrogate is a function whose gradient is the estimator and whose value means
 little; each leaves the reduction to its caller, who takes a mean over samples (and, for tokens, a
 masked one). Advantages, returns and old log-probabilities are data: no gradient flows into them.
+
+A ratio is an exponential. Where its exponent is above 0.9 log(largest number) of the dtype (639 in
+float64, 79 in float32 and bfloat16, 10 in float16), its value and its slope are held at what they
+are there, so that no loss and no gradient is NaN or infinite. Half precision is computed in float32
+and rounded once, at the end.
 """
 
 from dataclasses import dataclass
@@ -10,6 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpo_mini._numerics import (
+    dtype_of_input,
+    exp_remainder,
+    hold,
+    largest_exponent,
+    normalise,
+    widen,
+)
 from dpo_mini.arguments import (
     as_bool_mask,
     check_count,
@@ -18,7 +31,9 @@ from dpo_mini.arguments import (
     check_fraction,
     check_logps,
     check_normalised,
+    check_number,
     check_positive,
+    values_visible,
 )
 
 __all__ = [
@@ -58,7 +73,7 @@ def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
     """
     check_floats("[...]", logps=logps, advantages=advantages)
     check_finite(logps=logps, advantages=advantages)
-    return -advantages.detach() * logps
+    return -widen(advantages).detach() * widen(logps)
 
 
 def unclipped_surrogate_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
@@ -76,7 +91,8 @@ def unclipped_surrogate_loss(logps: Tensor, old_logps: Tensor, advantages: Tenso
       ValueError: shapes or dtypes differ, or a value is not finite.
     Source: Schulman et al. 2017, Eq. 6, arXiv:1707.06347.
     """
-    return -_ratios(logps, old_logps, advantages) * advantages.detach()
+    ratios, weights = _ratios(logps, old_logps, advantages)
+    return -ratios * weights
 
 
 def clipped_surrogate_loss(
@@ -95,9 +111,9 @@ def clipped_surrogate_loss(
     Source: Schulman et al. 2017, Eq. 7, arXiv:1707.06347.
     """
     check_positive("clip_eps", clip_eps)
-    ratios, advantages = _ratios(logps, old_logps, advantages), advantages.detach()
+    ratios, weights = _ratios(logps, old_logps, advantages)
     clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
-    return torch.maximum(-ratios * advantages, -clipped * advantages)
+    return torch.maximum(-ratios * weights, -clipped * weights)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -114,7 +130,7 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """
     check_floats("[...]", values=values, returns=returns)
     check_finite(values=values, returns=returns)
-    return 0.5 * (values - returns.detach()) ** 2
+    return _half_square(widen(values) - widen(returns).detach())
 
 
 def clipped_value_loss(
@@ -133,11 +149,11 @@ def clipped_value_loss(
     Source: `ppo2` of OpenAI Baselines; Ziegler et al. 2019, arXiv:1909.08593, in its code.
     """
     check_positive("clip_eps", clip_eps)
-    check_floats("[...]", values=values, old_values=old_values)
-    check_finite(old_values=old_values)
-    moved = (values - old_values.detach()).clamp(-clip_eps, clip_eps)
-    clipped = old_values.detach() + moved
-    return torch.maximum(value_loss(values, returns), value_loss(clipped, returns))
+    check_floats("[...]", values=values, old_values=old_values, returns=returns)
+    check_finite(values=values, old_values=old_values, returns=returns)
+    old, targets = widen(old_values).detach(), widen(returns).detach()
+    clipped = old + (widen(values) - old).clamp(-clip_eps, clip_eps)
+    return torch.maximum(_half_square(widen(values) - targets), _half_square(clipped - targets))
 
 
 # --- baselines and advantages ----------------------------------------------------------------
@@ -155,8 +171,7 @@ def mean_advantages(rewards: Tensor) -> Tensor:
     Raises:
       ValueError: K < 2, or a reward is not finite.
     """
-    _check_groups(rewards)
-    return rewards - rewards.mean(-1, keepdim=True)
+    return _centred(_groups(rewards))
 
 
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
@@ -169,9 +184,9 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al.
       2024 (RLOO), arXiv:2402.14740.
     """
-    _check_groups(rewards)
-    others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others
+    groups = _groups(rewards)
+    n_samples = groups.shape[1]
+    return _centred(groups) * (n_samples / (n_samples - 1))  # the same, and 0 for equal rewards
 
 
 def group_normalised_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -190,8 +205,10 @@ def group_normalised_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor
     Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2, arXiv:2402.03300.
     """
     check_positive("eps", eps)
-    advantages = mean_advantages(rewards)
-    return advantages / (rewards.std(-1, correction=0, keepdim=True) + eps)
+    advantages = _centred(_groups(rewards))
+    variance = advantages.square().mean(-1, keepdim=True)
+    equal = variance == 0  # a square root has no slope at 0
+    return advantages / (variance.masked_fill(equal, 1.0).sqrt().masked_fill(equal, 0.0) + eps)
 
 
 def optimal_baseline(logps: Tensor, rewards: Tensor, squared_scores: Tensor) -> Tensor:
@@ -213,15 +230,15 @@ def optimal_baseline(logps: Tensor, rewards: Tensor, squared_scores: Tensor) -> 
     check_logps(logps=logps)
     check_normalised(logps=logps)
     check_finite(rewards=rewards, squared_scores=squared_scores)
-    if (squared_scores < 0).any():
+    if values_visible(squared_scores) and (squared_scores < 0).any():
         got = squared_scores.min().item()
         raise ValueError(f"squared_scores: got {got:.4g}, takes squares, >= 0")
-    weights = logps.exp() * squared_scores
+    weights = widen(logps).exp() * widen(squared_scores)
     totals = weights.sum(-1)
-    if (totals == 0).any():
+    if values_visible(totals) and (totals == 0).any():
         row = int((totals == 0).nonzero()[0])
         raise ValueError(f"squared_scores: got only 0 in row {row}, takes one > 0 at least")
-    return (weights * rewards).sum(-1) / totals
+    return (weights * widen(rewards)).sum(-1) / totals
 
 
 def gae(
@@ -255,13 +272,13 @@ def gae(
     check_fraction("lam", lam)
     check_floats("[B, T]", rewards=rewards, values=values)
     mask = as_bool_mask("completion_mask", completion_mask, rewards.shape)
-    if (mask[:, 1:] & ~mask[:, :-1]).any():
+    if values_visible(mask) and (mask[:, 1:] & ~mask[:, :-1]).any():
         row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
         raise ValueError(
             f"completion_mask: got a token after padding in row {row}, takes padding at the end"
         )
-    rewards = rewards.detach().masked_fill(~mask, 0.0)
-    values = values.detach().masked_fill(~mask, 0.0)
+    rewards = widen(rewards).detach().masked_fill(~mask, 0.0)
+    values = widen(values).detach().masked_fill(~mask, 0.0)
     check_finite(rewards=rewards, values=values)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [B]: nothing after the end
     backwards = []
@@ -290,12 +307,15 @@ def whiten(values: Tensor, completion_mask: Tensor) -> Tensor:
     """
     check_floats("[B, T]", values=values)
     mask = as_bool_mask("completion_mask", completion_mask, values.shape)
-    if mask.sum() < 2:
-        raise ValueError(f"completion_mask: got {int(mask.sum())} tokens, takes >= 2")
-    counted = values[mask]
-    check_finite(values=counted)
-    scale = (counted.var(correction=0) + 1e-8).rsqrt()
-    return ((values - counted.mean()) * scale).masked_fill(~mask, 0.0)
+    n_tokens = mask.sum()
+    if values_visible(mask) and n_tokens < 2:
+        raise ValueError(f"completion_mask: got {int(n_tokens)} tokens, takes >= 2")
+    check_finite(values=values.masked_fill(~mask, 0.0))
+    # One of the values comes off first, so that equal values leave exactly 0.
+    lowest = widen(values).detach().masked_fill(~mask, torch.inf).amin()
+    shifted = (widen(values) - lowest).masked_fill(~mask, 0.0)
+    centred = (shifted - shifted.sum() / n_tokens).masked_fill(~mask, 0.0)
+    return centred * (centred.square().sum() / n_tokens + 1e-8).rsqrt()
 
 
 # --- entropy and KL --------------------------------------------------------------------------
@@ -312,11 +332,14 @@ def entropy(logits: Tensor) -> Tensor:
       ValueError: NaN, +inf, or V logits of -inf.
     """
     check_floats("[...]", logits=logits)
-    if torch.isnan(logits).any() or torch.isposinf(logits).any():
-        raise ValueError("logits: got NaN or +inf, takes values < inf")
-    if torch.isneginf(logits.amax(-1)).any():
-        raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
-    logps = logits.log_softmax(-1)
+    if logits.dim() == 0:
+        raise ValueError("`logits` must be [..., V], got a tensor of no dimension")
+    if values_visible(logits):
+        if torch.isnan(logits).any() or torch.isposinf(logits).any():
+            raise ValueError("logits: got NaN or +inf, takes values < inf")
+        if torch.isneginf(logits.amax(-1)).any():
+            raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
+    logps = normalise(widen(logits))[0]
     return -(logps.exp() * logps.masked_fill(torch.isneginf(logps), 0.0)).sum(-1)
 
 
@@ -345,7 +368,7 @@ def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Returns:
       the same shape, nats, never negative.
     """
-    return 0.5 * _log_ratios(logps, ref_logps) ** 2
+    return _half_square(_log_ratios(logps, ref_logps))
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -356,9 +379,7 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Returns:
       the same shape, nats, never negative.
     """
-    u = _log_ratios(logps, ref_logps)
-    # exp(-u) - 1 + u loses every digit near 0; expm1 does not.
-    return torch.expm1(-u) + u
+    return exp_remainder(-_log_ratios(logps, ref_logps), largest_exponent(logps.dtype))
 
 
 @dataclass
@@ -393,7 +414,8 @@ class AdaptiveKLController:
         Raises:
           ValueError: `kl` is not finite, or `n_samples` is out of range.
         """
-        check_finite(kl=torch.as_tensor(kl))
+        kl = kl.item() if isinstance(kl, Tensor) and kl.dim() == 0 else kl
+        check_number("kl", kl)
         check_count("n_samples", n_samples)
         if n_samples > self.horizon:
             raise ValueError(f"n_samples: got {n_samples}, takes at most horizon = {self.horizon}")
@@ -401,24 +423,42 @@ class AdaptiveKLController:
         self.beta *= 1 + error * n_samples / self.horizon
 
 
-def _ratios(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
-    """pi_theta / pi_old, differentiable in pi_theta alone."""
+def _ratios(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """pi_theta / pi_old, differentiable in pi_theta alone, and the advantages as constants."""
     check_floats("[...]", logps=logps, old_logps=old_logps, advantages=advantages)
     check_finite(logps=logps, old_logps=old_logps, advantages=advantages)
-    return (logps - old_logps.detach()).exp()
+    log_ratios = widen(logps) - widen(old_logps).detach()
+    return hold(log_ratios, largest_exponent(logps.dtype)).exp(), widen(advantages).detach()
 
 
 def _log_ratios(logps: Tensor, ref_logps: Tensor) -> Tensor:
     check_floats("[...]", logps=logps, ref_logps=ref_logps)
     check_finite(logps=logps, ref_logps=ref_logps)
-    return logps - ref_logps
+    return widen(logps) - widen(ref_logps)
 
 
-def _check_groups(rewards: Tensor) -> None:
+def _half_square(errors: Tensor) -> Tensor:
+    return 0.5 * errors**2
+
+
+def _groups(rewards: Tensor) -> Tensor:
+    """Rewards `[B, K]` of at least two samples per row, to compute with."""
     check_floats("[B, K]", rewards=rewards)
     check_finite(rewards=rewards)
     if rewards.shape[1] < 2:
         raise ValueError(f"rewards: got {rewards.shape[1]} sample a row, takes >= 2")
+    return widen(rewards)
+
+
+def _centred(groups: Tensor) -> Tensor:
+    """Each row minus its mean. One of its values comes off first: equal values leave exactly 0."""
+    shifted = groups - groups[:, :1]
+    return shifted - shifted.mean(-1, keepdim=True)
+
+
+for _name in __all__:
+    if not isinstance(globals()[_name], type):
+        globals()[_name] = dtype_of_input(globals()[_name])
 
 
 def __dir__() -> list[str]:

@@ -1,22 +1,31 @@
-"""Models of a comparison: the probability of an outcome given rewards, and seeded draws from it."""
+"""Models of a comparison: the probability of an outcome given rewards, and seeded draws from it.
 
-import math
+Rewards are tensors, numpy arrays or lists of numbers. Probabilities underflow where one side is far
+better: 1 in e^104 is 0 in float32. A likelihood needs `..._logp`, which stays right there.
+"""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, widen
 from dpo_mini.arguments import (
+    Table,
+    as_floats,
     check_finite,
-    check_floats,
     check_generator,
     check_integers,
-    check_positive,
+    positive_scalar,
+    values_visible,
 )
 
 __all__ = [
     "bradley_terry_prob",
+    "bradley_terry_logp",
     "thurstone_prob",
+    "thurstone_logp",
     "davidson_probs",
+    "davidson_logps",
     "plackett_luce_logp",
     "sample_bradley_terry",
     "sample_thurstone",
@@ -24,7 +33,7 @@ __all__ = [
 ]
 
 
-def bradley_terry_prob(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
+def bradley_terry_prob(rewards_a: Table, rewards_b: Table) -> Tensor:
     r"""$P(a \succ b) = \sigma(r_a - r_b)$.
 
     Args:
@@ -38,17 +47,47 @@ def bradley_terry_prob(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
     return _margins(rewards_a, rewards_b).sigmoid()
 
 
-def thurstone_prob(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
+def bradley_terry_logp(rewards_a: Table, rewards_b: Table) -> Tensor:
+    r"""$\log P(a \succ b) = \log\sigma(r_a - r_b)$.
+
+    Args and errors are those of `bradley_terry_prob`.
+
+    Returns:
+      the same shape, nats.
+    Source: as `bradley_terry_prob`.
+    """
+    return logsigmoid(_margins(rewards_a, rewards_b))
+
+
+def thurstone_prob(rewards_a: Table, rewards_b: Table) -> Tensor:
     r"""$P(a \succ b) = \Phi((r_a - r_b)/\sqrt2)$: unit Gaussian noise on each reward (Case V).
 
     Args and errors are those of `bradley_terry_prob`.
 
     Source: Thurstone 1927.
     """
-    return torch.special.ndtr(_margins(rewards_a, rewards_b) / math.sqrt(2))
+    return _thurstone_prob(rewards_a, rewards_b)
 
 
-def davidson_probs(rewards_a: Tensor, rewards_b: Tensor, *, tie_weight: float) -> Tensor:
+def thurstone_logp(rewards_a: Table, rewards_b: Table) -> Tensor:
+    r"""$\log P(a \succ b) = \log\Phi((r_a - r_b)/\sqrt2)$, right however unlikely the outcome.
+
+    Args and errors are those of `bradley_terry_prob`.
+
+    Returns:
+      the same shape, nats: about minus a quarter of the squared margin where b is far better.
+    Source: Thurstone 1927.
+    """
+    x = _margins(rewards_a, rewards_b) / 2
+    # Phi(sqrt(2) x) = erfc(-x) / 2. Below 0 the factor e^(-x^2) is taken out of erfc, which leaves
+    # erfcx; above 0 the small part is taken from 1. Each clamp keeps the other branch finite.
+    behind, ahead = x.clamp(max=0), x.clamp(min=0)
+    if_behind = (0.5 * torch.special.erfcx(-behind)).log() - behind**2
+    if_ahead = torch.log1p(-0.5 * torch.special.erfc(ahead))
+    return torch.where(x < 0, if_behind, if_ahead)
+
+
+def davidson_probs(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Tensor) -> Tensor:
     r"""Bradley-Terry with ties, in the proportion $e^{r_a} : \nu e^{(r_a+r_b)/2} : e^{r_b}$.
 
     Args:
@@ -60,13 +99,22 @@ def davidson_probs(rewards_a: Tensor, rewards_b: Tensor, *, tie_weight: float) -
       ValueError: shapes or dtypes differ, a reward is not finite, or `tie_weight <= 0`.
     Source: Davidson 1970.
     """
-    check_positive("tie_weight", tie_weight)
-    half = _margins(rewards_a, rewards_b) / 2
-    tie = torch.full_like(half, math.log(tie_weight))
-    return torch.stack([half, tie, -half], dim=-1).softmax(-1)
+    return _davidson_scores(rewards_a, rewards_b, tie_weight).softmax(-1)
 
 
-def plackett_luce_logp(rewards: Tensor, ranking: Tensor) -> Tensor:
+def davidson_logps(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Tensor) -> Tensor:
+    r"""The logarithms of `davidson_probs`, right however unlikely an outcome.
+
+    Args and errors are those of `davidson_probs`.
+
+    Returns:
+      the shape of the rewards with a last axis of 3, nats: log P of a wins, of a tie, of b wins.
+    Source: Davidson 1970.
+    """
+    return normalise(_davidson_scores(rewards_a, rewards_b, tie_weight))[0]
+
+
+def plackett_luce_logp(rewards: Table, ranking: Tensor) -> Tensor:
     r"""$\log P(\tau) = \sum_k [r_{\tau(k)} - \log\sum_{j\ge k} e^{r_{\tau(j)}}]$.
 
     Args:
@@ -78,25 +126,21 @@ def plackett_luce_logp(rewards: Tensor, ranking: Tensor) -> Tensor:
       ValueError: shapes differ, K < 2, a row is not a permutation, or a reward is not finite.
     Source: Plackett 1975; Rafailov et al. 2023, Eq. 18, arXiv:2305.18290.
     """
-    _check_listed(rewards)
+    scores = _listed(rewards)
     check_integers("ranking", ranking, "[B, K]")
-    if ranking.shape != rewards.shape:
+    if ranking.shape != scores.shape:
         raise ValueError(
-            f"ranking: got shape {list(ranking.shape)}, takes {list(rewards.shape)} like rewards"
+            f"ranking: got shape {list(ranking.shape)}, takes {list(scores.shape)} like rewards"
         )
-    n_items = rewards.shape[1]
+    n_items = scores.shape[1]
     in_order = torch.arange(n_items, device=ranking.device)
-    if (ranking.sort(-1).values != in_order).any():
+    if values_visible(ranking) and (ranking.sort(-1).values != in_order).any():
         raise ValueError(f"ranking: got a row that is not a permutation of 0..{n_items - 1}")
-    ranked = rewards.gather(1, ranking)
-    log_p = torch.zeros_like(ranked[:, 0])
-    for k in range(n_items - 1):  # the last item is chosen with probability 1
-        log_p = log_p + ranked[:, k] - ranked[:, k:].logsumexp(-1)
-    return log_p
+    return ranking_terms(scores.gather(1, ranking)).sum(-1)
 
 
 def sample_bradley_terry(
-    rewards_a: Tensor, rewards_b: Tensor, *, generator: torch.Generator
+    rewards_a: Table, rewards_b: Table, *, generator: torch.Generator
 ) -> Tensor:
     """Draw who wins each comparison.
 
@@ -108,15 +152,15 @@ def sample_bradley_terry(
     Raises:
       ValueError: as in `bradley_terry_prob`.
     """
-    return _bernoulli(bradley_terry_prob(rewards_a, rewards_b), generator)
+    return _bernoulli(_margins(rewards_a, rewards_b).sigmoid(), generator)
 
 
-def sample_thurstone(rewards_a: Tensor, rewards_b: Tensor, *, generator: torch.Generator) -> Tensor:
+def sample_thurstone(rewards_a: Table, rewards_b: Table, *, generator: torch.Generator) -> Tensor:
     """Draw who wins each comparison, by `thurstone_prob`; the rest as in `sample_bradley_terry`."""
-    return _bernoulli(thurstone_prob(rewards_a, rewards_b), generator)
+    return _bernoulli(_thurstone_prob(rewards_a, rewards_b), generator)
 
 
-def sample_plackett_luce(rewards: Tensor, *, generator: torch.Generator) -> Tensor:
+def sample_plackett_luce(rewards: Table, *, generator: torch.Generator) -> Tensor:
     """Draw a ranking of each row of `rewards` `[B, K]`: int64 `[B, K]`, best to worst.
 
     Sorting rewards plus standard Gumbel noise is a draw from Plackett-Luce (Yellott 1977).
@@ -129,29 +173,47 @@ def sample_plackett_luce(rewards: Tensor, *, generator: torch.Generator) -> Tens
     Raises:
       ValueError: K < 2, or a reward is not finite.
     """
-    _check_listed(rewards)
+    scores = _listed(rewards)
     check_generator(generator)
-    exponential = torch.empty_like(rewards).exponential_(generator=generator)
-    return (rewards - exponential.log()).argsort(-1, descending=True)
+    exponential = torch.empty_like(scores).exponential_(generator=generator)
+    return (scores - exponential.log()).argsort(-1, descending=True)
 
 
-def _margins(rewards_a: Tensor, rewards_b: Tensor) -> Tensor:
-    check_floats("[...]", rewards_a=rewards_a, rewards_b=rewards_b)
-    check_finite(rewards_a=rewards_a, rewards_b=rewards_b)
-    return rewards_a - rewards_b
+def _margins(rewards_a: Table, rewards_b: Table) -> Tensor:
+    first, second = as_floats("[...]", {"rewards_a": rewards_a, "rewards_b": rewards_b})
+    check_finite(rewards_a=first, rewards_b=second)
+    return widen(first) - widen(second)
 
 
-def _check_listed(rewards: Tensor) -> None:
-    check_floats("[B, K]", rewards=rewards)
-    check_finite(rewards=rewards)
-    if rewards.shape[1] < 2:
-        raise ValueError(f"rewards: got {rewards.shape[1]} item a row, takes >= 2")
+def _thurstone_prob(rewards_a: Table, rewards_b: Table) -> Tensor:
+    # Phi(m / sqrt 2) = erfc(-m / 2) / 2: m / 2 is exact, which counts in the tail.
+    return 0.5 * torch.special.erfc(-_margins(rewards_a, rewards_b) / 2)
+
+
+def _davidson_scores(rewards_a: Table, rewards_b: Table, tie_weight: float | Tensor) -> Tensor:
+    """`[..., 3]`, whose softmax is that of a wins, of a tie, of b wins."""
+    half = _margins(rewards_a, rewards_b) / 2
+    tie = positive_scalar("tie_weight", tie_weight, half.dtype).log().expand_as(half)
+    return torch.stack([half, tie, -half], dim=-1)
+
+
+def _listed(rewards: Table) -> Tensor:
+    """Rewards `[B, K]` of at least two items per row, to compute with."""
+    (scores,) = as_floats("[B, K]", {"rewards": rewards})
+    check_finite(rewards=scores)
+    if scores.shape[1] < 2:
+        raise ValueError(f"rewards: got {scores.shape[1]} item a row, takes >= 2")
+    return widen(scores)
 
 
 def _bernoulli(probs: Tensor, generator: torch.Generator) -> Tensor:
     check_generator(generator)
     uniform = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device, generator=generator)
     return uniform < probs
+
+
+for _name in __all__:
+    globals()[_name] = dtype_of_input(globals()[_name])
 
 
 def __dir__() -> list[str]:

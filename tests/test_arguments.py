@@ -40,11 +40,11 @@ REFUSED = [
     ),
     (
         lambda: arguments.check_floats("[B]", a=torch.ones(2, dtype=torch.int64)),
-        "a: got dtype torch.int64, takes a floating dtype",
+        "`a` must have a floating dtype (.double() makes one), got torch.int64",
     ),
     (
         lambda: arguments.check_floats("[X, Y]", a=ONE),
-        "a: got shape [2], takes a non-empty [X, Y]",
+        "`a` must be [X, Y], got shape [2]: for one prompt write a[None]",
     ),
     (
         lambda: arguments.check_floats("[B]", a=torch.ones(2, 2)),
@@ -60,11 +60,11 @@ REFUSED = [
     ),
     (
         lambda: arguments.check_floats("[B]", a=ONE, b=ONE.double()),
-        "b: got dtype torch.float64, takes torch.float32 like a",
+        "`b` must have dtype torch.float32 like `a`, got torch.float64: write b.to(torch.float32)",
     ),
     (
         lambda: arguments.check_floats("[B]", a=ONE, b=torch.ones(2, device="meta")),
-        "b: got device meta, takes cpu like a",
+        "`b` must have device cpu like `a`, got meta: write b.to('cpu')",
     ),
     (
         lambda: arguments.check_logps(a=ONE, b=torch.tensor([0.0, NAN])),
@@ -106,7 +106,7 @@ REFUSED = [
     ),
     (
         lambda: arguments.check_integers("i", ONE, "[B]"),
-        "i: got dtype torch.float32, takes torch.int64",
+        "`i` must have dtype torch.int64 (.long()), got torch.float32",
     ),
     (
         lambda: arguments.check_integers("i", torch.tensor([[0]]), "[B]"),

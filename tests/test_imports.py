@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpo_mini"
 LEVELS = {
+    "_numerics": -1,
     "arguments": -1,
     "deprecation": -1,
     "files": -1,

@@ -75,7 +75,11 @@ def test_a_malformed_completion_is_refused(completions, end_token, want):
 def test_completions_of_another_kind_are_refused():
     for bad, kind, want in (
         ([[1]], TypeError, "completions: got list, takes an int64 tensor [B, T]"),
-        (torch.ones(1, 1), ValueError, "completions: got dtype torch.float32, takes torch.int64"),
+        (
+            torch.ones(1, 1),
+            ValueError,
+            "`completions` must have dtype torch.int64 (.long()), got torch.float32",
+        ),
         (TOKENS[0], ValueError, "completions: got shape [5], takes a non-empty [B, T]"),
         (TOKENS[:0], ValueError, "completions: got shape [0, 5], takes a non-empty [B, T]"),
     ):
@@ -180,10 +184,16 @@ LOGITS = torch.zeros(2, 4, 5)
 REFUSED = [
     (([0.0], TOKENS, MASK), "logits: got list, takes a floating torch.Tensor [B, S, V]"),
     ((LOGITS[0], TOKENS, MASK), "logits: got shape [4, 5], takes a non-empty [B, S, V]"),
-    ((LOGITS.long(), TOKENS, MASK), "logits: got dtype torch.int64, takes a floating dtype"),
+    (
+        (LOGITS.long(), TOKENS, MASK),
+        "`logits` must have a floating dtype (.double() makes one), got torch.int64",
+    ),
     ((LOGITS[:0], TOKENS, MASK), "logits: got shape [0, 4, 5], takes a non-empty [B, S, V]"),
     ((LOGITS, [0], MASK), "tokens: got list, takes an int64 tensor [B, S + 1]"),
-    ((LOGITS, TOKENS.float(), MASK), "tokens: got dtype torch.float32, takes torch.int64"),
+    (
+        (LOGITS, TOKENS.float(), MASK),
+        "`tokens` must have dtype torch.int64 (.long()), got torch.float32",
+    ),
     ((LOGITS, TOKENS[0], MASK), "tokens: got shape [5], takes a non-empty [B, S + 1]"),
     (
         (LOGITS, TOKENS[:, 1:], MASK),
@@ -267,7 +277,7 @@ def test_bad_sums_are_refused(reduce):
         (
             (scored.long(), mask),
             ValueError,
-            "token_logps: got dtype torch.int64, takes a floating dtype",
+            "`token_logps` must have a floating dtype (.double() makes one), got torch.int64",
         ),
         ((scored, [1]), TypeError, "completion_mask: got list, takes a bool or 0/1 tensor"),
         ((scored, mask[:, 1:]), ValueError, "completion_mask: got shape [2, 3], takes [2, 4]"),

@@ -654,7 +654,7 @@ def test_a_bad_tensor_is_named(name, at):
     got = complaint(name, at, [0.0], TypeError)
     assert got == f"{argument}: got list, takes a floating torch.Tensor {shape}"
     got = complaint(name, at, lambda good: good.long())
-    assert got == f"{argument}: got dtype torch.int64, takes a floating dtype"
+    assert got == f"`{argument}` must have a floating dtype (.double() makes one), got torch.int64"
     got = complaint(name, at, torch.zeros(()))
     assert got == f"{argument}: got shape [], takes a non-empty {shape}"
     got = complaint(name, at, lambda good: good[:0])
@@ -666,9 +666,15 @@ def test_a_bad_tensor_is_named(name, at):
         assert got == f"{names[1]}: got shape {good_shape}, takes {bad_shape} like {first}"
     got = complaint(name, at, lambda good: good.float())
     if at:
-        assert got == f"{argument}: got dtype torch.float32, takes torch.float64 like {first}"
+        assert (
+            got == f"`{argument}` must have dtype torch.float64 like `{first}`, "
+            f"got torch.float32: write {argument}.to(torch.float64)"
+        )
     else:
-        assert got == f"{names[1]}: got dtype torch.float64, takes torch.float32 like {first}"
+        assert (
+            got == f"`{names[1]}` must have dtype torch.float32 like `{first}`, "
+            f"got torch.float64: write {names[1]}.to(torch.float32)"
+        )
     for value in (NAN, INF, -INF):
         got = complaint(name, at, lambda good, value=value: good + value)
         assert got == f"{argument}: got {value}, takes finite values"
@@ -729,7 +735,7 @@ def test_a_list_has_two_items_at_least(name):
         ),
         (
             lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="alpha", alpha=INF),
-            "alpha: got inf, takes finite values",
+            "`alpha` must be a finite number, got inf",
         ),
         (
             lambda x: simpo_loss(x, x, beta=1.0, gamma=-0.5),

@@ -461,7 +461,9 @@ def test_a_bad_tensor_is_named_by_every_elementwise_function():
             got = refusal(ValueError, function, **{**good, name: BAD}, **options)
             assert got == f"{name}: got nan, takes finite values"
             got = refusal(ValueError, function, **{**good, name: TWO.long()}, **options)
-            assert got == f"{name}: got dtype torch.int64, takes a floating dtype"
+            assert (
+                got == f"`{name}` must have a floating dtype (.double() makes one), got torch.int64"
+            )
         for name in names[1:]:
             got = refusal(ValueError, function, **{**good, name: double([0.5])}, **options)
             assert got == f"{name}: got shape [1], takes [2] like {names[0]}"
@@ -497,9 +499,19 @@ def test_a_bad_eps_is_refused():
 def test_a_bad_table_is_refused_by_the_optimal_baseline():
     logps, one = double([[0.5, 0.5]]).log(), double([[1.0, 1.0]])
     refused = [
-        ((logps, one, one[0]), "squared_scores: got shape [2], takes a non-empty [X, Y]"),
-        ((logps, one[0], one), "rewards: got shape [2], takes a non-empty [X, Y]"),
-        ((logps[0], one, one), "logps: got shape [2], takes a non-empty [X, Y]"),
+        (
+            (logps, one, one[0]),
+            "`squared_scores` must be [X, Y], "
+            "got shape [2]: for one prompt write squared_scores[None]",
+        ),
+        (
+            (logps, one[0], one),
+            "`rewards` must be [X, Y], got shape [2]: for one prompt write rewards[None]",
+        ),
+        (
+            (logps[0], one, one),
+            "`logps` must be [X, Y], got shape [2]: for one prompt write logps[None]",
+        ),
         ((BAD[None], one, one), "logps: got NaN, takes log-probabilities < inf"),
         (
             (one, one, one),
@@ -574,7 +586,7 @@ def test_bad_logits_of_an_entropy_are_refused():
     got = refusal(ValueError, entropy, double([[0.0, 0.0], [-INF, -INF]]))
     assert got == "logits: got a position of -inf only, takes one finite logit at least"
     got = refusal(ValueError, entropy, torch.tensor([1, 2]))
-    assert got == "logits: got dtype torch.int64, takes a floating dtype"
+    assert got == "`logits` must have a floating dtype (.double() makes one), got torch.int64"
 
 
 def test_a_bad_controller_is_refused():
@@ -585,7 +597,9 @@ def test_a_bad_controller_is_refused():
     got = refusal(ValueError, AdaptiveKLController, **{**good, "horizon": 0})
     assert got == "horizon: got 0, takes a whole number >= 1"
     controller = AdaptiveKLController(**good)
-    assert refusal(ValueError, controller.update, NAN, 10) == "kl: got nan, takes finite values"
+    assert (
+        refusal(ValueError, controller.update, NAN, 10) == "`kl` must be a finite number, got nan"
+    )
     want = "n_samples: got 0, takes a whole number >= 1"
     assert refusal(ValueError, controller.update, 1.0, 0) == want
     want = "n_samples: got 101, takes at most horizon = 100"

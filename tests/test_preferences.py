@@ -172,6 +172,7 @@ def test_a_draw_depends_on_its_generator_only():
 A, LIST = torch.zeros(3), torch.zeros(2, 3)
 ORDER = torch.tensor([[0, 1, 2], [2, 1, 0]])
 GENERATOR = torch.Generator()
+KINDS = "a floating torch.Tensor [...], an array or a list of numbers"
 OF_TWO = {
     "bradley_terry_prob": bradley_terry_prob,
     "thurstone_prob": thurstone_prob,
@@ -184,13 +185,19 @@ OF_TWO = {
 @pytest.mark.parametrize("name", OF_TWO)
 def test_bad_rewards_are_refused(name):
     for arguments, kind, want in (
-        (([0.0], A), TypeError, "rewards_a: got list, takes a floating torch.Tensor [...]"),
-        ((A, None), TypeError, "rewards_b: got NoneType, takes a floating torch.Tensor [...]"),
-        ((A.long(), A), ValueError, "rewards_a: got dtype torch.int64, takes a floating dtype"),
+        (("0", A), TypeError, f"`rewards_a` must be {KINDS}, got str"),
+        ((A, None), TypeError, f"`rewards_b` must be {KINDS}, got NoneType"),
+        (([0.0], A), ValueError, "rewards_b: got shape [3], takes [1] like rewards_a"),
+        (
+            (A.long(), A),
+            ValueError,
+            "`rewards_a` must have a floating dtype (.double() makes one), got torch.int64",
+        ),
         (
             (A, A.double()),
             ValueError,
-            "rewards_b: got dtype torch.float64, takes torch.float32 like rewards_a",
+            "`rewards_b` must have dtype torch.float32 like `rewards_a`, "
+            "got torch.float64: write rewards_b.to(torch.float32)",
         ),
         ((A, A[:2]), ValueError, "rewards_b: got shape [2], takes [3] like rewards_a"),
         ((A, A[:, None]), ValueError, "rewards_b: got shape [3, 1], takes [3] like rewards_a"),
@@ -214,7 +221,10 @@ REFUSED = [
     ),
     (lambda: plackett_luce_logp(A, ORDER), "rewards: got shape [3], takes a non-empty [B, K]"),
     (lambda: plackett_luce_logp(LIST + INF, ORDER), "rewards: got inf, takes finite values"),
-    (lambda: plackett_luce_logp(LIST, A), "ranking: got dtype torch.float32, takes torch.int64"),
+    (
+        lambda: plackett_luce_logp(LIST, A),
+        "`ranking` must have dtype torch.int64 (.long()), got torch.float32",
+    ),
     (
         lambda: plackett_luce_logp(LIST, ORDER[0]),
         "ranking: got shape [3], takes a non-empty [B, K]",

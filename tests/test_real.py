@@ -186,8 +186,16 @@ def row(*tokens):
         (row(3), row(PAD, PAD), "completions: got an empty completion in row 0"),
         (row(3), row(1, PAD, 1), "completions: got a token after padding in row 0"),
         (row(3), row(1, 0, 1), "completions: got a token after the end token 0 in row 0"),
-        (row(3).float(), row(1, 0), "prompts: got dtype torch.float32, takes torch.int64"),
-        (row(3).int(), row(1, 0), "prompts: got dtype torch.int32, takes torch.int64"),
+        (
+            row(3).float(),
+            row(1, 0),
+            "`prompts` must have dtype torch.int64 (.long()), got torch.float32",
+        ),
+        (
+            row(3).int(),
+            row(1, 0),
+            "`prompts` must have dtype torch.int64 (.long()), got torch.int32",
+        ),
         (torch.tensor([3]), row(1, 0), r"prompts: got shape \[1\], takes a non-empty \[B, P\]"),
         (row(3).repeat(2, 1), row(1, 0), "completions: got 1 rows, takes 2 like prompts"),
         (row(*[3] * 33), row(*[1] * 33), "completions: got 66 tokens .* takes at most 65"),

@@ -370,7 +370,7 @@ def test_bad_logits_are_refused():
         )
         assert refusal(ValueError, call, double(1.0)) == "logits: got a scalar, takes [..., V]"
         got = refusal(ValueError, call, torch.tensor([1, 2]))
-        assert got == "logits: got dtype torch.int64, takes a floating dtype"
+        assert got == "`logits` must have a floating dtype (.double() makes one), got torch.int64"
 
 
 def test_a_missing_generator_is_refused():
@@ -435,7 +435,7 @@ def test_bad_arguments_of_rebar_are_refused():
 
 def test_bad_values_for_harden_and_pass_through_are_refused():
     got = refusal(ValueError, harden, torch.tensor([1, 2]))
-    assert got == "soft: got dtype torch.int64, takes a floating dtype"
+    assert got == "`soft` must have a floating dtype (.double() makes one), got torch.int64"
     got = refusal(ValueError, pass_through, LOGITS, LOGITS[:2])
     assert got == "gradient_of: got shape [2], takes [3] like value"
 
@@ -452,9 +452,13 @@ def test_bad_values_to_quantise_are_refused():
         ((double([1.0, 2.0]), CODEBOOK[0]), "codebook: got shape [2], takes a non-empty [K, D]"),
         (
             (torch.ones(2), CODEBOOK),
-            "codebook: got dtype torch.float64, takes torch.float32 like inputs",
+            "`codebook` must have dtype torch.float32 like `inputs`, "
+            "got torch.float64: write codebook.to(torch.float32)",
         ),
-        ((torch.ones(2).long(), CODEBOOK), "inputs: got dtype torch.int64, takes a floating dtype"),
+        (
+            (torch.ones(2).long(), CODEBOOK),
+            "`inputs` must have a floating dtype (.double() makes one), got torch.int64",
+        ),
     ]
     for arguments, want in refused:
         assert refusal(ValueError, vector_quantise, *arguments) == want

@@ -280,10 +280,14 @@ REFUSED = [
     (lambda: make(rewards=[[0.0]]), "rewards: got list, takes a floating torch.Tensor [X, Y]"),
     (lambda: make(rewards=torch.zeros(1, 3)), "rewards: got shape [1, 3], takes [1, 2]"),
     (lambda: make(rewards=torch.tensor([[0, NAN]])), "rewards: got nan, takes finite values"),
-    (lambda: make(ref_logps=HALF[0]), "ref_logps: got shape [2], takes a non-empty [X, Y]"),
+    (
+        lambda: make(ref_logps=HALF[0]),
+        "`ref_logps` must be [X, Y], got shape [2]: for one prompt write ref_logps[None]",
+    ),
     (
         lambda: make(ref_logps=HALF.float()),
-        "ref_logps: got dtype torch.float32, takes torch.float64 like rewards",
+        "`ref_logps` must have dtype torch.float64 like `rewards`, "
+        "got torch.float32: write ref_logps.to(torch.float64)",
     ),
     (lambda: make(ref_logps=HALF * NAN), "ref_logps: got NaN, takes log-probabilities < inf"),
     (
@@ -320,7 +324,7 @@ REFUSED = [
     ),
     (
         lambda: TASK.index(torch.tensor([[0.0]])),
-        "completions: got dtype torch.float32, takes torch.int64",
+        "`completions` must have dtype torch.int64 (.long()), got torch.float32",
     ),
     (
         lambda: TASK.sample_pairs(HALF, 0, generator=GENERATOR),
@@ -345,7 +349,7 @@ REFUSED = [
     ),
     (
         lambda: TASK.sample_completions(HALF[0], torch.tensor([0]), generator=GENERATOR),
-        "logps: got shape [2], takes a non-empty [X, Y]",
+        "`logps` must be [X, Y], got shape [2]: for one prompt write logps[None]",
     ),
     (
         lambda: TASK.sample_completions(HALF, torch.tensor([[0]]), generator=GENERATOR),
@@ -377,7 +381,7 @@ REFUSED = [
     ),
     (
         lambda: bandit(torch.zeros(1), torch.ones(1)),
-        "rewards: got shape [1], takes a non-empty [X, Y]",
+        "`rewards` must be [X, Y], got shape [1]: for one prompt write rewards[None]",
     ),
     (
         lambda: bandit(torch.zeros(1, 3), FULL),

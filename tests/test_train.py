@@ -727,7 +727,7 @@ REFUSED = [
     (lambda: sft(completions=[[0]]), "completions: got list, takes a torch.Tensor"),
     (
         lambda: sft(completions=ANSWERS.float()),
-        "completions: got dtype torch.float32, takes torch.int64",
+        "`completions` must have dtype torch.int64 (.long()), got torch.float32",
     ),
     (
         lambda: sft(completions=ANSWERS[:, 0]),
@@ -752,7 +752,7 @@ REFUSED = [
     ),
     (
         lambda: preferences((ROWS, ANSWERS, ANSWERS.double())),
-        "rejected: got dtype torch.float64, takes torch.int64",
+        "`rejected` must have dtype torch.int64 (.long()), got torch.float64",
     ),
     (lambda: preferences(loss=lambda *four: four[0] * math.nan), "loss: got nan at step 0"),
     (
@@ -769,7 +769,7 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps[0]),
-        "start_logps: got shape [3], takes a non-empty [X, Y]",
+        "`start_logps` must be [X, Y], got shape [3]: for one prompt write start_logps[None]",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps, steps=0),
@@ -804,7 +804,10 @@ def test_bad_input_is_refused(call, want):
         (lambda x, y: torch.full((len(y),), math.inf), "score: got inf, takes finite values"),
         (lambda x, y: torch.zeros(len(y) - 1), "score: got {less} rewards, takes {n}, one a row"),
         (lambda x, y: torch.zeros(y.shape), "score: got shape [{n}, 1], takes a non-empty [B]"),
-        (lambda x, y: x, "score: got dtype torch.int64, takes a floating dtype"),
+        (
+            lambda x, y: x,
+            "`score` must have a floating dtype (.double() makes one), got torch.int64",
+        ),
         (lambda x, y: [0.0] * len(y), "score: got list, takes a floating torch.Tensor [B]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -68,7 +68,7 @@ train.fit_sft(
 # What is wrong, and is said to be.
 losses.dpo_loss(table, table, table, table)  # type: ignore[call-arg]
 losses.dpo_loss(table, table, table, table, beta="0.5")  # type: ignore[arg-type]
-closed_form.log_partition(task.ref_logps, [[1.0, 2.0]], 0.5)  # type: ignore[arg-type]
+closed_form.log_partition(task.ref_logps, 1.0, 0.5)  # type: ignore[arg-type]
 closed_form.log_partition(reviews.ref_logps, task.rewards, 0.5)  # type: ignore[arg-type]
 dpo_mini.losess  # type: ignore[attr-defined]  # noqa: B018
 closed_form.optimal_logprobs  # type: ignore[attr-defined]  # noqa: B018

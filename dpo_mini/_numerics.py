@@ -1,0 +1,175 @@
+"""Formulas that keep their digits in float32, and the library's one rule for half precision.
+
+Each function here computes what its first line says. The textbook formula loses digits where two
+nearly equal numbers are subtracted, or overflows where an exponential is large; these do not.
+
+Half precision (bfloat16, float16): compute in float32, return the dtype of the input.
+`dtype_of_input` does that for every public function of a module.
+"""
+
+import math
+from collections.abc import Callable
+from functools import reduce, wraps
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+_HALVES = (torch.bfloat16, torch.float16)
+_SMALL = 0.5  # below it, e^u - 1 - u is summed as a series
+_SERIES = [1 / math.factorial(k + 2) for k in range(15)]  # of (e^u - 1 - u) / u^2
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+# --- half precision --------------------------------------------------------------------------
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 where it is in half precision, else as it is."""
+    return tensor.float() if tensor.dtype in _HALVES else tensor
+
+
+def dtype_of_input(function: _F) -> _F:
+    """`function`, whose result has the dtype of its floating inputs where that is a half one.
+
+    The function widens its inputs itself, after it has checked them. A finite result beyond the
+    largest float16 becomes that largest number, so that no finite loss turns into infinity.
+    """
+
+    @wraps(function)
+    def narrowing(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        dtype = common_dtype(*arguments, *named.values())
+        if dtype not in _HALVES:
+            return result
+        if isinstance(result, tuple):
+            return tuple(_narrow(part, dtype) for part in result)
+        return _narrow(result, dtype)
+
+    return narrowing  # type: ignore[return-value]
+
+
+def common_dtype(*values: Any) -> torch.dtype | None:
+    """That of all floating tensors and arrays; numbers, also those of no dimension, have no say."""
+    arrays = [torch.as_tensor(v) for v in values if isinstance(v, Tensor | np.ndarray)]
+    floating = [array for array in arrays if array.is_floating_point()]
+    tables = [array for array in floating if array.dim() > 0] or floating
+    return reduce(torch.promote_types, [table.dtype for table in tables]) if tables else None
+
+
+def _narrow(result: Tensor, dtype: torch.dtype) -> Tensor:
+    if not result.is_floating_point():
+        return result
+    largest = torch.finfo(dtype).max
+    beyond = result.isfinite() & (result.abs() > largest)
+    # `result - result.detach()` is 0 and passes the gradient on, which a clamp would stop.
+    held = result - result.detach() + result.detach().clamp(-largest, largest)
+    return torch.where(beyond, held, result).to(dtype)
+
+
+# --- formulas --------------------------------------------------------------------------------
+
+
+def value_zero(tensor: Tensor) -> Tensor:
+    """0, with the gradient of `tensor`."""
+    return tensor - tensor.detach()
+
+
+def hold(exponents: Tensor, largest: float) -> Tensor:
+    """x up to `largest`, and above it that number, with a slope of 1 everywhere.
+
+    So e^x has no infinity: above the largest exponent it has the value and the slope from there.
+    """
+    return exponents - (exponents - largest).clamp(min=0).detach()
+
+
+def largest_exponent(dtype: torch.dtype) -> float:
+    """0.9 log(largest number): 639 in float64, 79 in float32 and bfloat16, 10 in float16."""
+    return 0.9 * math.log(torch.finfo(dtype).max)
+
+
+def exp_remainder(u: Tensor, largest: float) -> Tensor:
+    """e^u - 1 - u, never negative: a series near 0, and above `largest` e^u is held."""
+    small = u.clamp(-_SMALL, _SMALL)
+    series = torch.zeros_like(u)
+    for coefficient in reversed(_SERIES):
+        series = series * small + coefficient
+    return torch.where(u.abs() < _SMALL, series * small * small, torch.expm1(hold(u, largest)) - u)
+
+
+def probability_gaps(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """|p - q| of two finite log-probabilities; its gradient at p = q is 0."""
+    shrink = -torch.expm1(-(logps - other_logps).abs())
+    return torch.maximum(logps, other_logps).exp() * shrink
+
+
+def kl_terms(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """q - p + p log(p/q) of two finite log-probabilities: never negative, and 0 where p = q.
+
+    Summed over two distributions it is KL(p || q), for the sums of p and of q are both 1.
+    """
+    u = logps - other_logps
+    probs = logps.exp()
+    near = probs * exp_remainder(-u.clamp(-_SMALL, _SMALL), _SMALL)
+    far = probs * u - u.sign() * probability_gaps(logps, other_logps)
+    return torch.where(u.abs() < _SMALL, near, far)
+
+
+def chi_squared_terms(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """(p - q)^2 / q of two finite log-probabilities."""
+    u = logps - other_logps
+    below = other_logps.exp() * torch.expm1(u.clamp(max=_SMALL)) ** 2
+    above = (logps + u).exp() * torch.expm1(-u.clamp(min=_SMALL)) ** 2  # q e^u would overflow first
+    return torch.where(u < _SMALL, below, above)
+
+
+def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores.log_softmax(-1)` and `scores.logsumexp(-1)`.
+
+    The largest score is left out of the sum and comes back through log1p, so that the logarithm of
+    a probability close to 1 keeps its digits.
+    """
+    top, at = scores.max(-1, keepdim=True)
+    gaps = scores - top
+    others = gaps.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
+    excess = others.log1p()
+    return gaps - excess, (top + excess).squeeze(-1)
+
+
+def log_mean_exp(logps: Tensor, weights: Tensor) -> Tensor:
+    """log E_p[e^w] over the last axis, with all digits where it is close to 0.
+
+    Args:
+      logps: log p, of rows that sum to 1; -inf where p is 0, and there `weights` does not matter.
+      weights: w of the same shape, less than inf where p is not 0.
+    """
+    impossible = torch.isneginf(logps)
+    weights = weights.masked_fill(impossible, 0.0)
+    probs = logps.exp()
+    bounded = weights.clamp(max=largest_exponent(logps.dtype))
+    # The rows sum to 1 but for rounding, so their sum less 1 counts as 0. Its gradient counts.
+    surplus = (probs * torch.expm1(bounded)).sum(-1) + value_zero(probs.sum(-1))
+    near = surplus.abs() < _SMALL
+    return torch.where(
+        near,
+        torch.where(near, surplus, 0.0).log1p(),
+        normalise(logps + weights)[1],
+    )
+
+
+def ranking_terms(scores: Tensor) -> Tensor:
+    """log P of each choice that makes a ranking: of item k among k, k + 1, ..., K.
+
+    Args:
+      scores: `[..., K]`, best first.
+    Returns:
+      `[..., K - 1]`; the last item is chosen with probability 1.
+    """
+    # log sigmoid of how far the item is ahead of all that follow: its digits stay where it is far.
+    n_items = scores.shape[-1]
+    placed = torch.ones(n_items - 1, n_items, dtype=torch.bool, device=scores.device).tril()
+    rest = scores.unsqueeze(-2).expand(*scores.shape[:-1], n_items - 1, n_items)
+    return logsigmoid(scores[..., :-1] - rest.masked_fill(placed, -torch.inf).logsumexp(-1))
