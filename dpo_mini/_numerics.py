@@ -45,9 +45,10 @@ def dtype_of_input(function: _F) -> _F:
         dtype = common_dtype(*arguments, *named.values())
         if dtype not in _HALVES:
             return result
-        if isinstance(result, tuple):
-            return tuple(_narrow(part, dtype) for part in result)
-        return _narrow(result, dtype)
+        if not isinstance(result, tuple):
+            return _narrow(result, dtype)
+        parts = [_narrow(part, dtype) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
 
     return narrowing  # type: ignore[return-value]
 
@@ -133,7 +134,7 @@ def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
     a probability close to 1 keeps its digits.
     """
     top, at = scores.max(-1, keepdim=True)
-    gaps = scores - top
+    gaps = (scores - top).scatter(-1, at, 0.0)
     others = gaps.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
     excess = others.log1p()
     return gaps - excess, (top + excess).squeeze(-1)

@@ -2,18 +2,20 @@
 
 A language model reads tokens `0..S-1` and predicts tokens `1..S`. Which of those predictions count
 is decided here and nowhere else: the tokens of the completion count, its end token included; the
-prompt and the padding do not.
+prompt and the padding do not. Half precision is computed in float32 and rounded once, at the end.
 """
 
 import torch
 from torch import Tensor
 
+from dpo_mini._numerics import dtype_of_input, widen
 from dpo_mini.arguments import (
     as_bool_mask,
     check_count,
     check_floats,
     check_integers,
     check_logps,
+    values_visible,
 )
 
 __all__ = [
@@ -41,6 +43,8 @@ def completion_mask(completions: Tensor, end_token: int | None) -> Tensor:
     """
     check_integers("completions", completions, "[B, T]")
     mask = completions != PAD
+    if not values_visible(mask):
+        return mask
     if not mask[:, 0].all():
         row = int((~mask[:, 0]).nonzero()[0])
         raise ValueError(f"completions: got an empty completion in row {row}, takes >= 1 token")
@@ -76,31 +80,18 @@ def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tens
     """
     check_floats("[B, S, V]", logits=logits)
     check_integers("tokens", tokens, "[B, S + 1]")
-    n_rows, n_inputs, vocab_size = logits.shape
+    n_rows, n_inputs = logits.shape[:2]
     if tokens.shape != (n_rows, n_inputs + 1):
         raise ValueError(
             f"tokens: got shape {list(tokens.shape)}, takes {[n_rows, n_inputs + 1]}: one token "
             f"more than logits {list(logits.shape)}, which come from tokens[:, :-1]"
         )
     mask = as_bool_mask("completion_mask", completion_mask, tokens.shape)
-    if mask[:, 0].any():
-        raise ValueError(
-            "completion_mask: got true on the first token, takes false there: nothing predicts it"
-        )
+    if values_visible(logits) and values_visible(tokens) and values_visible(mask):
+        _check_values(logits, tokens, mask)
     mask, targets = mask[:, 1:], tokens[:, 1:]  # the shift: position s predicts token s + 1
-    if not mask.any(1).all():
-        row = int((~mask.any(1)).nonzero()[0])
-        raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
-    outside = mask & ((targets < 0) | (targets >= vocab_size))
-    if outside.any():
-        got = targets[outside][0].item()
-        raise ValueError(f"tokens: got {got} in a completion, takes values in 0..{vocab_size - 1}")
-    if torch.isnan(logits).any() or torch.isposinf(logits).any():
-        raise ValueError("logits: got NaN or +inf, takes values < inf")
-    if torch.isneginf(logits.amax(-1)).any():
-        raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
     targets = targets.masked_fill(~mask, 0)
-    chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [B, S]
+    chosen = widen(logits).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [B, S]
     return chosen.masked_fill(~mask, 0.0)
 
 
@@ -115,11 +106,7 @@ def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
     Raises:
       ValueError: shapes differ, the mask is not 0/1, or a masked-in value is NaN or +inf.
     """
-    check_floats("[B, T]", token_logps=token_logps)
-    mask = as_bool_mask("completion_mask", completion_mask, token_logps.shape)
-    counted = token_logps.masked_fill(~mask, 0.0)
-    check_logps(token_logps=counted)
-    return counted.sum(-1)
+    return _totals_and_counts(token_logps, completion_mask)[0]
 
 
 def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
@@ -130,12 +117,44 @@ def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
     Raises:
       ValueError: as in `sum_over_tokens`, or a row has no token.
     """
-    totals = sum_over_tokens(token_logps, completion_mask)
-    counts = completion_mask.bool().sum(-1)
-    if not counts.all():
+    totals, counts = _totals_and_counts(token_logps, completion_mask)
+    if values_visible(counts) and not counts.all():
         row = int((counts == 0).nonzero()[0])
         raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
     return totals / counts
+
+
+def _totals_and_counts(token_logps: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B]` each: the sum of the masked-in log-probabilities, and how many they are."""
+    check_floats("[B, T]", token_logps=token_logps)
+    mask = as_bool_mask("completion_mask", completion_mask, token_logps.shape)
+    counted = token_logps.masked_fill(~mask, 0.0)
+    check_logps(token_logps=counted)
+    return widen(counted).sum(-1), mask.sum(-1)
+
+
+def _check_values(logits: Tensor, tokens: Tensor, mask: Tensor) -> None:
+    """Refuse what logits `[B, S, V]` cannot predict of `tokens` `[B, S + 1]`."""
+    if mask[:, 0].any():
+        raise ValueError(
+            "completion_mask: got true on the first token, takes false there: nothing predicts it"
+        )
+    vocab_size, mask, targets = logits.shape[-1], mask[:, 1:], tokens[:, 1:]
+    if not mask.any(1).all():
+        row = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
+    outside = mask & ((targets < 0) | (targets >= vocab_size))
+    if outside.any():
+        got = targets[outside][0].item()
+        raise ValueError(f"tokens: got {got} in a completion, takes values in 0..{vocab_size - 1}")
+    if torch.isnan(logits).any() or torch.isposinf(logits).any():
+        raise ValueError("logits: got NaN or +inf, takes values < inf")
+    if torch.isneginf(logits.amax(-1)).any():
+        raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
+
+
+for _name in ("token_logps", "sum_over_tokens", "mean_over_tokens"):
+    globals()[_name] = dtype_of_input(globals()[_name])
 
 
 def __dir__() -> list[str]:

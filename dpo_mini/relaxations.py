@@ -3,6 +3,7 @@ r"""Other ways through a discrete sample: Gumbel-softmax, straight-through, REBA
 Each returns something that autograd can go through. `logits` `[..., V]` name a distribution,
 `softmax(logits)`; a sample is a one-hot vector `[..., V]`. In the formulas $g$ are Gumbel draws,
 $-\log(-\log u)$ with u uniform, and $z = \log p + g$, whose largest entry is distributed as p.
+Half precision is drawn and computed in float32 and rounded once, at the end.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_mini._numerics import dtype_of_input, widen
 from dpo_mini.arguments import (
     check_alike,
     check_finite,
     check_floats,
     check_generator,
+    check_number,
     check_positive,
+    values_visible,
 )
 
 __all__ = [
@@ -47,7 +51,7 @@ def sample_perturbed_logits(logits: Tensor, *, generator: torch.Generator) -> Te
     Source: Maddison et al. 2014, "A* sampling", arXiv:1411.0030.
     """
     _check_logits(logits)
-    return logits.log_softmax(-1) - _exponentials(logits, generator).log()
+    return _perturbed(widen(logits), generator)
 
 
 def sample_conditional_logits(
@@ -70,10 +74,12 @@ def sample_conditional_logits(
       appendix B, arXiv:1711.00123.
     """
     _check_one_hot(logits, one_hot)
-    noise = _exponentials(logits, generator)
-    top = (noise * one_hot).sum(-1, keepdim=True)  # E_y
-    below = noise * (1 - one_hot) * (-logits.log_softmax(-1)).exp() + top  # at y: E_y alone
-    return -below.log()
+    logps, sample = widen(logits).log_softmax(-1), widen(one_hot)
+    noise = _exponentials(logps, generator)
+    log_top = (noise * sample).sum(-1, keepdim=True).log()  # log E_y
+    # In logarithms, for 1 / p_k overflows where p_k is small.
+    others = torch.logaddexp(noise.log() - logps, log_top)
+    return -torch.where(sample == 1, log_top, others)
 
 
 def gumbel_softmax(logits: Tensor, *, temperature: float, generator: torch.Generator) -> Tensor:
@@ -90,7 +96,8 @@ def gumbel_softmax(logits: Tensor, *, temperature: float, generator: torch.Gener
     Source: Jang et al. 2017, arXiv:1611.01144; Maddison et al. 2017, arXiv:1611.00712.
     """
     check_positive("temperature", temperature)
-    return _soft(sample_perturbed_logits(logits, generator=generator), temperature)
+    _check_logits(logits)
+    return _soft(_perturbed(widen(logits), generator), temperature)
 
 
 def straight_through(logits: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -105,8 +112,9 @@ def straight_through(logits: Tensor, *, generator: torch.Generator) -> Tensor:
       ValueError: a logit is not finite.
     Source: Bengio et al. 2013, arXiv:1308.3432.
     """
-    perturbed = sample_perturbed_logits(logits, generator=generator)
-    return pass_through(harden(perturbed), logits.softmax(-1))
+    _check_logits(logits)
+    perturbed = _perturbed(widen(logits), generator)
+    return pass_through(harden(perturbed), widen(logits).softmax(-1))
 
 
 def straight_through_gumbel_softmax(
@@ -120,7 +128,9 @@ def straight_through_gumbel_softmax(
       `[..., V]`, exactly one-hot.
     Source: Jang et al. 2017, section 2.2, arXiv:1611.01144.
     """
-    soft = gumbel_softmax(logits, temperature=temperature, generator=generator)
+    check_positive("temperature", temperature)
+    _check_logits(logits)
+    soft = _soft(_perturbed(widen(logits), generator), temperature)
     return pass_through(harden(soft), soft)
 
 
@@ -131,6 +141,8 @@ def harden(soft: Tensor) -> Tensor:
       ValueError: `soft` is empty, or not floating.
     """
     check_floats("[...]", soft=soft)
+    if soft.dim() == 0:
+        raise ValueError("`soft` must be [..., V], got a tensor of no dimension")
     return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
 
 
@@ -175,16 +187,18 @@ def rebar_surrogate(
     Source: Tucker et al. 2017, Eq. 4, arXiv:1703.07370.
     """
     check_positive("temperature", temperature)
-    check_finite(scale=torch.as_tensor(scale))
+    check_number("scale", scale)
     check_floats("[...]", logits=logits, perturbed=perturbed, conditional=conditional)
     check_finite(logits=logits, perturbed=perturbed, conditional=conditional)
     sample = harden(perturbed)
-    if not ((conditional == conditional.amax(-1, keepdim=True)) | (sample == 0)).all():
+    if (
+        values_visible(conditional)
+        and not ((conditional == conditional.amax(-1, keepdim=True)) | (sample == 0)).all()
+    ):
         raise ValueError("conditional: got another argmax than perturbed's, takes the same sample")
-    log_prob = (logits.log_softmax(-1) * sample).sum(-1)
-    hard = function(sample)
-    soft = function(_soft(perturbed, temperature))
-    soft_again = function(_soft(conditional, temperature))
+    log_prob = (widen(logits).log_softmax(-1) * widen(sample)).sum(-1)
+    soft_samples = (_soft(widen(z), temperature).to(logits) for z in (perturbed, conditional))
+    hard, soft, soft_again = (widen(function(y)) for y in (sample, *soft_samples))
     if hard.shape != log_prob.shape:
         got, want = list(hard.shape), list(log_prob.shape)
         raise ValueError(f"function: got a result of shape {got}, takes {want}")
@@ -227,6 +241,7 @@ def vector_quantise(inputs: Tensor, codebook: Tensor) -> Quantised:
         raise ValueError(f"inputs: got shape {got}, takes [..., {want}] like the codebook")
     check_alike("inputs", inputs, codebook=codebook)
     check_finite(inputs=inputs, codebook=codebook)
+    inputs, codebook = widen(inputs), widen(codebook)
     distances = (inputs.detach().unsqueeze(-2) - codebook.detach()).square().sum(-1)  # [..., K]
     indices = distances.argmin(-1)
     codes = codebook[indices]  # [..., D]
@@ -236,6 +251,10 @@ def vector_quantise(inputs: Tensor, codebook: Tensor) -> Quantised:
         (codes - inputs.detach()).square().sum(-1),
         (inputs - codes.detach()).square().sum(-1),
     )
+
+
+def _perturbed(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return logits.log_softmax(-1) - _exponentials(logits, generator).log()
 
 
 def _exponentials(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -259,8 +278,15 @@ def _check_logits(logits: Tensor) -> None:
 def _check_one_hot(logits: Tensor, one_hot: Tensor) -> None:
     _check_logits(logits)
     check_floats("[...]", logits=logits, one_hot=one_hot)
+    if not values_visible(one_hot):
+        return
     if not (((one_hot == 0) | (one_hot == 1)).all() and (one_hot.sum(-1) == 1).all()):
         raise ValueError("one_hot: got another row than zeros and one 1, takes one-hot rows")
+
+
+for _name in __all__:
+    if not isinstance(globals()[_name], type):
+        globals()[_name] = dtype_of_input(globals()[_name])
 
 
 def __dir__() -> list[str]:

@@ -173,3 +173,147 @@ def test_as_bool_mask():
     with pytest.raises(ValueError) as caught:
         arguments.as_bool_mask("mask", mask, torch.Size([5, 2]))
     assert str(caught.value) == "mask: got shape [2, 5], takes [5, 2]"
+
+
+# --- numbers that no float or int64 holds ------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [arguments.check_positive, arguments.check_number])
+def test_a_number_that_no_float_holds_is_a_value_error(check):
+    with pytest.raises(ValueError, match="beta.*a finite number.*got 1000|got 1000.*a finite"):
+        check("beta", 10**400)
+    with pytest.raises(ValueError, match="16,610 bits"):  # more digits than Python writes out
+        check("beta", 10**5000)
+
+
+def test_a_number_is_finite_and_real():
+    arguments.check_number("alpha", -2)
+    for value, kind in ((None, TypeError), ("1", TypeError), (True, TypeError), (NAN, ValueError)):
+        with pytest.raises(kind, match="alpha"):
+            arguments.check_number("alpha", value)
+
+
+def test_a_count_fits_an_int64():
+    arguments.check_count("n", 2**63 - 1)
+    with pytest.raises(ValueError, match=r"`n` must be a whole number <= 9223372036854775807"):
+        arguments.check_count("n", 2**63)
+
+
+def test_a_sparse_tensor_is_told_how_to_become_dense():
+    with pytest.raises(ValueError, match=r"`a` must be a dense tensor \(.to_dense\(\) makes one\)"):
+        arguments.check_floats("[B]", a=ONE.to_sparse())
+
+
+# --- a positive number, or a tensor of one -------------------------------------------------------
+
+
+def test_a_positive_scalar_keeps_the_gradient_of_a_tensor():
+    beta = torch.tensor(0.5, dtype=torch.float32, requires_grad=True)
+    scalar = arguments.positive_scalar("beta", beta, torch.float64)
+    assert scalar.dtype == torch.float64
+    assert torch.autograd.grad(scalar, beta)[0] == 1
+    assert arguments.positive_scalar("beta", 2, torch.float32).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -1.0, NAN, INF, torch.tensor(0.0), torch.tensor(-2), torch.tensor(NAN)]
+)
+def test_a_scalar_that_is_not_positive_is_refused(value):
+    with pytest.raises(ValueError, match="beta.* a finite number > 0"):
+        arguments.positive_scalar("beta", value, torch.float64)
+
+
+def test_a_scalar_that_its_dtype_rounds_to_zero_is_refused():
+    assert arguments.positive_scalar("beta", 1e-46, torch.float64) == 1e-46
+    want = "`beta` must be a finite number > 0 in torch.float32, got 1e-46"
+    with pytest.raises(ValueError, match=want):
+        arguments.positive_scalar("beta", 1e-46, torch.float32)
+
+
+@pytest.mark.parametrize("value", [ONE, torch.tensor(True), torch.tensor(1j)])
+def test_a_tensor_of_another_kind_is_no_scalar(value):
+    with pytest.raises(ValueError, match="`beta` must be one real number, got a tensor of"):
+        arguments.positive_scalar("beta", value, torch.float64)
+
+
+# --- tables from lists and arrays ----------------------------------------------------------------
+
+
+def test_lists_take_the_dtype_beside_them():
+    half = torch.zeros(1, 2, dtype=torch.bfloat16)
+    array = np.zeros((1, 2), dtype=np.float32)
+    for beside, dtype in (
+        ([[0.0, 0.0]], torch.float64),
+        (half, torch.bfloat16),
+        (array, torch.float32),
+        (np.zeros((1, 2), dtype=np.int64), torch.float64),
+    ):
+        first, second = arguments.as_floats("[X, Y]", {"a": [[1, 2]], "b": beside})
+        assert (first.dtype, second.dtype) == (dtype, dtype)
+        assert first.tolist() == [[1.0, 2.0]]
+
+
+def test_the_smaller_dtype_is_cast_up_where_that_is_asked_for():
+    tables = {"a": torch.zeros(2, dtype=torch.float16), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    assert [t.dtype for t in arguments.as_floats("[B]", tables, cast_up=True)] == [
+        torch.float32
+    ] * 2
+    with pytest.raises(ValueError, match=r"`b` must have dtype torch.float16 like `a`"):
+        arguments.as_floats("[B]", tables)
+
+
+@pytest.mark.parametrize("value", [None, "12", 1.0, [[1.0], [1.0, 2.0]], [["a"]], {"a": 1.0}])
+def test_what_is_no_table_is_named(value):
+    with pytest.raises(TypeError, match=r"`a` must be a floating torch.Tensor \[X, Y\], an array"):
+        arguments.as_floats("[X, Y]", {"a": value})
+
+
+def test_a_list_that_would_lose_a_gradient_is_refused():
+    leaf = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(TypeError, match="`a` must be"):
+        arguments.as_floats("[X, Y]", {"a": [[leaf, leaf]]})
+
+
+# --- rounding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_answers", [2, 50, 5000])
+def test_a_rounded_table_sums_to_one_as_well_as_its_dtype_can(dtype, n_answers, generator):
+    for _ in range(50):
+        logits = 2 * torch.randn(4, n_answers, dtype=torch.float64, generator=generator)
+        arguments.check_normalised(table=logits.log_softmax(-1).to(dtype))
+        with pytest.raises(ValueError, match="logits"):
+            arguments.check_normalised(table=logits.to(dtype))
+
+
+# --- inside a transform ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in jvp
+def test_values_can_be_looked_at_outside_a_transform_only():
+    seen = []
+
+    def look(tensor):
+        seen.append(arguments.values_visible(tensor))
+        return tensor.sum()
+
+    look(ONE)
+    torch.func.vmap(look)(torch.ones(3, 2))
+    torch.func.grad(look)(ONE)
+    torch.compile(look, fullgraph=True, backend="eager")(ONE)
+    assert seen == [True, False, False, False]
+
+
+def test_only_checks_of_values_pass_inside_a_transform():
+    def check(tensor):
+        arguments.check_finite(a=tensor)
+        arguments.check_logps(a=tensor)
+        arguments.check_normalised(a=tensor)
+        return tensor
+
+    assert torch.func.vmap(check)(torch.full((3, 2), NAN)).isnan().all()
+    with pytest.raises(ValueError, match="a: got shape"):
+        torch.func.vmap(lambda t: arguments.check_floats("[B, T]", a=t))(torch.ones(3, 2))
+    with pytest.raises(ValueError, match="`a` must have a floating dtype"):
+        torch.func.vmap(lambda t: arguments.check_floats("[B]", a=t))(torch.ones(3, 2).long())

@@ -425,7 +425,7 @@ def test_bad_arguments_of_rebar_are_refused():
     for name in ("perturbed", "conditional"):
         got = refusal(ValueError, call, **{name: LOGITS[:2]})
         assert got == f"{name}: got shape [2], takes [3] like logits"
-    assert refusal(ValueError, call, scale=INF) == "scale: got inf, takes finite values"
+    assert refusal(ValueError, call, scale=INF) == "`scale` must be a finite number, got inf"
     got = refusal(ValueError, call, conditional=-LOGITS)
     assert got == "conditional: got another argmax than perturbed's, takes the same sample"
     got = refusal(ValueError, call, function=lambda point: point)
@@ -462,3 +462,54 @@ def test_bad_values_to_quantise_are_refused():
     ]
     for arguments, want in refused:
         assert refusal(ValueError, vector_quantise, *arguments) == want
+
+
+# --- float32 and half precision ------------------------------------------------------------------
+
+
+def test_noise_that_leads_to_a_likely_sample_is_finite_however_unlikely_the_others():
+    """In float32 1 / p overflows for p < e^-88. The float64 path draws the same uniform numbers."""
+    for gap in (50.0, 89.0, 200.0, 1e4):
+        logits = torch.tensor([[0.0, -gap, 1.0 - gap]], dtype=torch.float32, requires_grad=True)
+        one_hot = torch.tensor([[1.0, 0.0, 0.0]])
+        got = sample_conditional_logits(logits, one_hot, generator=seeded())
+        (slope,) = torch.autograd.grad(got[0, 1], logits)
+        assert got.isfinite().all()
+        assert got.argmax() == 0
+        # -log(E_k / p_k + E_y) with E_k / p_k far above E_y: log p_k - log E_k, of slope 1.
+        noise = torch.empty(1, 3).exponential_(generator=seeded())
+        assert_close(got[0, 1], -gap - noise[0, 1].log(), rtol=1e-5, atol=1e-5)
+        assert_close(slope, torch.tensor([[-1.0, 1.0, 0.0]]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_float32_rounded_once(dtype):
+    logits, one_hot = LOGITS.to(dtype), torch.tensor([0.0, 0.0, 1.0], dtype=dtype)
+    calls = {
+        "perturbed": lambda x, y: sample_perturbed_logits(x, generator=seeded()),
+        "conditional": lambda x, y: sample_conditional_logits(x, y, generator=seeded()),
+        "gumbel": lambda x, y: gumbel_softmax(x, temperature=0.3, generator=seeded()),
+        "straight": lambda x, y: straight_through(x, generator=seeded()),
+        "both": lambda x, y: straight_through_gumbel_softmax(
+            x, temperature=0.3, generator=seeded()
+        ),
+        "quantised": lambda x, y: vector_quantise(x, torch.stack([y, x + 1]))[2],
+        "rebar": lambda x, y: rebar_surrogate(
+            lambda s: (s * s).sum(-1), x, x, x, temperature=0.5, scale=0.3
+        ),
+    }
+    for name, call in calls.items():
+        got = call(logits, one_hot)
+        assert got.dtype == dtype, name
+        if name != "rebar":  # its function is the caller's, and is given the caller's dtype
+            assert torch.equal(got, call(logits.float(), one_hot.float()).to(dtype)), name
+    assert type(vector_quantise(logits, one_hot[None])).__name__ == "Quantised"
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match=r"`soft` must be \[..., V\]"):
+        harden(torch.tensor(1.0))
+    with pytest.raises(TypeError, match="scale: got NoneType, takes a number"):
+        rebar_surrogate(lambda s: s.sum(-1), LOGITS, LOGITS, LOGITS, temperature=1.0, scale=None)
+    with pytest.raises(ValueError, match="`logits` must be a dense tensor"):
+        gumbel_softmax(LOGITS.to_sparse(), temperature=1.0, generator=seeded())
