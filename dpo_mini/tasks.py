@@ -169,7 +169,7 @@ class Task:
         self._check_policy(logps)
         check_indices("prompts", prompts, "[B]", len(self.prompts))
         check_generator(generator)
-        return self.completions[_draw(logps, prompts, generator)]
+        return self.completions[_draw(_cdf(logps), prompts, generator)]
 
     def sample_pairs(
         self, logps: Tensor, n: int, *, generator: torch.Generator
@@ -198,19 +198,20 @@ class Task:
             raise ValueError("logps: got a row with all its mass on one completion, takes >= 2")
         device = self.rewards.device
         prompts = torch.randint(len(self.prompts), (n,), generator=generator, device=device)
-        first = _draw(logps, prompts, generator)
-        second = _draw(logps, prompts, generator)
+        cdf = _cdf(logps)
+        first = _draw(cdf, prompts, generator)
+        second = _draw(cdf, prompts, generator)
         for _ in range(_ROUNDS):
             same = (first == second).nonzero().squeeze(1)
             if not same.numel():
                 break
-            second[same] = _draw(logps, prompts[same], generator)
+            second[same] = _draw(cdf, prompts[same], generator)
         same = (first == second).nonzero().squeeze(1)
         if same.numel():
             drawn = torch.stack([prompts[same], first[same]])
             (rows, columns), which = drawn.unique(dim=1, return_inverse=True)
             others = logps.detach().double()[rows].scatter(1, columns[:, None], -math.inf)
-            second[same] = _draw(others.log_softmax(-1), which, generator)
+            second[same] = _draw(_cdf(others.log_softmax(-1)), which, generator)
         rewards_a, rewards_b = self.rewards[prompts, first], self.rewards[prompts, second]
         first_wins = sample_bradley_terry(rewards_a, rewards_b, generator=generator)
         chosen = torch.where(first_wins, first, second)
@@ -226,12 +227,16 @@ class Task:
         check_normalised(logps=logps)
 
 
-def _draw(logps: Tensor, prompts: Tensor, generator: torch.Generator) -> Tensor:
+def _cdf(logps: Tensor) -> Tensor:
+    """Sums `[X, Y]` of the probabilities up to each column, float64."""
+    return logps.detach().double().exp().cumsum(-1)
+
+
+def _draw(cdf: Tensor, prompts: Tensor, generator: torch.Generator) -> Tensor:
     """Columns `[B]` drawn from the rows `prompts` `[B]` of a table, by inverting its CDF."""
-    cdf = logps.detach().double().exp().cumsum(-1)  # [X, Y]
     uniform = torch.rand(prompts.shape, dtype=cdf.dtype, device=cdf.device, generator=generator)
     draws = torch.empty_like(prompts)
-    for x in prompts.unique().tolist():
+    for x in prompts.bincount().nonzero().flatten().tolist():
         rows = prompts == x
         draws[rows] = torch.searchsorted(cdf[x], uniform[rows] * cdf[x, -1], right=True)
     return draws.clamp(max=cdf.shape[1] - 1)
