@@ -49,7 +49,7 @@ Path = list[tuple[Tensor, Tensor]]
 """Keys and values of every token on a path, one pair `[P, H, S, D/H]` a layer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixTree:
     """The N distinct prefixes of a batch, one a node, to be read in one pass.
 

@@ -26,6 +26,7 @@ WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called ther
         "linear_of_rows",
         "shares_storage",
     },
+    "dpo_mini.progress": {"in_notebook"},
     "dpo_mini.rollout": {"chunks", "take"},
     "dpo_mini.train": {"check_pairs"},
 }

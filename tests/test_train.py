@@ -769,7 +769,8 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps[0]),
-        "`start_logps` must be [X, Y], got shape [3]: for one prompt write start_logps[None]",
+        "`start_logps` must be [X, Y], one row per prompt, "
+        "got shape [3]: for one prompt write start_logps[None]",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps, steps=0),
