@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, widen
+from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, sigmoid, widen
 from dpo_mini.arguments import (
     Table,
     as_floats,
@@ -44,7 +44,7 @@ def bradley_terry_prob(rewards_a: Table, rewards_b: Table) -> Tensor:
       ValueError: shapes or dtypes differ, or a reward is not finite.
     Source: Bradley & Terry 1952; Rafailov et al. 2023, Eq. 1, arXiv:2305.18290.
     """
-    return _margins(rewards_a, rewards_b).sigmoid()
+    return sigmoid(_margins(rewards_a, rewards_b))
 
 
 def bradley_terry_logp(rewards_a: Table, rewards_b: Table) -> Tensor:
@@ -99,7 +99,7 @@ def davidson_probs(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Te
       ValueError: shapes or dtypes differ, a reward is not finite, or `tie_weight <= 0`.
     Source: Davidson 1970.
     """
-    return _davidson_scores(rewards_a, rewards_b, tie_weight).softmax(-1)
+    return normalise(_davidson_scores(rewards_a, rewards_b, tie_weight))[0].exp()
 
 
 def davidson_logps(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Tensor) -> Tensor:
