@@ -251,10 +251,9 @@ def best_of_n_logps(ref_logps: Table, rewards: Table, n: int) -> Tensor:
     below = ordered.cumsum(-1).gather(-1, first)  # F(r-)
     above = ordered.flip(-1).cumsum(-1).flip(-1).gather(-1, last + 2)  # 1 - F(r)
     at_most = (below + mass).clamp(min=torch.finfo(mass.dtype).tiny)  # F(r)
+    log_at_most = reference.gather(-1, order).logcumsumexp(-1).gather(-1, last)
     rare = above < 0.5  # F(r) close to 1 has lost the digits that 1 - F(r) still has
-    log_at_most = torch.where(
-        rare, torch.log1p(-above.masked_fill(~rare, 0.0)), at_most.masked_fill(rare, 1.0).log()
-    )
+    log_at_most = torch.where(rare, torch.log1p(-above.masked_fill(~rare, 0.0)), log_at_most)
     bonus = _log_win_bonus(mass / at_most, below / at_most, n)
     return normalise(reference + (n - 1) * log_at_most + bonus)[0]
 
@@ -266,8 +265,8 @@ def _log_win_bonus(share: Tensor, rest: Tensor, n: int) -> Tensor:
       share: m / F(r); rest: F(r-) / F(r), which is 1 - share.
       n: draws.
     """
-    # It is (1 - rest^n) / (n share), close to 1 where n draws hardly ever meet the group twice: there
-    # a series keeps its digits. The fills keep the other branch from a gradient of 0 * inf.
+    # It is (1 - rest^n) / (n share), close to 1 where n draws hardly ever meet the group twice. A
+    # series keeps its digits there. The fills keep the other branch from a gradient of 0 * inf.
     seldom, common, alone = n * share < 1e-4, share > 0.5, rest == 0
     x = share.masked_fill(~seldom, 0.0)
     series = torch.log1p((n - 1) * x * ((n - 2) * x / 3 - 1) / 2)
@@ -370,9 +369,11 @@ def _below_the_best(prior_logps: Tensor, values: Tensor) -> Tensor:
 
 def _frontier_point(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """KL and reward of the optimum, means over prompts."""
-    weights = _below_the_best(ref_logps, rewards) / beta
-    optimum = _tilted(ref_logps, weights)
-    # log(pi*/pi_ref) from the weights: the difference of the two tables loses it for a large beta.
+    optimum = _optimal_logps(ref_logps, rewards, beta)
+    # log(pi*/pi_ref) from the rewards: the difference of the two tables loses it for a large beta.
+    # They are counted from that of the optimum's likeliest answer, whose own ratio is close to 1.
+    likeliest = rewards.gather(-1, optimum.argmax(-1, keepdim=True)).detach()
+    weights = (rewards - likeliest).masked_fill(torch.isneginf(ref_logps), 0.0) / beta
     u = weights - log_mean_exp(ref_logps, weights).unsqueeze(-1)
     outside = torch.isneginf(optimum)
     tables = (table.masked_fill(outside, 0.0) for table in (optimum, ref_logps, u))

@@ -10,6 +10,7 @@ and no gradient is NaN or infinite. Half precision is computed in float32 and ro
 end; there what is above the largest float16, 65,504, is that number.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -239,9 +240,11 @@ def optimal_baseline(logps: Tensor, rewards: Tensor, squared_scores: Tensor) -> 
     if values_visible(largest) and torch.isneginf(largest).any():
         row = int(torch.isneginf(largest).flatten().nonzero()[0])
         raise ValueError(f"squared_scores: got only 0 in row {row}, takes one > 0 at least")
-    gaps = wide_logps - largest
-    weights = (gaps - excess_exponent(gaps)).exp() * squares
-    return (weights * widen(rewards)).sum(-1) / weights.sum(-1)
+    gaps = wide_logps - largest  # above 0 only where the score is 0: e^gap must not be infinite
+    weights = gaps.clamp(max=math.log(torch.finfo(gaps.dtype).max) - 1).exp() * squares
+    # Counted from the reward that weighs most: where it weighs nearly all, the others keep digits.
+    heaviest = widen(rewards).gather(-1, weights.argmax(-1, keepdim=True))
+    return heaviest.squeeze(-1) + (weights * (widen(rewards) - heaviest)).sum(-1) / weights.sum(-1)
 
 
 def gae(

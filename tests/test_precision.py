@@ -734,11 +734,8 @@ def groups():
 
 
 def optimal_baseline(logps, rewards, squared_scores):
-    weights = log_shares([
-        logp + log(s) if s.value else None
-        for logp, s in zip(logps, squared_scores, strict=True)
-    ])  # fmt: skip
-    return total(exp(w) * r for w, r in zip(weights, rewards, strict=True) if w is not None)
+    weights = [exp(logp) * s for logp, s in zip(logps, squared_scores, strict=True)]
+    return total(w * r for w, r in zip(weights, rewards, strict=True)) / total(weights)
 
 
 def baselines():
