@@ -53,6 +53,8 @@ def widen(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it is in half precision, else as it is."""
     if tensor.dtype not in _HALVES:
         return tensor
+    if torch.compiler.is_compiling():  # the compiler takes no function with a forward-mode rule
+        return tensor.float()
     widened: Tensor = _Widen.apply(tensor)
     return widened
 

@@ -4,6 +4,9 @@ Rewards are tensors, numpy arrays or lists of numbers. Probabilities underflow w
 better: 1 in e^104 is 0 in float32. A likelihood needs `..._logp`, which stays right there.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -114,7 +117,7 @@ def davidson_logps(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Te
     return normalise(_davidson_scores(rewards_a, rewards_b, tie_weight))[0]
 
 
-def plackett_luce_logp(rewards: Table, ranking: Tensor) -> Tensor:
+def plackett_luce_logp(rewards: Table, ranking: Table) -> Tensor:
     r"""$\log P(\tau) = \sum_k [r_{\tau(k)} - \log\sum_{j\ge k} e^{r_{\tau(j)}}]$.
 
     Args:
@@ -127,6 +130,8 @@ def plackett_luce_logp(rewards: Table, ranking: Tensor) -> Tensor:
     Source: Plackett 1975; Rafailov et al. 2023, Eq. 18, arXiv:2305.18290.
     """
     scores = _listed(rewards)
+    if isinstance(ranking, np.ndarray | Sequence):
+        ranking = torch.as_tensor(np.asarray(ranking), device=scores.device)
     check_integers("ranking", ranking, "[B, K]")
     if ranking.shape != scores.shape:
         raise ValueError(

@@ -131,6 +131,7 @@ def test_a_gradient_in_half_precision_never_becomes_infinite():
     assert slopes.tolist() == [4.0]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in jacfwd
 def test_with_slope_has_the_second_derivative_of_its_slope():
     """x^3 from its value and its slope alone."""
 

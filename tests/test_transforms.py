@@ -108,6 +108,7 @@ EXAMPLES = {
     ),
     "preferences.bradley_terry_prob": Example(PAIR),
     "preferences.thurstone_prob": Example(PAIR),
+    "preferences.bradley_terry_logp": Example(PAIR),
     "preferences.thurstone_logp": Example(PAIR),
     "preferences.davidson_probs": Example(PAIR, {"tie_weight": 0.7}),
     "preferences.davidson_logps": Example(PAIR, {"tie_weight": 0.7}),
