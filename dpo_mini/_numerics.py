@@ -117,12 +117,13 @@ def expm1(x: Tensor) -> Tensor:
     return torch.where(x < -_SMALL, below, torch.expm1(x.clamp(min=-_SMALL)))
 
 
-def excess_exponent(x: Tensor) -> Tensor:
-    """How far x is above 0.9 log(largest number): above 639 in float64, 79 in float32. No gradient.
+def hold(exponents: Tensor) -> Tensor:
+    """x, but at most 0.9 log(largest number), 639 in float64 and 79 in float32; of slope 1.
 
-    e^(x - excess) has no infinity: above that exponent it has the value and the slope from there.
+    So e^x has no infinity: above that exponent it has the value and the slope from there.
     """
-    return (x.detach() - 0.9 * math.log(torch.finfo(x.dtype).max)).clamp(min=0)
+    largest = 0.9 * math.log(torch.finfo(exponents.dtype).max)
+    return torch.where(exponents > largest, largest + value_zero(exponents), exponents)
 
 
 def exp_remainder(u: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def exp_remainder(u: Tensor) -> Tensor:
     series = torch.zeros_like(u)
     for coefficient in reversed(_SERIES):
         series = series * small + coefficient
-    far = expm1(u - excess_exponent(u)) - u
+    far = expm1(hold(u)) - u
     return torch.where(u.abs() < _SMALL, series * small * small, far)
 
 
@@ -185,7 +186,7 @@ def log_mean_exp(logps: Tensor, weights: Tensor) -> Tensor:
     impossible = torch.isneginf(logps)
     weights = weights.masked_fill(impossible, 0.0)
     probs = logps.exp()
-    bounded = weights - excess_exponent(weights)
+    bounded = hold(weights)
     # The rows sum to 1 but for rounding, so their sum less 1 counts as 0. Its gradient counts.
     surplus = (probs * expm1(bounded)).sum(-1) + value_zero(probs.sum(-1))
     near = surplus.abs() < _SMALL

@@ -374,13 +374,14 @@ def _frontier_point(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> tuple[T
     # They are counted from that of the optimum's likeliest answer, whose own ratio is close to 1.
     likeliest = rewards.gather(-1, optimum.argmax(-1, keepdim=True)).detach()
     weights = (rewards - likeliest).masked_fill(torch.isneginf(ref_logps), 0.0) / beta
-    u = weights - log_mean_exp(ref_logps, weights).unsqueeze(-1)
+    gaps = weights - log_mean_exp(ref_logps, weights).unsqueeze(-1)
+    u = torch.where(gaps.abs().amax(-1, keepdim=True) < 0.5, gaps, optimum - ref_logps)
     outside = torch.isneginf(optimum)
     tables = (table.masked_fill(outside, 0.0) for table in (optimum, ref_logps, u))
     terms = kl_terms(*tables)
     kls = torch.where(outside, ref_logps.exp(), terms).sum(-1)
-    surplus = value_zero((optimum.exp() - ref_logps.exp()).sum(-1))
-    return (kls + surplus).mean(), (optimum.exp() * rewards).sum(-1).mean()
+    kls = kls + value_zero((optimum.exp() - ref_logps.exp()).sum(-1))
+    return kls.mean(), (optimum.exp() * rewards).sum(-1).mean()
 
 
 def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from torch.nn.functional import logsigmoid
 
 from dpo_mini._numerics import (
     dtype_of_input,
-    excess_exponent,
     expm1,
+    hold,
     kl_terms,
     ranking_terms,
     sigmoid,
@@ -299,7 +299,7 @@ def discopop_loss(
     margins = beta * (a - b)
     # m * exp(-L) is 0 * inf for L < -710; one exponential of log m - L is not.
     exponents = logsigmoid(margins / temperature) - margins
-    exponential = (exponents - excess_exponent(exponents)).exp()
+    exponential = hold(exponents).exp()
     return exponential - sigmoid(-margins / temperature) * logsigmoid(margins)
 
 
@@ -852,8 +852,9 @@ def _mean_logratios(
 def _difference_of_powers(a: Tensor, b: Tensor, exponent: float, beta: float) -> Tensor:
     """(e^(k a) - e^(k b)) / k for k = `exponent`; powers are held where beta e^x would overflow."""
     p, q = exponent * a, exponent * b
-    excess = excess_exponent(torch.maximum(p, q) + math.log(max(beta, 1.0)))
-    p, q, gap = p - excess, q - excess, p - q
+    largest = torch.maximum(p, q).detach() + math.log(max(beta, 1.0))
+    shift, gap = hold(largest) - largest, p - q
+    p, q = p + shift, q + shift
     # Near 0 the larger power is taken out: e^p (1 - e^(q - p)), or e^q (e^(p - q) - 1).
     # Each branch keeps the gradient of its own power (a maximum would halve it at p = q), so that
     # first and second derivatives are right where the policy is the reference.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dpo_mini._numerics import (
     dtype_of_input,
-    excess_exponent,
     exp_remainder,
+    hold,
     normalise,
     widen,
     with_slope,
@@ -441,8 +441,7 @@ def _ratios(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> tuple[Tenso
     check_floats("[...]", logps=logps, old_logps=old_logps, advantages=advantages)
     check_finite(logps=logps, old_logps=old_logps, advantages=advantages)
     log_ratios = widen(logps) - widen(old_logps).detach()
-    ratios = (log_ratios - excess_exponent(log_ratios)).exp()
-    return ratios, widen(advantages).detach()
+    return hold(log_ratios).exp(), widen(advantages).detach()
 
 
 def _log_ratios(logps: Tensor, ref_logps: Tensor) -> Tensor:

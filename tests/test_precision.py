@@ -1243,20 +1243,16 @@ def test_f_dpo_is_held_where_its_powers_are_too_large(divergence, alpha, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("beta", [1e3, 1e6, 1e8])
-def test_the_slope_of_log_z_in_the_logits_at_a_large_beta(beta, dtype):
-    """pi* - pi_ref, the difference of two tables that are nearly equal: p (r - E[r]) / beta."""
+@pytest.mark.parametrize("beta", [1e-2, 1.0, 1e3, 1e8])
+def test_the_slope_of_log_z_in_log_pi_ref_is_the_optimum(beta, dtype):
     logits, rewards = (x.to(dtype) for x in draws(12, 2, 6, 5))
-    logits.requires_grad_()
-    log_z = closed_form.log_partition(logits.log_softmax(-1), rewards, beta)
-    slopes = torch.autograd.grad(log_z.sum(), logits)[0]
-    for row, *given in zip(slopes.tolist(), logits.tolist(), rewards.tolist(), strict=True):
-        of_row = [[Jet(x) for x in part] for part in given]
-        best = tilted(*of_row, MP.mpf(beta))[:-1]
-        pairs = zip(best, log_shares(of_row[0]), strict=True)
-        want = [exp(x).value - exp(p).value for x, p in pairs]
-        error = max(abs(x - y) for x, y in zip(row, want, strict=True))
-        assert error <= 16 * torch.finfo(dtype).eps * max(abs(x) for x in want)
+    ref_logps = logits.log_softmax(-1).requires_grad_()
+    log_z = closed_form.log_partition(ref_logps, rewards, beta)
+    slopes = torch.autograd.grad(log_z.sum(), ref_logps)[0]
+    for row, *given in zip(slopes.tolist(), ref_logps.tolist(), rewards.tolist(), strict=True):
+        best = tilted(*([Jet(x) for x in part] for part in given), MP.mpf(beta))[:-1]
+        for x, y in zip(row, best, strict=True):
+            assert abs(x - exp(y).value) <= 16 * torch.finfo(dtype).eps / min(beta, 1.0)
 
 
 # --- a beta so small that r / beta is no float -----------------------------------------------
@@ -1380,6 +1376,10 @@ def to_half(values, dtype):
 def test_half_precision_is_single_precision_rounded_once(name, dtype):
     case = EVERY[name]
     inputs = in_half(case, dtype)
+    if dtype == torch.float16 and name in ("log_partition at 1e-30", "log_partition at 1e-06"):
+        with pytest.raises(ValueError, match="`beta` must be large enough"):
+            case.function(*inputs, **case.options)
+        return  # log Z is no float16
     wide = [t.float() if t.is_floating_point() else t for t in inputs]
     found, values, leaves = {}, {}, {}
     for kind, tensors in (("half", inputs), ("single", wide)):
