@@ -347,7 +347,7 @@ def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
     [
         ({"prompts": torch.tensor([0, 2])}, ValueError, "prompts: got 2"),
         ({"prompts": torch.tensor([-1])}, ValueError, "prompts: got -1"),
-        ({"prompts": torch.tensor([0.0])}, ValueError, "prompts: got dtype"),
+        ({"prompts": torch.tensor([0.0])}, ValueError, "`prompts` must have dtype torch.int64"),
         ({"prompts": torch.zeros(0, dtype=torch.int64)}, ValueError, "prompts: got shape"),
         ({"prompts": [0]}, TypeError, "prompts: got list"),
         ({"generator": None}, TypeError, "generator: got NoneType"),
