@@ -5,7 +5,7 @@ import math
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, other_instances, random_policies
+from dpo_mini.checks.homework import agree, other_instances, random_policies, require
 
 POLICY = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -83,11 +83,11 @@ def judge_safe_beta(safe_beta):
     for seed, (_, (rewards, _), _) in enumerate(other_instances(seed=2)):
         for floor in (0.05, 0.3, 0.8):
             beta = safe_beta(rewards, floor)
-            assert beta > 0, "your beta is not above 0"
+            require(beta > 0, "your beta is not above 0")
             for draw in range(5):
                 ref = random_policies(rewards, 10 * seed + draw)
                 shares = torch.softmax(ref.log() + rewards / beta, 0) / ref
-                assert shares.min() >= floor, "with your beta an answer falls below the floor"
+                require(shares.min() >= floor, "with your beta an answer falls below the floor")
             worst_ref = torch.full_like(rewards, 1e-13)
             worst_ref[rewards.argmax()] = 1.0
             shares = torch.softmax(worst_ref.log() + rewards / beta, 0) / worst_ref
@@ -130,7 +130,7 @@ def judge_forward_gaussian(forward_gaussian):
     for seed, (_, (points, _), _) in enumerate(other_instances(seed=3)):
         probs = random_policies(points, seed)
         gaussian = forward_gaussian(points, probs).requires_grad_()
-        assert gaussian[1] > 0, "the standard deviation is not above 0"
+        require(gaussian[1] > 0, "the standard deviation is not above 0")
         log_density = torch.distributions.Normal(*gaussian).log_prob(points)
         kl = (probs * (probs.log() - log_density)).sum()
         (slopes,) = torch.autograd.grad(kl, gaussian)

@@ -3,7 +3,7 @@
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, other_instances, random_policies
+from dpo_mini.checks.homework import agree, other_instances, random_policies, require
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 POLICY = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -78,7 +78,7 @@ def judge_forward_kl_policy(forward_kl_policy):
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
         probs = forward_kl_policy(ref_probs, rewards, beta)
         agree(probs.sum(), 1.0, "the probabilities do not sum to 1: lambda must see to it")
-        assert probs.min() > 0, "a probability is not above 0: forward KL would be infinite"
+        require(probs.min() > 0, "a probability is not above 0: forward KL would be infinite")
         logits = probs.log().requires_grad_()
         policy = logits.softmax(0)
         objective = policy @ rewards - beta * (ref_probs * (ref_probs / policy).log()).sum()
@@ -123,7 +123,7 @@ def judge_chi_squared_policy(chi_squared_policy):
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=3, n=6):
         for weight in (beta, beta / 8):  # with the smaller one answers are dropped
             probs = chi_squared_policy(ref_probs, rewards, weight)
-            assert probs.min() >= 0, "some of your probabilities are negative"
+            require(probs.min() >= 0, "some of your probabilities are negative")
             agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
             policy = probs.clone().requires_grad_()
             penalty = (ref_probs * (policy / ref_probs - 1) ** 2).sum()
@@ -131,7 +131,8 @@ def judge_chi_squared_policy(chi_squared_policy):
             kept = probs > 0
             level = slopes[kept].max()
             agree(slopes[kept], level, "moving mass between two answers that you keep still helps")
-            assert (slopes <= level + 1e-8).all(), "an answer that you dropped is worth some mass"
+            worthless = (slopes <= level + 1e-8).all()
+            require(worthless, "an answer that you dropped is worth some mass")
 
 
 def _dropped_where_negative(ref_probs, rewards, beta):

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree
+from dpo_mini.checks.homework import agree, require
 
 CHOSEN = torch.tensor([-2.0, -1.2, -0.7], dtype=torch.float64)
 REJECTED = torch.tensor([-1.5, -3.1, -2.2], dtype=torch.float64)
@@ -30,7 +30,8 @@ def judge_dpo(dpo):
         for chosen, rejected, ref_chosen, ref_rejected in (columns, (FAR, *columns[1:])):
             loss = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
             other = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
-            assert torch.isfinite(loss).all(), "a margin far below 0 has an infinite loss or NaN"
+            finite = torch.isfinite(loss).all()
+            require(finite, "a margin far below 0 has an infinite loss or NaN")
             agree(
                 torch.exp(-loss) + torch.exp(-other),
                 1.0,
@@ -144,7 +145,7 @@ def judge_standard_error(standard_error):
         (slope,) = torch.autograd.grad(loss, margin, create_graph=True)
         (curvature,) = torch.autograd.grad(slope, margin)
         error = standard_error(share, n, beta)
-        assert error > 0, "a standard error is above 0"
+        require(error > 0, "a standard error is above 0")
         agree(
             error**2 * curvature,
             1.0,

@@ -372,7 +372,7 @@ MISTAKES = {
         "add 1 to every reward": slope_times_p,
         "is it in yours": slope_of_entropy,
         "leaving the reference pays": slope_with_the_sign_wrong,
-        "the KL is turned round": slope_of_the_kl_turned_round,
+        "the KL is reversed": slope_of_the_kl_turned_round,
         "product rule": slope_without_the_one,
     },
     "h1-multiplier-test": {
