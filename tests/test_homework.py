@@ -301,6 +301,9 @@ def test_what_is_not_an_answer_gets_a_sentence():
             homework.numbers(result, [2])
     with pytest.raises(AssertionError, match=r"why \(here 2.0000, and 1.0000 is wanted\)"):
         homework.agree([1.0, 2.0], 1.0, "why")
+    # Where both would print alike it says how far off.
+    with pytest.raises(AssertionError, match=r"nearly: off by 3.0e-06, and 1e-08 is allowed"):
+        homework.agree([1.0, 1.000003], 1.0, "why")
     with pytest.raises(AssertionError, match="why"):
         homework.agree([1.0, nan], 1.0, "why")
     homework.agree([1.0, 1.0 + 1e-9], 1.0, "why")

@@ -54,7 +54,7 @@ def _judge_answers_never_given(objective, probs, ref, rewards, beta):
 
 
 def _kl_turned_round(probs, ref_probs, rewards, beta):
-    """The KL is turned round: it must average over what the policy says, not the reference."""
+    """The KL is reversed: it must average over what the policy says, not the reference."""
     return (probs * rewards).sum() - beta * _nats(ref_probs, probs)
 
 
@@ -76,6 +76,31 @@ def _beta_on_the_reward(probs, ref_probs, rewards, beta):
 def _entropy_only(probs, ref_probs, rewards, beta):
     """The reference is missing: this charges for low entropy, wherever the policy is."""
     return (probs * rewards).sum() - beta * torch.xlogy(probs, probs).sum()
+
+
+def _kl_missing(probs, ref_probs, rewards, beta):
+    """The KL term is missing: this is the mean reward alone."""
+    return (probs * rewards).sum()
+
+
+def _rewards_summed(probs, ref_probs, rewards, beta):
+    """The rewards are added up: their mean under the policy weighs each by its probability."""
+    return rewards.sum() - beta * _nats(probs, ref_probs)
+
+
+def _reward_of_the_reference(probs, ref_probs, rewards, beta):
+    """This is the reference's mean reward: J asks for the policy's."""
+    return (ref_probs * rewards).sum() - beta * _nats(probs, ref_probs)
+
+
+def _cross_entropy(probs, ref_probs, rewards, beta):
+    """This charges a cross-entropy: in a KL the policy's own log-probability counts too."""
+    return (probs * rewards).sum() + beta * (probs * ref_probs.log()).sum()
+
+
+def _kl_not_weighted(probs, ref_probs, rewards, beta):
+    """The log-ratios are added up: a KL weighs each by the policy's probability."""
+    return (probs * rewards).sum() - beta * torch.log(probs / ref_probs).sum()
 
 
 def judge_safe_beta(safe_beta):
@@ -160,6 +185,19 @@ def _second_moment(points, probs):
     return torch.stack([mean, (probs * points**2).sum().sqrt()])
 
 
+def _spread_without_weights(points, probs):
+    """The mean is weighted and the spread is not: both are expectations under the target."""
+    mean = (probs * points).sum()
+    return torch.stack([mean, ((points - mean) ** 2).mean().sqrt()])
+
+
+def _corrected_for_a_sample(points, probs):
+    """The spread has the factor K / (K - 1) of a sample: these probabilities are known exactly."""
+    mean = (probs * points).sum()
+    variance = (probs * (points - mean) ** 2).sum() * len(points) / (len(points) - 1)
+    return torch.stack([mean, variance.sqrt()])
+
+
 EXERCISES = (
     Exercise(
         "1.1",
@@ -171,6 +209,11 @@ EXERCISES = (
             _zero_times_infinity,
             _beta_on_the_reward,
             _entropy_only,
+            _kl_missing,
+            _rewards_summed,
+            _reward_of_the_reference,
+            _cross_entropy,
+            _kl_not_weighted,
         ),
     ),
     Exercise(
@@ -189,7 +232,14 @@ EXERCISES = (
         "1.3",
         cases=((POINTS, TARGET), (POINTS + 1.0, TARGET.flip(0))),
         judge=judge_forward_gaussian,
-        mistakes=(_variance, _at_the_mode, _without_weights, _second_moment),
+        mistakes=(
+            _variance,
+            _at_the_mode,
+            _without_weights,
+            _second_moment,
+            _spread_without_weights,
+            _corrected_for_a_sample,
+        ),
         shape=lambda points, probs: (2,),
     ),
 )

@@ -46,7 +46,7 @@ MISTAKES = {
     "0.2": {
         "reference is missing": margin_that_forgets_the_reference,
         "Beta is missing": margin_in_nats,
-        "turned round": margin_of_the_second_over_the_first,
+        "reversed": margin_of_the_second_over_the_first,
         "logarithm is missing": margin_without_a_logarithm,
     },
 }

@@ -70,7 +70,7 @@ def gaussian_with_its_second_moment(points, probs):
 
 MISTAKES = {
     "1.1": {
-        "turned round": objective_with_forward_kl,
+        "reversed": objective_with_forward_kl,
         "wrong sign": objective_that_pays_for_leaving,
         "0 log 0 counts as 0": objective_that_is_not_a_number,
         "price of a nat": objective_with_a_priced_reward,

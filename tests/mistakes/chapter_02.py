@@ -84,7 +84,7 @@ def line_twice_as_steep(ref_probs, rewards, beta):
 
 MISTAKES = {
     "2.1": {
-        "turned round": shortfall_the_other_way,
+        "reversed": shortfall_the_other_way,
         "Beta is missing": shortfall_without_beta,
         "distance from the reference": shortfall_as_distance_travelled,
         "rewards alone": shortfall_that_forgets_kl,

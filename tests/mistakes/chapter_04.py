@@ -60,7 +60,7 @@ MISTAKES = {
         "mean 0": representative_with_mean_zero,
         "maximum 0": representative_with_maximum_zero,
         "lacks the reference": representative_without_the_reference,
-        "turned round": representative_that_adds,
+        "reversed": representative_that_adds,
     },
     "4.2": {
         "still to add": rewards_that_ignore_the_anchor,

@@ -76,7 +76,7 @@ def value_that_is_a_sum(logratios, scores, beta):
 MISTAKES = {
     "5.1": {
         "in nats": margin_in_nats,
-        "turned round": margin_of_the_second_prompt,
+        "reversed": margin_of_the_second_prompt,
         "logarithm is missing": margin_without_a_logarithm,
         "Jensen": margin_of_expected_rewards,
         "not divided by beta": margin_whose_z_forgets_beta,
@@ -90,7 +90,7 @@ MISTAKES = {
     },
     "5.3": {
         "mean score": value_that_forgets_the_policy,
-        "turned round": value_with_the_wrong_sign,
+        "reversed": value_with_the_wrong_sign,
         "Beta is missing": value_in_nats,
         "is a sum over answers": value_that_is_a_sum,
     },

@@ -79,7 +79,7 @@ MISTAKES = {
     "6.1": {
         "reference is missing": dpo_on_probabilities_alone,
         "Beta is missing": dpo_in_nats,
-        "turned round": dpo_that_prefers_the_loser,
+        "have changed places": dpo_that_prefers_the_loser,
         "negative logarithm": dpo_without_a_logarithm,
         "logsigmoid or softplus": dpo_by_the_formula,
         "wrong sign": dpo_with_the_reference_added,

@@ -86,14 +86,14 @@ MISTAKES = {
         "own reward": advantages_from_the_mean_of_all,
         "there are K - 1 of them": advantages_with_the_wrong_count,
         "the baseline itself": advantages_that_are_baselines,
-        "turned round": advantages_of_the_others,
+        "reversed": advantages_of_the_others,
         "which is GRPO": advantages_of_grpo,
     },
     "7.2": {
         "the true gradient": slope_of_the_expected_cost,
         "chain rule": slope_without_the_chain_rule,
         "Only heads": slope_of_heads_alone,
-        "turned round": slope_downhill,
+        "reversed": slope_downhill,
     },
     "7.3": {
         "divides by K - 1": ratio_with_bessel,

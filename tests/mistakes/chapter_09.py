@@ -83,7 +83,7 @@ MISTAKES = {
         "highest line": gap_by_max,
         "wrong sign": gap_minus_kl,
         "KL is missing": gap_of_objectives,
-        "turned round": gap_above,
+        "reversed": gap_above,
         "first beta only": gap_of_one_line,
     },
     "9.3": {

@@ -96,7 +96,7 @@ MISTAKES = {
     },
     "11.3": {
         "Beta is missing": tilt_in_nats,
-        "turned round": tilt_the_other_way,
+        "reversed": tilt_the_other_way,
         "do not sum to zero": tilt_by_bare_weights,
         "no longer sum to 1": tilt_of_every_answer_alike,
         "relative change": tilt_as_a_share,

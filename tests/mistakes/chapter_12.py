@@ -99,7 +99,7 @@ MISTAKES = {
         "Beta is missing": rate_without_strength,
         "rejected answer's rate": rate_of_the_loser,
         "weigh each answer": rate_about_the_unweighted_mean,
-        "turned round": rate_of_ascent,
+        "reversed": rate_of_ascent,
     },
     "12.3": {
         "divides by a sum": policy_divided_by_its_sum,

@@ -97,7 +97,7 @@ def without_the_half(mean, variance, slope, curvature, beta):
 MISTAKES = {
     "13.1": {
         "This is the ELBO itself": elbo_instead_of_its_gap,
-        "turned round": elbo_less_evidence,
+        "reversed": elbo_less_evidence,
         "KL(q || prior)": distance_from_the_prior,
         "forward KL": forward_kl,
         "KL to the prior is missing": fit_without_penalty,

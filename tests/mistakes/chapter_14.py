@@ -84,7 +84,7 @@ MISTAKES = {
     "14.2": {
         "reference is missing": accuracy_of_probabilities,
         "tie counts as right": accuracy_with_ties,
-        "turned round": accuracy_of_the_rejected,
+        "reversed": accuracy_of_the_rejected,
         "may push both answers down": accuracy_of_the_chosen_alone,
     },
     "14.3": {
