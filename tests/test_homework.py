@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dpo_mini import checks
-from dpo_mini.checks import exercises, homework
+from dpo_mini.checks import exercises, homework, slips
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEETS = sorted((ROOT / "notebooks" / "homework").glob("*.ipynb"))
@@ -184,6 +184,14 @@ def test_a_cell_holds_one_idea(sheet):
             assert max(map(len, cell.source.splitlines())) <= 79
 
 
+def refuse(answer):
+    raise AssertionError
+
+
+def constant(*arguments):
+    return torch.tensor(0.3)
+
+
 def visible_sentences(source: str) -> list[str]:
     """All that a visible test can say: its own texts, and those of an exercise of a chapter."""
     body = ast.parse(source)
@@ -193,8 +201,11 @@ def visible_sentences(source: str) -> list[str]:
     texts = [text for text in texts if isinstance(text, str)]
     sentences = [text for text in texts if text.count(" ") >= 2]
     for number in [text for text in texts if text in exercises()]:
-        mistakes = exercises()[number].mistakes
-        sentences += [" ".join(mistake.__doc__.split()) for mistake in mistakes]
+        exercise = exercises()[number]
+        sentences += [" ".join(mistake.__doc__.split()) for mistake in exercise.mistakes]
+        names = list(inspect.signature(exercise.mistakes[0]).parameters)
+        sentences += [said for _, said in slips._repairs(print, names, exercise.cases[0])]
+        sentences += [slips.NEARLY, slips.named_slip(refuse, constant, names, exercise.cases)]
     return sentences
 
 

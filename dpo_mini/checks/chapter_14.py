@@ -220,14 +220,7 @@ GAINS = (
     torch.tensor([-1.0, -2.0, -1.0, 0.5, -1.0, 0.5, 0.75]),
 )
 AFTER = (BEFORE[0] + GAINS[0], BEFORE[1] + GAINS[1])
-MIXED = torch.tensor(
-    [
-        [-1.0, -2.0, -3.0, -0.5, -2.5],  # chosen
-        [-1.5, -1.0, -2.0, -1.5, -4.0],  # rejected
-        [-2.0, -2.5, -3.5, -1.5, -2.0],  # and the same under the reference
-        [-1.0, -2.0, -2.5, -2.0, -1.0],
-    ]
-)
+MIXED = tuple(-draws(4, 40, seed=14).abs())  # chosen, rejected, and both under the reference
 PROMPTS = torch.tensor([[5, 3, -1, -1], [6, 2, 8, 4], [7, -1, -1, -1]])
 ANSWERS = torch.tensor([[9, 1, 0], [3, 0, -1], [0, -1, -1]])
 
@@ -251,7 +244,7 @@ EXERCISES = (
     ),
     Exercise(
         "14.2",
-        cases=((*AFTER, *BEFORE), (*BEFORE, *BEFORE), tuple(MIXED)),
+        cases=((*AFTER, *BEFORE), (*BEFORE, *BEFORE), MIXED),
         judge=judge_accuracy_of,
         mistakes=(
             _without_reference,

@@ -236,11 +236,6 @@ def _z0_distance(logps, ref_logps, prompts, answers):
     return _mismatched(logps, ref_logps, prompts, answers).mean().abs()
 
 
-def _z0_without_reference(logps, ref_logps, prompts, answers):
-    """The reference is missing: z0 is a mean of log-ratios."""
-    return torch.relu(_mismatched(logps, 0 * ref_logps, prompts, answers).mean())
-
-
 def _z0_summed(logps, ref_logps, prompts, answers):
     """The log-ratios are added up: z0 is their mean."""
     return torch.relu(_mismatched(logps, ref_logps, prompts, answers).sum())
@@ -320,7 +315,6 @@ EXERCISES = (
             _z0_reversed,
             _z0_exact,
             _z0_distance,
-            _z0_without_reference,
             _z0_summed,
             _z0_of_all_pairs,
             _z0_without_the_last,

@@ -111,9 +111,9 @@ def _shape_sentence(got: Tensor, wanted: Sequence[int]) -> str:
     if math.prod(wanted) == got.numel():
         return f"{said}: the same numbers, but the dimensions differ"
     if not wanted:
-        return f"{said}, which is one number: is a sum or a mean missing?"
+        return f"{said}, which is one number: a sum or a mean may be missing"
     if got.numel() == 1:
-        return f"{said}: one number, was it summed or averaged too soon?"
+        return f"{said}: one number, which may have been summed too soon"
     return said
 
 
