@@ -1285,7 +1285,8 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda z, v: z.sum() + v, TASK.ref_logps, torch.zeros(())),
-        "extra[0]: got dtype torch.float32, takes torch.float64 like start_logps",
+        "`extra[0]` must have dtype torch.float64 like `start_logps`, got torch.float32: "
+        "write extra[0].to(torch.float64)",
     ),
     (
         lambda: fit_table(lambda z, v, w: z.sum(), *[TASK.ref_logps] * 2, TASK.ref_logps / 0),
@@ -1314,7 +1315,7 @@ def changed(table, entry, value):
         ),
         (
             {"win_probs": WINS.float()},
-            "win_probs: got dtype torch.float32, takes torch.float64 like",
+            "`win_probs` must have dtype torch.float64 like `logps`, got torch.float32",
         ),
         ({"win_probs": WINS[0]}, "win_probs: got shape [3, 3], takes a non-empty [X, Y, Y]"),
         (
