@@ -31,7 +31,6 @@ API = {
         "checks.homework",
         "checks.museum",
         "files",
-        "deprecation",
     ],
 }
 

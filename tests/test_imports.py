@@ -11,7 +11,6 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dpo_mini"
 LEVELS = {
     "_numerics": -1,
     "arguments": -1,
-    "deprecation": -1,
     "files": -1,
     "progress": -1,
     "logps": 0,

@@ -14,7 +14,6 @@ import pytest
 from public_names import LIST, MODULES, public_names
 
 import dpo_mini
-from dpo_mini.deprecation import OldNames, Renamed
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called there, not completed
@@ -176,7 +175,7 @@ def test_a_loss_has_its_formula_its_shape_and_its_source(name):
     assert re.search(r"^Source: .+", doc, re.M)
 
 
-# --- kept, or given up with a warning -----------------------------------------------------------
+# --- kept, or given up on purpose -----------------------------------------------------------------
 
 
 def test_no_public_name_or_argument_goes_or_comes_unnoticed():
@@ -184,57 +183,10 @@ def test_no_public_name_or_argument_goes_or_comes_unnoticed():
     committed, now = LIST.read_text(encoding="utf-8").splitlines(), public_names()
     gone, new = sorted(set(committed) - set(now)), sorted(set(now) - set(committed))
     assert not gone, (
-        f"gone or changed: {gone}. Keep the old name for a minor version (dpo_mini/deprecation.py; "
-        "CONTRIBUTING.md, Versions), then run: python tools/public_names.py"
+        f"gone or changed: {gone}. If that is meant, say so in CHANGELOG.md and run: "
+        "python tools/public_names.py"
     )
     assert not new, f"new: {new}. To make them public run: python tools/public_names.py"
-
-
-def old_names():
-    for name in MODULES:
-        handler = vars(load(name)).get("__getattr__")
-        if isinstance(handler, OldNames):
-            for old, went in handler.names.items():
-                yield load(name), old, went
-
-
-def minor(version: str) -> tuple[int, int]:
-    major, minor, *_ = version.split(".")
-    return int(major), int(minor)
-
-
-def test_an_old_name_is_kept_for_a_minor_version_and_then_goes():
-    for module, old, went in old_names():
-        assert went.to in module.__all__, f"{old} went to {went.to}, which is not there"
-        assert minor(went.since) <= minor(dpo_mini.__version__) < minor(went.until), old
-
-
-@pytest.fixture
-def module(monkeypatch):
-    module = ModuleType("dpo_mini.made_up")
-    module.new_loss = lambda: "new"
-    gone = {"old_loss": Renamed("new_loss", since="0.2.0", until="0.3.0")}
-    module.__getattr__ = OldNames(module.__name__, gone)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
-
-
-def test_an_old_name_gives_the_new_one_and_a_warning_at_the_callers_line(module):
-    with pytest.warns(
-        DeprecationWarning, match="new_loss since version 0.2.0.*in version 0.3.0"
-    ) as w:
-        assert module.old_loss is module.new_loss
-    assert w[0].filename == __file__
-    with pytest.warns(DeprecationWarning, match="made_up.old_loss"):
-        from dpo_mini.made_up import old_loss
-    assert old_loss() == "new"
-
-
-def test_a_new_name_gives_no_warning_and_a_wrong_one_is_refused(module):
-    assert module.new_loss() == "new"
-    with pytest.raises(AttributeError, match="no attribute 'ol_loss'"):
-        module.ol_loss  # noqa: B018
-    assert not hasattr(module, "__path__")
 
 
 # --- what a value says of itself ----------------------------------------------------------------

@@ -17,7 +17,6 @@ MODULES = (
             "checks.homework",
             "checks.museum",
             "closed_form",
-            "deprecation",
             "explorer",
             "files",
             "logps",
