@@ -4,6 +4,8 @@ import inspect
 import math
 import re
 import runpy
+import subprocess
+import sys
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -398,3 +400,13 @@ def test_a_judge_that_answers_and_does_not_raise_is_refused():
     own = Exercise(**DOUBLE | {"judge": lambda double: bool(double(1.0) == 2)})
     with pytest.raises(TypeError, match="`judge` must raise AssertionError .*, got False"):
         diagnose(own, lambda x: x)
+
+
+def test_a_check_imports_its_own_chapter_alone():
+    script = (
+        "import sys; from dpo_mini.checks import diagnose; diagnose('2.1', print); "
+        "print(sorted(m for m in sys.modules if m.startswith('dpo_mini.checks.chapter_')))"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "['dpo_mini.checks.chapter_02']"

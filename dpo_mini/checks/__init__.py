@@ -147,22 +147,28 @@ def diagnose(number: str | Exercise, candidate: Answer) -> tuple[bool, str]:
 
 def exercises() -> dict[str, Exercise]:
     """Every exercise of the course by its number."""
-    found = {}
-    chapters = (m.name for m in iter_modules(__path__) if m.name.startswith("chapter_"))
-    for chapter in chapters:
-        module = import_module(f"{__name__}.{chapter}")
-        found.update({exercise.number: exercise for exercise in module.EXERCISES})
-    return found
+    return {number: exercise for name in _chapters() for number, exercise in _of(name).items()}
+
+
+def _chapters() -> list[str]:
+    """The modules of the chapters, in their order."""
+    return [m.name for m in iter_modules(__path__) if m.name.startswith("chapter_")]
+
+
+def _of(chapter: str) -> dict[str, Exercise]:
+    """The exercises of one chapter, whose module is imported when it is asked for."""
+    module = import_module(f"{__name__}.{chapter}")
+    return {exercise.number: exercise for exercise in module.EXERCISES}
 
 
 def _exercise(number: str | Exercise) -> Exercise:
     if isinstance(number, Exercise):
         return number
-    known = exercises()
+    name = f"chapter_{str(number).partition('.')[0]:0>2}"
+    known = _of(name) if name in _chapters() else {}
     if number not in known:
-        raise ValueError(
-            f"`number` must be an Exercise or one of {', '.join(known)}, got {number!r}"
-        )
+        every = ", ".join(exercises())
+        raise ValueError(f"`number` must be an Exercise or one of {every}, got {number!r}")
     return known[number]
 
 
