@@ -5,10 +5,11 @@ number a step. `progress` is anything that wraps an iterable and shows how far i
 notebooks' `notebook_progress`, or nothing.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ __all__ = [
     "fit_ppo",
     "population_loss",
     "fit_table",
+    "without_reference",
 ]
 
 History = dict[str, list[float]]
@@ -144,13 +146,14 @@ def fit_preferences(
     reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> History:
-    """Minimise any loss of LOSSES over preference pairs, in place: DPO, IPO and kin.
+    """Minimise a loss of pairs against a reference, in place: DPO, IPO and kin.
 
     Args:
       policy: has `token_logps(prompts [B], completions [B, T]) -> [B, T]`.
       reference: likewise; frozen. It scores every pair once, before the first step.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
-      loss: such as `partial(dpo_loss, beta=0.1)`.
+      loss: such as `partial(dpo_loss, beta=0.1)`; one without a reference (SimPO, CPO, ORPO) in
+        `without_reference`.
       steps, batch_size, learning_rate, generator: as in `fit_sft`.
       reduce: from `token_logps` to what the loss takes: `sum_over_tokens`, or `mean_over_tokens`
         for the losses whose arguments are `mean_logps`.
@@ -163,6 +166,7 @@ def fit_preferences(
         with it.
     """
     prompts, chosen, rejected = check_pairs(pairs)
+    check_pair_loss(loss)
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
@@ -309,6 +313,7 @@ def fit_online_preferences(
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
+    reduce: Callable[[Tensor, Tensor], Tensor] = sum_over_tokens,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> History:
     """`fit_preferences` on pairs that the live policy writes: fresh ones at every step, in place.
@@ -318,7 +323,7 @@ def fit_online_preferences(
 
     Args:
       policy, reference, prompts, score, generator: as in `fit_reinforce`.
-      loss: as in `fit_preferences`, such as `partial(dpo_loss, beta=0.1)`.
+      loss, reduce: as in `fit_preferences`, such as `partial(dpo_loss, beta=0.1)`.
       steps, learning_rate: of Adam, as in `fit_sft`.
       batch_size: pairs a step, each used once.
       progress: as in `fit_sft`.
@@ -328,6 +333,7 @@ def fit_online_preferences(
     Raises:
       ValueError: as `fit_reinforce`.
     """
+    check_pair_loss(loss)
     _check_on_policy(policy, reference, prompts)
     _check_settings(steps, batch_size, learning_rate, generator)
     optimizer, schedule = _adam(policy, steps, learning_rate)
@@ -336,9 +342,11 @@ def fit_online_preferences(
         asked = _draw_prompts(prompts, batch_size, generator).repeat(2)
         answers = sample(policy, asked, generator=generator)
         rewards = _score(score, asked, answers)
-        logps = _logps("policy", policy, asked, answers)
+        mask = answers != PAD
+        scored = _token_logps("policy", policy, asked, answers)
         with torch.no_grad():
-            ref_logps = _logps("reference", reference, asked, answers)
+            ref_scored = _token_logps("reference", reference, asked, answers)
+        logps, ref_logps = reduce(scored, mask), reduce(ref_scored, mask)
         first_wins = sample_bradley_terry(*rewards.chunk(2), generator=generator)
         chosen, rejected = (
             torch.arange(batch_size, device=asked.device) + batch_size * wrong
@@ -355,7 +363,7 @@ def fit_online_preferences(
             margin=margins.mean(),
             accuracy=(margins > 0).double().mean(),
             reward=rewards.mean(),
-            kl=logratios.mean(),
+            kl=kl_k1(scored.detach(), ref_scored).sum(1).mean(),
         )
     return history
 
@@ -684,6 +692,73 @@ def _of_pairs(
     entries, mirrored = table[:, a, b].flatten(), table[:, b, a].flatten()
     check_finite(**{name: torch.cat([entries, mirrored])})
     return entries, mirrored
+
+
+def without_reference(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """A loss of the policy alone in the form of one with a reference, for every loop on pairs.
+
+    Args:
+      loss: from chosen and rejected log-probabilities, `[B]` each, to one loss per pair, such as
+        `partial(cpo_loss, beta=0.1)`, or `partial(simpo_loss, beta=2.0, gamma=1.0)` with
+        `reduce=mean_over_tokens` in the loop.
+    Returns:
+      A loss of four, which does not use the reference's two. Keyword arguments are passed on.
+    """
+
+    def of_four(
+        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **named: Any
+    ) -> Tensor:
+        return loss(chosen, rejected, **named)
+
+    return of_four
+
+
+_OTHER_LOSSES = {  # by an argument that only they have
+    "desirable": "single answers and a thumb for each: write a loop of your own, or `fit_table`",
+    "mismatched_logps": "answers to other prompts: it estimates the z_0 of `kto_loss`",
+    "first_rewards": "a score of each answer: `fit_reinforce` learns from scores, or `fit_table`",
+    "values": "a score and a value of each answer: write a loop of your own, or `fit_table`",
+    "rewards": "scores of K answers per prompt: `fit_reinforce` learns from scores, or `fit_table`",
+    "chosen_rewards": "rewards and not log-probabilities: `fit_reward_model` takes it as it is",
+    "logps": "a list of K answers per prompt: `fit_table`, or `dpo_loss` on the list's pairs",
+}
+
+
+def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
+    """Refuse a loss that does not take the log-probabilities of a pair and its reference.
+
+    Args:
+      loss: what a loop was given.
+      **given: keyword arguments that the loop passes on.
+    """
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    name = getattr(getattr(loss, "func", loss), "__name__", "this loss")
+    needed = [p.name for p in signature.parameters.values() if p.default is p.empty]
+    problem = _fails_to_bind(signature, 4, given)
+    if not problem and "values" not in needed:
+        return
+    for argument, what in _OTHER_LOSSES.items():
+        if argument in needed:
+            raise ValueError(f"`loss` must take pairs with a reference, got {name}, of {what}")
+    if _fails_to_bind(signature, 2, given):
+        takes = "must take four tensors, with all else bound by functools.partial"
+        raise ValueError(f"`loss` {takes}, got {name}: {problem}")
+    means = ", reduce=mean_over_tokens" if any("mean" in each for each in needed) else ""
+    cure = f"write train.without_reference({name}){means}"
+    what = f"got {name}, which takes no reference: {cure}"
+    raise ValueError(f"`loss` must take pairs with a reference, {what}")
+
+
+def _fails_to_bind(signature: inspect.Signature, n: int, given: dict[str, object]) -> str:
+    """Why `n` tensors and these keyword arguments are no call of it; "" where they are."""
+    try:
+        signature.bind(*[None] * n, **given)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def check_pairs(pairs: Pairs) -> Pairs:

@@ -21,8 +21,8 @@ import torch
 from torch.testing import assert_close
 
 from dpo_mini.logps import PAD, mean_over_tokens
-from dpo_mini.losses import dpo_loss, dpo_mean_loss
-from dpo_mini.train import fit_preferences
+from dpo_mini.losses import cpo_loss, dpo_loss, dpo_mean_loss, kto_loss
+from dpo_mini.train import fit_preferences, without_reference
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers", reason="the extra 'real' is not installed")
@@ -1164,3 +1164,26 @@ def test_accelerate_takes_the_configurations(name):
         assert plugin.reshard_after_forward is True
         assert plugin.mixed_precision_policy is None
         assert plugin.cpu_offload == OffloadPolicy()  # none
+
+
+# --- losses without a reference ------------------------------------------------------------------
+
+
+def test_a_loss_without_a_reference_is_trained_through_the_adapter(policy, pairs):
+    """Its first recorded loss is that of the policy's own log-probabilities, summed by hand."""
+    prompts, chosen, rejected = (part[:4] for part in pairs)
+    sums = [policy.token_logps(prompts, each).detach().sum(1) for each in (chosen, rejected)]
+    settings = {
+        "beta": 0.1,
+        "batches": in_order(4, 4),
+        "micro_batch_size": 4,
+        "optimizer": adamw(policy),
+    }
+    reference = copy.deepcopy(policy)
+    four = (policy, reference, (prompts, chosen, rejected))
+    with pytest.raises(ValueError, match=r"write train.without_reference\(cpo_loss\)"):
+        train_preferences(*four, cpo_loss, **settings)
+    with pytest.raises(ValueError, match="single answers and a thumb"):
+        train_preferences(*four, kto_loss, **settings)
+    history = train_preferences(*four, without_reference(cpo_loss), **settings)
+    assert history["loss"][0] == pytest.approx(cpo_loss(*sums, beta=0.1).mean().item(), rel=1e-5)

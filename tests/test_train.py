@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from dpo_mini import losses, tasks
 from dpo_mini.closed_form import (
     expected_reward,
     kl,
@@ -20,7 +22,7 @@ from dpo_mini.closed_form import (
     optimal_logps,
     total_variation,
 )
-from dpo_mini.logps import PAD, mean_over_tokens
+from dpo_mini.logps import PAD, mean_over_tokens, sum_over_tokens
 from dpo_mini.losses import (
     cdpo_loss,
     dpo_loss,
@@ -64,6 +66,7 @@ from dpo_mini.train import (
     no_penalty,
     population_loss,
     token_rewards,
+    without_reference,
 )
 
 PAIRED = {
@@ -1625,3 +1628,81 @@ def test_answers_of_different_widths_are_refused():
     pairs = (torch.tensor([0]), torch.tensor([[0]]), wide)
     with pytest.raises(ValueError, match=r"rejected: got shape \[1, 2\], takes \[1, 1\] like"):
         fit_preferences(policy, reference, pairs, DPO, **settings())
+
+
+# --- losses without a reference ------------------------------------------------------------------
+
+
+REFERENCE_FREE = {
+    "simpo": (partial(losses.simpo_loss, beta=2.0, gamma=0.5), mean_over_tokens),
+    "cpo": (partial(losses.cpo_loss, beta=0.5), sum_over_tokens),
+    "orpo": (partial(losses.orpo_loss, beta=0.5), mean_over_tokens),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE_FREE)
+def test_a_loss_without_a_reference_is_trained_through_the_adapter(name, generator):
+    """The recorded loss of the first step is that of the policy's own scores, by hand."""
+    loss, reduce = REFERENCE_FREE[name]
+    task = tasks.micro_reviews()
+    policy = TinyTransformer.for_task(task, n_layers=1, generator=generator).double()
+    reference = copy.deepcopy(policy)
+    _, answers = tasks.micro_review_demonstrations(8, generator=generator)
+    prompts, chosen, rejected = torch.arange(4), answers[:4], answers[4:]
+    scores = [
+        reduce(policy.token_logps(prompts, each), each != PAD).detach()
+        for each in (chosen, rejected)
+    ]
+    history = fit_preferences(
+        policy, reference, (prompts, chosen, rejected), without_reference(loss), reduce=reduce,
+        steps=2, batch_size=4, learning_rate=0.01, generator=generator,
+    )  # fmt: skip
+    assert history["loss"][0] == pytest.approx(loss(*scores).mean().item(), abs=1e-12)
+    assert history["loss"][1] < history["loss"][0]
+
+
+def test_pairs_of_the_live_policy_take_a_loss_of_means(generator):
+    """With gamma 0 and one token per answer SimPO is DPO against a uniform reference."""
+    seen = []
+
+    def watched(chosen, rejected):
+        seen.append(losses.simpo_loss(chosen, rejected, beta=0.5, gamma=0.0).detach())
+        return losses.simpo_loss(chosen, rejected, beta=0.5, gamma=0.0)
+
+    policy = TabularPolicy(TASK.ref_logps)
+    history = fit_online_preferences(
+        policy, TabularPolicy(torch.zeros_like(TASK.ref_logps)), TASK.prompts,
+        lambda prompts, answers: answers[:, 0].double(), without_reference(watched),
+        reduce=mean_over_tokens, steps=2, batch_size=6, learning_rate=0.1, generator=generator,
+    )  # fmt: skip
+    assert history["loss"] == pytest.approx([each.mean().item() for each in seen], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (
+            partial(losses.simpo_loss, beta=1.0, gamma=0.5),
+            "write train.without_reference(simpo_loss), reduce=mean_over_tokens",
+        ),
+        (partial(losses.cpo_loss, beta=1.0), "write train.without_reference(cpo_loss)"),
+        (losses.dpo_loss, "all else bound by functools.partial, got dpo_loss: missing"),
+        (partial(losses.kto_loss, beta=1.0, reference_point=0.0), "single answers and a thumb"),
+        (partial(losses.rebel_loss, beta=1.0), "a score of each answer: `fit_reinforce`"),
+        (partial(losses.dro_loss, beta=1.0), "a score and a value of each answer"),
+        (partial(losses.log_variance_loss, beta=1.0), "scores of K answers per prompt"),
+        (partial(losses.plackett_luce_loss, beta=1.0), "a list of K answers per prompt"),
+        (partial(losses.best_of_k_loss, beta=1.0), "a list of K answers per prompt"),
+        (losses.reward_model_loss, "`fit_reward_model` takes it as it is"),
+    ],
+)
+def test_a_loss_of_something_else_is_told_what_it_needs(loss, words, generator):
+    policy, reference = TabularPolicy(TASK.ref_logps), TabularPolicy(TASK.ref_logps)
+    settings = {"steps": 1, "batch_size": 2, "learning_rate": 0.1, "generator": generator}
+    pairs = TASK.sample_pairs(TASK.ref_logps, 4, generator=generator)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fit_preferences(policy, reference, pairs, loss, **settings)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fit_online_preferences(
+            policy, reference, TASK.prompts, lambda p, y: y[:, 0].double(), loss, **settings
+        )

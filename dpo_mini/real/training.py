@@ -32,7 +32,7 @@ from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoi
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
-from dpo_mini.train import History, Pairs, check_at_most_0, check_pairs
+from dpo_mini.train import History, Pairs, check_at_most_0, check_pair_loss, check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -165,7 +165,7 @@ def train_preferences(
     logs: Sequence[Log] = (),
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> History:
-    """Minimise any loss of LOSSES over preference pairs, in place, on a model of any size.
+    """Minimise a loss of pairs against a reference, in place, on a model of any size.
 
     Args:
       policy: what is trained; with an accelerator `policy.model` becomes what it prepared.
@@ -173,6 +173,7 @@ def train_preferences(
         copy, or `adapter_off(policy)`.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])` as `encode` gives them.
       loss: such as `dpo_loss`, or `partial(cdpo_loss, label_smoothing=0.1)`; called with `beta`.
+        One without a reference (SimPO, CPO, ORPO) in `train.without_reference`.
       beta: > 0, of the loss and of the rewards that are reported.
       batches: `[steps, B]`, the rows of each step, as `shuffled_batches` gives them.
       micro_batch_size: pairs that go through the model at once, in each process. The gradient is
@@ -204,6 +205,7 @@ def train_preferences(
     """
     accelerator = accelerator or OneProcess()
     _check_run(policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints)
+    check_pair_loss(loss, beta=beta)
     check_positive("beta", beta)
     check_count("micro_batch_size", micro_batch_size)
     check_count("checkpoint_every", checkpoint_every)
