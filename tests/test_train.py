@@ -1311,6 +1311,7 @@ def changed(table, entry, value):
             {"rewards": TASK.rewards, "win_probs": WINS},
             "one of `rewards` and `win_probs` must be given, got both",
         ),
+        ({"rewards": TASK.rewards / 0}, "rewards: got inf, takes finite"),
         (
             {"win_probs": WINS.float()},
             "win_probs: got dtype torch.float32, takes torch.float64 like",
