@@ -575,6 +575,7 @@ def population_loss(
     a, b = torch.triu_indices(n_completions, n_completions, 1, device=logps.device)
     if rewards is not None and win_probs is None:
         check_floats("[X, Y]", logps=logps, rewards=rewards)
+        check_finite(rewards=rewards)
         first_wins = bradley_terry_prob(rewards[:, a].flatten(), rewards[:, b].flatten())
     elif win_probs is not None and rewards is None:
         first_wins, second_wins = _of_pairs("win_probs", win_probs, logps, a, b)

@@ -1316,6 +1316,7 @@ def changed(table, entry, value):
             {"rewards": TASK.rewards, "win_probs": WINS},
             "one of `rewards` and `win_probs` must be given, got both",
         ),
+        ({"rewards": TASK.rewards / 0}, "rewards: got inf, takes finite"),
         (
             {"win_probs": WINS.float()},
             "`win_probs` must have dtype torch.float64 like `logps`, got torch.float32",
