@@ -32,8 +32,8 @@ from dpo_mini.policies import (
     Scorer,
     SeparateNetworks,
     SharedTrunk,
-    shares_storage,
 )
+from dpo_mini.policies.base import shares_storage
 from dpo_mini.policy_gradient import (
     AdaptiveKLController,
     clipped_surrogate_loss,
@@ -46,11 +46,10 @@ from dpo_mini.policy_gradient import (
 )
 from dpo_mini.preferences import bradley_terry_prob, sample_bradley_terry
 from dpo_mini.rollout import (
-    faster_reader,
     read_actor_critic,
     sample,
     shared_prefix_rewards,
-    shared_prefix_token_logps,
+    token_logps,
 )
 
 __all__ = [
@@ -118,7 +117,7 @@ def fit_sft(
     _check_settings(steps, batch_size, learning_rate, generator)
 
     def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scored = _token_logps(policy, prompts[rows], completions[rows])
+        scored = token_logps(policy, prompts[rows], completions[rows])
         return -sum_over_tokens(scored, completions[rows] != PAD).mean(), {}
 
     return _descend(
@@ -161,22 +160,20 @@ def fit_preferences(
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
-    def score(read: PairReader, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def score(model: Scorer, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
-        scored = read(prompts[rows], chosen[rows], rejected[rows])
+        scored = token_logps(model, prompts[rows], chosen[rows], rejected[rows])
         mask = torch.cat([chosen[rows], rejected[rows]]) != PAD
         chosen_scores, rejected_scores = reduce(scored, mask).chunk(2)
         return chosen_scores, rejected_scores
 
-    first = [column[:batch_size] for column in (prompts, chosen, rejected)]
-    read_policy, read_reference = (_pair_reader(model, *first) for model in (policy, reference))
     every = torch.arange(len(prompts), device=prompts.device)
     with torch.no_grad():
-        blocks = [score(read_reference, rows) for rows in every.split(batch_size)]
+        blocks = [score(reference, rows) for rows in every.split(batch_size)]
     ref_chosen, ref_rejected = (torch.cat(parts) for parts in zip(*blocks, strict=True))
 
     def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen_logps, rejected_logps = score(read_policy, rows)
+        chosen_logps, rejected_logps = score(policy, rows)
         per_pair = loss(chosen_logps, rejected_logps, ref_chosen[rows], ref_rejected[rows])
         margins = (chosen_logps - ref_chosen[rows]) - (rejected_logps - ref_rejected[rows])
         margins = margins.detach()
@@ -475,7 +472,7 @@ def fit_ppo(
         scores = _score(score, asked, answers)
         with torch.no_grad():
             old_logps, old_values, entropies = read_actor_critic(actor_critic, asked, answers)
-            ref_logps = _token_logps(reference, asked, answers)
+            ref_logps = token_logps(reference, asked, answers)
             penalties = weight * reward_penalty(old_logps, ref_logps)
         rewards = assign(scores.to(old_logps), penalties, mask)
         advantages, returns = gae(rewards, old_values, mask, discount=discount, lam=lam)
@@ -651,20 +648,6 @@ def _check_settings(
     check_generator(generator)
 
 
-def _token_logps(model: Scorer, prompts: Tensor, completions: Tensor) -> Tensor:
-    """`[B, T]`: policies that can be walked as a tree read each distinct prefix once."""
-    if isinstance(model, Policy):
-        return shared_prefix_token_logps(model, prompts, completions)
-    return model.token_logps(prompts, completions)
-
-
-def _pair_reader(model: Scorer, prompts: Tensor, chosen: Tensor, rejected: Tensor) -> PairReader:
-    """`model.token_logps` of both answers, `[2 B, T]`, in the way that is fast on such pairs."""
-    if isinstance(model, Policy):
-        return partial(faster_reader(model, prompts, chosen, rejected), model)
-    return lambda prompts, *answers: model.token_logps(torch.cat([prompts] * 2), torch.cat(answers))
-
-
 def _check_frozen(policy: nn.Module | Scorer, reference: nn.Module | Scorer) -> None:
     if shares_storage(policy, reference):
         raise ValueError(
@@ -697,7 +680,7 @@ def _score(score: Score, prompts: Tensor, completions: Tensor) -> Tensor:
 
 def _logps(model: Scorer, prompts: Tensor, completions: Tensor) -> Tensor:
     """log pi(y|x), `[B]` nats."""
-    return sum_over_tokens(_token_logps(model, prompts, completions), completions != PAD)
+    return sum_over_tokens(token_logps(model, prompts, completions), completions != PAD)
 
 
 def __dir__() -> list[str]:

@@ -129,14 +129,14 @@ class TinyTransformer(Policy):
         return cls(*sizes, end_token=end, prompt_tokens=read, generator=generator, **shape)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, S, V]` of the token after each of `tokens` `[B, S]`, as in `Policy.forward`."""
+        """Logits `[B, S, V]` after each of `tokens` `[B, S]`, as in `Policy.forward`."""
         read = torch.cat([self.prompt_tokens[tokens[:, 0]], tokens[:, 1:]], 1)  # [B, P - 1 + S]
         steps = torch.arange(read.shape[1], device=tokens.device)
         hidden = self.hidden(read, steps, steps <= steps[:, None])
         return self.unembed(hidden[:, self.prompt_tokens.shape[1] - 1 :])
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """The last layer's states `[B, S, D]` of `tokens` `[B, S]`; `mask` as in `Block.forward`."""
+        """The last layer's states `[B, S, D]` of `tokens`; `mask` as in `Block.forward`."""
         x = self.wte(tokens) + self.wpe(positions)  # [B, S, D]
         for block in self.blocks:
             x = block(x, mask)

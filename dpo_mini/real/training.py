@@ -27,7 +27,8 @@ from dpo_mini.arguments import (
     check_rows,
 )
 from dpo_mini.logps import PAD, sum_over_tokens
-from dpo_mini.policies import Scorer, shares_storage
+from dpo_mini.policies import Scorer
+from dpo_mini.policies.base import shares_storage
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
