@@ -28,6 +28,7 @@ API = {
         "explorer",
         "progress",
         "checks",
+        "checks.homework",
         "checks.museum",
         "files",
         "deprecation",

@@ -27,16 +27,43 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # --- half precision --------------------------------------------------------------------------
 
 
+class _Widen(torch.autograd.Function):
+    """To float32; a gradient beyond the largest number of the half dtype becomes that number."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _narrow(gradients[0], ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].float()
+
+
 def widen(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it is in half precision, else as it is."""
-    return tensor.float() if tensor.dtype in _HALVES else tensor
+    if tensor.dtype not in _HALVES:
+        return tensor
+    if torch.compiler.is_compiling():  # the compiler takes no function with a forward-mode rule
+        return tensor.float()
+    widened: Tensor = _Widen.apply(tensor)
+    return widened
 
 
 def dtype_of_input(function: _F) -> _F:
     """`function`, whose result has the dtype of its floating inputs where that is a half one.
 
-    The function widens its inputs itself, after it has checked them. A finite result beyond the
-    largest float16 becomes that largest number, so that no finite loss turns into infinity.
+    The function widens its inputs itself, after it has checked them. What is beyond the largest
+    float16, 65,504, becomes that number, so that no finite loss or gradient turns into infinity.
     """
 
     @wraps(function)
@@ -79,51 +106,60 @@ def value_zero(tensor: Tensor) -> Tensor:
     return tensor - tensor.detach()
 
 
-def hold(exponents: Tensor, largest: float) -> Tensor:
-    """x up to `largest`, and above it that number, with a slope of 1 everywhere.
+def sigmoid(x: Tensor) -> Tensor:
+    """`torch.sigmoid`, whose slope y (1 - y) loses its digits where y is close to 1."""
+    return torch.where(x > 0, 1 - torch.sigmoid(-x.clamp(min=0)), torch.sigmoid(x.clamp(max=0)))
 
-    So e^x has no infinity: above the largest exponent it has the value and the slope from there.
+
+def expm1(x: Tensor) -> Tensor:
+    """`torch.expm1`, whose slope y + 1 loses its digits where y is close to -1."""
+    below = x.clamp(max=-_SMALL).exp() - 1
+    return torch.where(x < -_SMALL, below, torch.expm1(x.clamp(min=-_SMALL)))
+
+
+def hold(exponents: Tensor) -> Tensor:
+    """x, but at most 0.9 log(largest number), 639 in float64 and 79 in float32; of slope 1.
+
+    So e^x has no infinity: above that exponent it has the value and the slope from there.
     """
-    return exponents - (exponents - largest).clamp(min=0).detach()
+    largest = 0.9 * math.log(torch.finfo(exponents.dtype).max)
+    return torch.where(exponents > largest, largest + value_zero(exponents), exponents)
 
 
-def largest_exponent(dtype: torch.dtype) -> float:
-    """0.9 log(largest number): 639 in float64, 79 in float32 and bfloat16, 10 in float16."""
-    return 0.9 * math.log(torch.finfo(dtype).max)
-
-
-def exp_remainder(u: Tensor, largest: float) -> Tensor:
-    """e^u - 1 - u, never negative: a series near 0, and above `largest` e^u is held."""
+def exp_remainder(u: Tensor) -> Tensor:
+    """e^u - 1 - u, never negative: a series near 0, and e^u held where it would overflow."""
     small = u.clamp(-_SMALL, _SMALL)
     series = torch.zeros_like(u)
     for coefficient in reversed(_SERIES):
         series = series * small + coefficient
-    return torch.where(u.abs() < _SMALL, series * small * small, torch.expm1(hold(u, largest)) - u)
+    far = expm1(hold(u)) - u
+    return torch.where(u.abs() < _SMALL, series * small * small, far)
 
 
-def probability_gaps(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """|p - q| of two finite log-probabilities; its gradient at p = q is 0."""
-    shrink = -torch.expm1(-(logps - other_logps).abs())
-    return torch.maximum(logps, other_logps).exp() * shrink
+# Each formula takes log p, log q and u = log(p / q), all finite: somebody may know u better than by
+# subtracting the other two.
 
 
-def kl_terms(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """q - p + p log(p/q) of two finite log-probabilities: never negative, and 0 where p = q.
+def probability_gaps(logps: Tensor, other_logps: Tensor, u: Tensor) -> Tensor:
+    """|p - q|; its gradient at p = q is 0."""
+    return torch.maximum(logps, other_logps).exp() * -expm1(-u.abs())
+
+
+def kl_terms(logps: Tensor, other_logps: Tensor, u: Tensor) -> Tensor:
+    """q - p + p u: never negative, and 0 where p = q.
 
     Summed over two distributions it is KL(p || q), for the sums of p and of q are both 1.
     """
-    u = logps - other_logps
     probs = logps.exp()
-    near = probs * exp_remainder(-u.clamp(-_SMALL, _SMALL), _SMALL)
-    far = probs * u - u.sign() * probability_gaps(logps, other_logps)
+    near = probs * exp_remainder(-u.clamp(-_SMALL, _SMALL))
+    far = probs * u - u.sign() * probability_gaps(logps, other_logps, u)
     return torch.where(u.abs() < _SMALL, near, far)
 
 
-def chi_squared_terms(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """(p - q)^2 / q of two finite log-probabilities."""
-    u = logps - other_logps
-    below = other_logps.exp() * torch.expm1(u.clamp(max=_SMALL)) ** 2
-    above = (logps + u).exp() * torch.expm1(-u.clamp(min=_SMALL)) ** 2  # q e^u would overflow first
+def chi_squared_terms(logps: Tensor, other_logps: Tensor, u: Tensor) -> Tensor:
+    """(p - q)^2 / q."""
+    below = other_logps.exp() * expm1(u.clamp(max=_SMALL)) ** 2
+    above = (logps + u).exp() * expm1(-u.clamp(min=_SMALL)) ** 2  # q e^u would overflow first
     return torch.where(u < _SMALL, below, above)
 
 
@@ -150,15 +186,23 @@ def log_mean_exp(logps: Tensor, weights: Tensor) -> Tensor:
     impossible = torch.isneginf(logps)
     weights = weights.masked_fill(impossible, 0.0)
     probs = logps.exp()
-    bounded = weights.clamp(max=largest_exponent(logps.dtype))
+    bounded = hold(weights)
     # The rows sum to 1 but for rounding, so their sum less 1 counts as 0. Its gradient counts.
-    surplus = (probs * torch.expm1(bounded)).sum(-1) + value_zero(probs.sum(-1))
+    surplus = (probs * expm1(bounded)).sum(-1) + value_zero(probs.sum(-1))
     near = surplus.abs() < _SMALL
-    return torch.where(
-        near,
-        torch.where(near, surplus, 0.0).log1p(),
-        normalise(logps + weights)[1],
-    )
+    largest = weights.detach().masked_fill(impossible, -torch.inf).amax(-1, keepdim=True)
+    far = normalise(logps + (weights - largest))[1] + largest.squeeze(-1)
+    return torch.where(near, torch.where(near, surplus, 0.0).log1p(), far)
+
+
+def with_slope(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """`value` `[...]`, whose gradient in `x` `[..., V]` is `slope` `[..., V]`.
+
+    For a slope that autograd would find by subtracting nearly equal numbers. The second derivative
+    is that of `slope` too: half of each factor is a constant.
+    """
+    half = 0.5 * (slope + slope.detach())
+    return value.detach() + (value_zero(x.masked_fill(torch.isneginf(x), 0.0)) * half).sum(-1)
 
 
 def ranking_terms(scores: Tensor) -> Tensor:

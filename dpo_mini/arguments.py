@@ -72,15 +72,14 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {_shown(value)}, takes a number in [0, 1]")
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> None:
-    """Refuse anything but a whole number from `least` to the largest that an int64 holds."""
+def check_count(name: str, value: int, *, least: int = 1, most: int = _LARGEST_COUNT) -> None:
+    """Refuse anything but a whole number from `least` to `most`, by default what an int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a whole number >= {least}")
     if value < least:
         raise ValueError(f"{name}: got {_shown(value)}, takes a whole number >= {least}")
-    if value > _LARGEST_COUNT:
-        most = f"a whole number <= {_LARGEST_COUNT}"
-        raise ValueError(f"`{name}` must be {most}, got {_shown(value)}")
+    if value > most:
+        raise ValueError(f"`{name}` must be a whole number <= {most:,}, got {_shown(value)}")
 
 
 def check_generator(generator: torch.Generator) -> None:
@@ -110,8 +109,8 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
             what = "a floating dtype (.double() makes one)"
             raise ValueError(f"`{name}` must have {what}, got {tensor.dtype}")
         if shape == "[X, Y]" and tensor.dim() == 1:
-            what = f"[X, Y], got shape {list(tensor.shape)}: for one prompt write {name}[None]"
-            raise ValueError(f"`{name}` must be {what}")
+            what = f"[X, Y], one row per prompt, got shape {list(tensor.shape)}"
+            raise ValueError(f"`{name}` must be {what}: for one prompt write {name}[None]")
         if n_dims not in (None, tensor.dim()) or tensor.numel() == 0:
             raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes a non-empty {shape}")
         if tensor.shape != first.shape:
@@ -124,7 +123,7 @@ def as_floats(shape: str, tables: Mapping[str, Table], *, cast_up: bool = False)
     """Floating tensors of one dtype and one shape from tensors, numpy arrays and lists.
 
     A list of numbers, or an array of whole ones, takes the dtype of the tables beside it, and
-    float64 where there are none.
+    float64 where there are none. It goes to the device of the tensors beside it.
 
     Args:
       shape: as in `check_floats`.
@@ -144,7 +143,10 @@ def as_floats(shape: str, tables: Mapping[str, Table], *, cast_up: bool = False)
         if name not in of_no_dtype and tensor.is_floating_point()
     ]
     dtype = reduce(torch.promote_types, floating) if floating else torch.float64
+    devices = [table.device for table in tables.values() if isinstance(table, Tensor)]
     for name, tensor in tensors.items():
+        if not isinstance(tables[name], Tensor) and devices:
+            tensors[name] = tensor = tensor.to(devices[0])
         if name in of_no_dtype or (cast_up and tensor.is_floating_point()):
             tensors[name] = tensor.to(dtype)
     check_floats(shape, **tensors)
@@ -153,15 +155,20 @@ def as_floats(shape: str, tables: Mapping[str, Table], *, cast_up: bool = False)
 
 def _read_numbers(name: str, numbers: np.ndarray | Sequence[Any], shape: str) -> Tensor:
     """An array as a tensor of its dtype, a list as one of float64."""
+    kind = type(numbers).__name__
     try:
         if not isinstance(numbers, np.ndarray):
             if isinstance(numbers, str) or not isinstance(numbers, Sequence):
                 raise TypeError("not numbers in an order")
-            numbers = np.asarray(numbers, dtype=np.float64)
-        return torch.as_tensor(numbers)
+            numbers = np.asarray(numbers)
+            if numbers.dtype.kind in "fiu":
+                numbers = numbers.astype(np.float64)
+        if numbers.dtype.kind not in "fiu":
+            raise TypeError(f"an array of {numbers.dtype}")
+        return torch.as_tensor(np.array(numbers, numbers.dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         what = f"a floating torch.Tensor {shape}, an array or a list of numbers"
-        raise TypeError(f"`{name}` must be {what}, got {type(numbers).__name__}") from error
+        raise TypeError(f"`{name}` must be {what}, got {kind}") from error
 
 
 def check_alike(first_name: str, first: Tensor, **others: Tensor) -> None:
@@ -182,6 +189,27 @@ def check_logps(**tensors: Tensor) -> None:
         if values_visible(tensor) and not (tensor < math.inf).all():  # NaN is less than nothing
             got = "NaN" if torch.isnan(tensor).any() else "+inf"
             raise ValueError(f"{name}: got {got}, takes log-probabilities < inf")
+
+
+def check_at_most_0(name: str, logps: Tensor, *, n_tokens: int = 1) -> None:
+    """Refuse log-probabilities above 0, most often negative log-likelihoods; allow for rounding.
+
+    A logit minus the `logsumexp` of all may come out above 0 by the rounding of a logit, which is
+    below 100 times the dtype's epsilon while logits stay below 100. What is float64 now may have
+    been float32 before.
+
+    Args:
+      name: what the message calls them.
+      logps: of tokens, or sums over at most `n_tokens` tokens, nats.
+      n_tokens: how many such roundings may add up.
+    """
+    check_floats("[...]", **{name: logps})
+    epsilon = max(torch.finfo(dtype).eps for dtype in (logps.dtype, torch.float32))
+    if (logps > 100 * epsilon * n_tokens).any():
+        raise ValueError(
+            f"`{name}` must be log-probabilities <= 0, got {logps.max().item():.4g}: is it a "
+            "negative log-likelihood?"
+        )
 
 
 def check_finite(**tensors: Tensor) -> None:
@@ -281,6 +309,6 @@ def _finite_float(value: float) -> float:
 def _shown(value: Any) -> str:
     """A number for a message, also where it has more digits than Python writes out."""
     try:
-        return str(value)
+        return f"{value:,}" if isinstance(value, Integral) else str(value)
     except ValueError:
         return f"one of {value.bit_length():,} bits"

@@ -20,6 +20,7 @@ from dpo_mini._numerics import (
     chi_squared_terms,
     common_dtype,
     dtype_of_input,
+    expm1,
     kl_terms,
     log_mean_exp,
     normalise,
@@ -83,7 +84,7 @@ def tilt(prior_logps: Table, log_weights: Table) -> tuple[Tensor, Tensor]:
                 "log_weights: got a row of -inf wherever the prior has mass, takes one finite "
                 "weight there"
             )
-    return normalise(prior + weights)[0], log_mean_exp(prior, weights)
+    return _tilted(prior, weights), log_mean_exp(prior, weights)
 
 
 def log_partition(ref_logps: Table, rewards: Table, beta: float | Tensor) -> Tensor:
@@ -217,9 +218,9 @@ def frontier(
         raise TypeError(f"betas: got {kind}, takes a sequence of numbers > 0") from None
     if not each:
         raise ValueError("betas: got none, takes at least one number > 0")
-    optima = [_optimal_logps(reference, scores, beta) for beta in each]
-    kls = torch.stack([_kl(optimum, reference).mean() for optimum in optima])
-    return kls, torch.stack([(optimum.exp() * scores).sum(-1).mean() for optimum in optima])
+    points = [_frontier_point(reference, scores, beta) for beta in each]
+    kls, values = (torch.stack(numbers) for numbers in zip(*points, strict=True))
+    return kls, values
 
 
 def best_of_n_logps(ref_logps: Table, rewards: Table, n: int) -> Tensor:
@@ -249,21 +250,34 @@ def best_of_n_logps(ref_logps: Table, rewards: Table, n: int) -> Tensor:
     ordered = F.pad(probs.gather(-1, order), (1, 1))  # [X, Y + 2], with a 0 at both ends
     below = ordered.cumsum(-1).gather(-1, first)  # F(r-)
     above = ordered.flip(-1).cumsum(-1).flip(-1).gather(-1, last + 2)  # 1 - F(r)
-    # F(r)^n - F(r-)^n loses every digit where the group's mass is small, and F(r) where it is close
-    # to 1. So each logarithm is taken of the smaller part. The fills keep a branch that is not used
-    # from a gradient of 0 * inf.
-    impossible, lowest = mass == 0, below == 0
-    mass = mass.masked_fill(impossible, 1.0)
-    at_most = below + mass
-    rare = above < 0.5
-    log_at_most = torch.where(
-        rare, torch.log1p(-above.masked_fill(~rare, 0.0)), at_most.masked_fill(rare, 1.0).log()
+    at_most = (below + mass).clamp(min=torch.finfo(mass.dtype).tiny)  # F(r)
+    log_at_most = reference.gather(-1, order).logcumsumexp(-1).gather(-1, last)
+    rare = above < 0.5  # F(r) close to 1 has lost the digits that 1 - F(r) still has
+    log_at_most = torch.where(rare, torch.log1p(-above.masked_fill(~rare, 0.0)), log_at_most)
+    bonus = _log_win_bonus(mass / at_most, below / at_most, n)
+    return normalise(reference + (n - 1) * log_at_most + bonus)[0]
+
+
+def _log_win_bonus(share: Tensor, rest: Tensor, n: int) -> Tensor:
+    """log of [F(r)^n - F(r-)^n] / [n m F(r)^(n-1)] for a group of ties with mass m.
+
+    Args:
+      share: m / F(r); rest: F(r-) / F(r), which is 1 - share.
+      n: draws.
+    """
+    # It is (1 - rest^n) / (n share), close to 1 where n draws hardly ever meet the group twice. A
+    # series keeps its digits there. The fills keep the other branch from a gradient of 0 * inf.
+    seldom, common, alone = n * share < 1e-4, share > 0.5, rest == 0
+    x = share.masked_fill(~seldom, 0.0)
+    series = torch.log1p((n - 1) * x * ((n - 2) * x / 3 - 1) / 2)
+    log_rest = torch.where(
+        common,
+        rest.masked_fill(alone | ~common, 1.0).log(),
+        torch.log1p(-share.masked_fill(common, 0.0)),
     )
-    share, rest = mass / at_most, below.masked_fill(lowest, 1.0) / at_most
-    small = share < 0.5
-    log_rest = torch.where(small, torch.log1p(-share.masked_fill(~small, 0.0)), rest.log())
-    won = (-torch.expm1(n * log_rest.masked_fill(lowest, -1.0))).masked_fill(lowest, 1.0).log()
-    return normalise(reference - mass.log() + n * log_at_most + won)[0]
+    lost = (n * log_rest.masked_fill(seldom | alone, -1.0)).masked_fill(alone, -torch.inf)
+    won = -expm1(lost)
+    return torch.where(seldom, series, (won / (n * share.masked_fill(seldom, 1.0))).log())
 
 
 def total_variation(logps: Table, other_logps: Table) -> Tensor:
@@ -334,12 +348,40 @@ def log_partition_markov(
 
 
 def _optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> Tensor:
-    # The best reward of the support comes off first: r / beta may overflow, (r - best) / beta only
-    # to -inf. A constant of the prompt changes nothing, so it takes no gradient.
-    impossible = torch.isneginf(ref_logps)
-    best = rewards.detach().masked_fill(impossible, -torch.inf).amax(-1, keepdim=True)
-    gaps = (rewards - best).masked_fill(impossible, 0.0)
-    return normalise(ref_logps + gaps / beta)[0]
+    # The best reward comes off first: r / beta may overflow, (r - best) / beta only to -inf.
+    return _tilted(ref_logps, _below_the_best(ref_logps, rewards) / beta)
+
+
+def _tilted(prior_logps: Tensor, weights: Tensor) -> Tensor:
+    """Of a prior times e^w, normalised: the logarithm."""
+    return normalise(prior_logps + _below_the_best(prior_logps, weights))[0]
+
+
+def _below_the_best(prior_logps: Tensor, values: Tensor) -> Tensor:
+    """How far each value is below the best of the prior's support; 0 where the prior is 0.
+
+    A constant of the prompt changes no optimum, so the best one takes no gradient.
+    """
+    impossible = torch.isneginf(prior_logps)
+    best = values.detach().masked_fill(impossible, -torch.inf).amax(-1, keepdim=True)
+    return (values - best).masked_fill(impossible, 0.0)
+
+
+def _frontier_point(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and reward of the optimum, means over prompts."""
+    optimum = _optimal_logps(ref_logps, rewards, beta)
+    # log(pi*/pi_ref) from the rewards: the difference of the two tables loses it for a large beta.
+    # They are counted from that of the optimum's likeliest answer, whose own ratio is close to 1.
+    likeliest = rewards.gather(-1, optimum.argmax(-1, keepdim=True)).detach()
+    weights = (rewards - likeliest).masked_fill(torch.isneginf(ref_logps), 0.0) / beta
+    gaps = weights - log_mean_exp(ref_logps, weights).unsqueeze(-1)
+    u = torch.where(gaps.abs().amax(-1, keepdim=True) < 0.5, gaps, optimum - ref_logps)
+    outside = torch.isneginf(optimum)
+    tables = (table.masked_fill(outside, 0.0) for table in (optimum, ref_logps, u))
+    terms = kl_terms(*tables)
+    kls = torch.where(outside, ref_logps.exp(), terms).sum(-1)
+    kls = kls + value_zero((optimum.exp() - ref_logps.exp()).sum(-1))
+    return kls.mean(), (optimum.exp() * rewards).sum(-1).mean()
 
 
 def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
@@ -351,11 +393,12 @@ def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
 
 
 def _sum_of_terms(
-    formula: Callable[[Tensor, Tensor], Tensor], logps: Tensor, other_logps: Tensor
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor], logps: Tensor, other_logps: Tensor
 ) -> Tensor:
     """The sum of a formula of p and q that is p + q where one of them is 0."""
     outside = torch.isneginf(logps) | torch.isneginf(other_logps)
-    inside = formula(logps.masked_fill(outside, 0.0), other_logps.masked_fill(outside, 0.0))
+    tables = (logps, other_logps, logps - other_logps)
+    inside = formula(*(table.masked_fill(outside, 0.0) for table in tables))
     return torch.where(outside, logps.exp() + other_logps.exp(), inside).sum(-1)
 
 

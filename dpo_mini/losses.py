@@ -20,10 +20,11 @@ from torch.nn.functional import logsigmoid
 
 from dpo_mini._numerics import (
     dtype_of_input,
+    expm1,
     hold,
     kl_terms,
-    largest_exponent,
     ranking_terms,
+    sigmoid,
     widen,
 )
 from dpo_mini.arguments import (
@@ -264,7 +265,7 @@ def exo_loss(
     right = torch.full_like(wins, math.log1p(-label_smoothing))
     wrong = torch.full_like(wins, math.log(label_smoothing))
     # A KL: as sums of terms >= 0, which near q = 1 - e keep the digits that the formula loses.
-    return kl_terms(wins, right) + kl_terms(loses, wrong)
+    return kl_terms(wins, right, wins - right) + kl_terms(loses, wrong, loses - wrong)
 
 
 def discopop_loss(
@@ -298,8 +299,8 @@ def discopop_loss(
     margins = beta * (a - b)
     # m * exp(-L) is 0 * inf for L < -710; one exponential of log m - L is not.
     exponents = logsigmoid(margins / temperature) - margins
-    exponential = hold(exponents, largest_exponent(chosen_logps.dtype)).exp()
-    return exponential - torch.sigmoid(-margins / temperature) * logsigmoid(margins)
+    exponential = hold(exponents).exp()
+    return exponential - sigmoid(-margins / temperature) * logsigmoid(margins)
 
 
 def f_dpo_loss(
@@ -339,15 +340,14 @@ def f_dpo_loss(
     check_positive("beta", beta)
     check_number("alpha", alpha)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    largest = largest_exponent(chosen_logps.dtype) - math.log(max(beta, 1.0))
     if divergence == "reverse_kl":
         margins = a - b
     elif divergence == "forward_kl":
-        margins = _difference_of_powers(a, b, -1.0, largest)
+        margins = _difference_of_powers(a, b, -1.0, beta)
     elif divergence == "js":
         margins = _difference_of_logsigmoids(a, b)
     elif divergence == "alpha":
-        margins = a - b if alpha == 1 else _difference_of_powers(a, b, alpha - 1.0, largest)
+        margins = a - b if alpha == 1 else _difference_of_powers(a, b, alpha - 1.0, beta)
     else:
         names = "'reverse_kl', 'forward_kl', 'js' or 'alpha'"
         raise ValueError(f"divergence: got {divergence!r}, takes {names}")
@@ -451,7 +451,7 @@ def apo_zero_loss(
     """
     check_positive("beta", beta)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return torch.sigmoid(-beta * a) + torch.sigmoid(beta * b)
+    return sigmoid(-beta * a) + sigmoid(beta * b)
 
 
 def apo_down_loss(
@@ -474,7 +474,7 @@ def apo_down_loss(
     """
     check_positive("beta", beta)
     a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return torch.sigmoid(beta * a) + torch.sigmoid(beta * (b - a))
+    return sigmoid(beta * a) + sigmoid(beta * (b - a))
 
 
 # --- means over tokens, and no reference -----------------------------------------------------
@@ -635,8 +635,8 @@ def kto_loss(
         raise ValueError(f"reference_point: got shape {got}, takes one number for the batch")
     check_finite(reference_point=point)
     above = beta * (logratios - point)
-    good = desirable_weight * torch.sigmoid(-above)
-    return torch.where(liked, good, undesirable_weight * torch.sigmoid(above))
+    good = desirable_weight * sigmoid(-above)
+    return torch.where(liked, good, undesirable_weight * sigmoid(above))
 
 
 def kto_reference_point(mismatched_logps: Tensor, ref_mismatched_logps: Tensor) -> Tensor:
@@ -751,7 +751,7 @@ def log_variance_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta
     check_floats("[B, K]", logps=logps, ref_logps=ref_logps, rewards=rewards)
     check_finite(rewards=rewards)
     returns = widen(rewards) - _listwise_scores(logps, ref_logps, beta)
-    return returns.var(-1)
+    return (returns - returns[:, :1]).var(-1)  # a constant comes off: equal returns leave 0
 
 
 # --- rankings --------------------------------------------------------------------------------
@@ -849,24 +849,24 @@ def _mean_logratios(
     return chosen - ref_chosen, rejected - ref_rejected
 
 
-def _difference_of_powers(a: Tensor, b: Tensor, exponent: float, largest: float) -> Tensor:
-    """(e^(k a) - e^(k b)) / k for k = `exponent`, each power held where it would overflow.
-
-    The larger power is taken out of the bracket: e^p (1 - e^(q - p)), or e^q (e^(p - q) - 1).
-    """
+def _difference_of_powers(a: Tensor, b: Tensor, exponent: float, beta: float) -> Tensor:
+    """(e^(k a) - e^(k b)) / k for k = `exponent`; powers are held where beta e^x would overflow."""
     p, q = exponent * a, exponent * b
-    gap = p - q
-    most = max(0.0, largest + math.log(min(abs(exponent), 1.0)))
+    largest = torch.maximum(p, q).detach() + math.log(max(beta, 1.0))
+    shift, gap = hold(largest) - largest, p - q
+    p, q = p + shift, q + shift
+    # Near 0 the larger power is taken out: e^p (1 - e^(q - p)), or e^q (e^(p - q) - 1).
     # Each branch keeps the gradient of its own power (a maximum would halve it at p = q), so that
     # first and second derivatives are right where the policy is the reference.
-    if_p = hold(p, most).exp() * -torch.expm1(-gap.clamp(min=0))
-    if_q = hold(q, most).exp() * torch.expm1(gap.clamp(max=0))
-    return torch.where(gap >= 0, if_p, if_q) / exponent
+    if_p = p.exp() * -expm1(-gap.clamp(0, 1))
+    if_q = q.exp() * expm1(gap.clamp(-1, 0))
+    near = torch.where(gap >= 0, if_p, if_q)
+    return torch.where(gap.abs() < 1, near, p.exp() - q.exp()) / exponent
 
 
 def _difference_of_logsigmoids(a: Tensor, b: Tensor) -> Tensor:
     """log sigma(a) - log sigma(b), which keeps its digits where both are near or far below 0."""
-    near = torch.log1p(torch.sigmoid(-a) * torch.expm1((a - b).clamp(-1, 1)))
+    near = torch.log1p(sigmoid(-a) * expm1((a - b).clamp(-1, 1)))
     below = (a - b) + (logsigmoid(-a) - logsigmoid(-b))
     far = torch.where((a < 0) & (b < 0), below, logsigmoid(a) - logsigmoid(b))
     return torch.where((a - b).abs() < 1, near, far)
@@ -874,7 +874,7 @@ def _difference_of_logsigmoids(a: Tensor, b: Tensor) -> Tensor:
 
 def _log_odds(logps: Tensor) -> Tensor:
     """log[p / (1 - p)] of a log-probability below 0."""
-    return logps - torch.log(-torch.expm1(logps))
+    return logps - torch.log(-expm1(logps))
 
 
 def _listwise_scores(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:

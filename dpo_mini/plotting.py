@@ -13,15 +13,19 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureManagerBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import BoundaryNorm
 from matplotlib.container import BarContainer, Container
 from matplotlib.figure import Figure
 from matplotlib.quiver import Quiver
+from numpy.typing import ArrayLike
 from PIL import Image
 
+from dpo_mini.arguments import check_count, check_fraction
 from dpo_mini.files import write_whole
+from dpo_mini.progress import in_notebook
 
 __all__ = [
     "STYLES",
@@ -136,7 +140,13 @@ def grouped_bars(ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[f
       ax: where to draw.
       names: Y labels along the x axis.
       groups: a method of `STYLES`, or any other name, to its Y heights.
+    Raises:
+      ValueError: no groups, or heights that are not numbers.
     """
+    _check_is("ax", ax, Axes)
+    _check_is("groups", groups, Mapping)
+    if not groups:
+        raise ValueError("`groups` must have at least one name, got none")
     step = 0.8 / len(groups)
     hatches = {"optimal": "///", "reference": "..."}
     for i, (method, heights) in enumerate(groups.items()):
@@ -144,7 +154,7 @@ def grouped_bars(ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[f
         offsets = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * step
         face = "white" if method in hatches else look["color"]
         ax.bar(
-            offsets, np.asarray(heights, dtype=float), 0.9 * step, label=look["label"],
+            offsets, _numbers("groups", heights), 0.9 * step, label=look["label"],
             facecolor=face, edgecolor=look["color"], hatch=hatches.get(method),
         )  # fmt: skip
     ax.set_xticks(np.arange(len(names)), names)
@@ -161,12 +171,14 @@ def curves(ax: Axes, x: Sequence[float], named: Mapping[str, Sequence[float]]) -
     Raises:
       ValueError: no names, or more than 6.
     """
+    _check_is("ax", ax, Axes)
+    _check_is("named", named, Mapping)
     looks = (("black", "--"), ("#D55E00", "-"), ("#0072B2", "-."), ("#009E73", (0, (5, 1))),
              ("#CC79A7", ":"), ("#E69F00", (0, (3, 1, 1, 1))))  # fmt: skip
     if not 1 <= len(named) <= len(looks):
         raise ValueError(f"named: got {len(named)} names, takes 1 to {len(looks)}")
     for (name, y), (color, dash) in zip(named.items(), looks, strict=False):
-        ax.plot(np.asarray(x), np.asarray(y), color=color, linestyle=dash, label=name)
+        ax.plot(_numbers("x", x), _numbers("named", y), color=color, linestyle=dash, label=name)
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -176,7 +188,11 @@ def label_lines(ax: Axes, *, gap: float = 0.06) -> None:
     Args:
       ax: axes whose lines carry labels (names that begin with an underscore are left out).
       gap: least distance between two labels, as a share of the axis height.
+    Raises:
+      ValueError: `gap` is no share.
     """
+    _check_is("ax", ax, Axes)
+    check_fraction("gap", gap)
     lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
     ax.autoscale_view()
     to_axes = ax.transData + ax.transAxes.inverted()
@@ -211,10 +227,14 @@ def named_points(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
     Raises:
       ValueError: no names, more than 6 labels, or a value that is not finite.
     """
+    _check_is("ax", ax, Axes)
+    _check_is("groups", groups, Mapping)
+    for group in groups.values():
+        _check_is("groups", group, Mapping)
     looks = list(
         zip(("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "black"), "os^vDP", strict=True)
     )
-    values = np.array([value for group in groups.values() for value in group.values()], float)
+    values = _numbers("groups", [value for group in groups.values() for value in group.values()])
     if not values.size:
         raise ValueError("groups: got no names, takes at least one")
     if len(groups) > len(looks):
@@ -249,7 +269,11 @@ def decision_chart(ax: Axes, questions: Mapping[str, str], *, otherwise: str) ->
     Raises:
       ValueError: no questions, or a text that is empty.
     """
+    _check_is("ax", ax, Axes)
+    _check_is("questions", questions, Mapping)
     texts = [*questions, *questions.values(), otherwise]
+    for text in texts:
+        _check_is("questions, otherwise", text, str)
     if not questions or not all(text.strip() for text in texts):
         got = f"{len(questions)} questions, texts {texts!r}"
         raise ValueError(f"questions, otherwise: got {got}, takes at least one and no empty text")
@@ -286,6 +310,7 @@ def ternary(ax: Axes, corners: Sequence[str]) -> None:
     Raises:
       ValueError: the names are not three.
     """
+    _check_is("ax", ax, Axes)
     if len(corners) != 3:
         raise ValueError(f"corners: got {len(corners)} names, takes 3")
     x, y = ternary_xy(np.eye(3)[[0, 1, 2, 0]])
@@ -309,7 +334,7 @@ def ternary_xy(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: the last dimension is not 3, or a row does not sum to 1.
     """
-    table = np.asarray(probs, dtype=float)
+    table = _numbers("probs", probs)
     if table.ndim == 0 or table.shape[-1] != 3:
         raise ValueError(f"probs: got shape {list(table.shape)}, takes [n, 3]")
     totals = table.sum(-1)
@@ -325,8 +350,7 @@ def ternary_grid(n_steps: int) -> np.ndarray:
     Raises:
       ValueError: `n_steps`, n, is below 1.
     """
-    if n_steps < 1:
-        raise ValueError(f"n_steps: got {n_steps}, takes at least 1")
+    check_count("n_steps", n_steps)
     a, b = np.meshgrid(np.arange(n_steps + 1), np.arange(n_steps + 1), indexing="ij")
     inside = a + b <= n_steps
     a, b = a[inside], b[inside]
@@ -343,11 +367,17 @@ def ternary_contours(
       probs: `[n, 3]`, such as `ternary_grid(60)`.
       heights: `[n]`, finite, the function's value at each row.
       levels: increasing.
+    Raises:
+      ValueError: a row of `probs` does not sum to 1, or `heights` is not finite or not `[n]`.
     """
+    _check_is("ax", ax, Axes)
     x, y = ternary_xy(probs)
-    heights = np.asarray(heights, dtype=float)
+    heights = _numbers("heights", heights)
+    if heights.shape != x.shape or not np.isfinite(heights).all():
+        got = f"shape {list(heights.shape)}, finite: {bool(np.isfinite(heights).all())}"
+        raise ValueError(f"`heights` must be finite, one per row of `probs`, got {got}")
     low, high = heights.min(), heights.max()
-    inside = [level for level in levels if low < level < high]
+    inside = [level for level in _numbers("levels", levels) if low < level < high]
     darkest = high + 0.6 * (high - low)  # pale enough for what is drawn on top
     ax.tricontourf(x, y, heights, levels=[low, *inside, high], cmap="Blues", vmax=darkest)
     ax.tricontour(x, y, heights, levels=inside, colors="white", linewidths=0.8, linestyles="solid")
@@ -377,17 +407,19 @@ def vector_fields(
       x_label, y_label: of the outer panels.
       title: of the whole, the finding.
       length_label: of the colour bar.
-      columns: panels in a row.
+      columns: most panels in a row.
       width, height: of the figure, inches.
     Returns:
       The figure.
     Raises:
       ValueError: no panels, `columns < 1`, or a component that is not `[n, n]` or not finite.
     """
-    if not named or columns < 1:
-        got = f"{len(named)} panels in {columns} columns"
-        raise ValueError(f"named, columns: got {got}, takes at least one of each")
-    at = np.asarray(places, dtype=float)
+    _check_is("named", named, Mapping)
+    check_count("columns", columns)
+    if not named:
+        raise ValueError("`named` must have at least one panel, got none")
+    at = _numbers("places", places)
+    columns = min(columns, len(named))
     n_rows = -(-len(named) // columns)
     norm = BoundaryNorm(np.linspace(-2.0, 1.0, 10), 256, extend="both")
     with matplotlib.rc_context(_FONT):
@@ -396,7 +428,7 @@ def vector_fields(
         grid = fig.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False)
         shades = []
         for k, (name, parts) in enumerate(named.items()):
-            ax, (u, v) = grid.flat[k], (np.asarray(part, dtype=float) for part in parts)
+            ax, (u, v) = grid.flat[k], (_numbers("named", part) for part in parts)
             for part in (u, v):
                 if part.shape != (len(at), len(at)) or not np.isfinite(part).all():
                     got = f"shape {list(part.shape)}, finite: {bool(np.isfinite(part).all())}"
@@ -427,20 +459,25 @@ def vector_fields(
 def show(fig: Figure, *, alt: str) -> None:
     """Show a figure in a notebook as a picture with alt text and, in text form, its receipt.
 
+    Outside a notebook it prints `alt` and, where matplotlib's backend opens windows, shows the
+    picture in one, as `pyplot.show` does; a backend such as Agg opens none.
+
     Args:
       fig: what to show.
       alt: one or two sentences for someone who cannot see it: what is drawn and what it says.
     Raises:
       ValueError: `alt` is empty.
-      ImportError: IPython is not installed; `fig.savefig` works everywhere.
     """
+    _check_is("fig", fig, Figure)
+    _check_is("alt", alt, str)
     if not alt.strip():
         raise ValueError("alt: got an empty text, takes a description of the figure")
-    try:
-        from IPython.display import display  # heavy, and only notebooks have it
-    except ModuleNotFoundError as error:
-        needs = "plotting.show needs IPython, which the extra 'notebooks' installs"
-        raise ImportError(f'{needs}: pip install "dpo_mini[notebooks]"') from error
+    if not in_notebook():
+        print(alt)
+        _show_window(fig)
+        return
+    from IPython.display import display  # heavy, and only notebooks have it
+
     data = {"image/png": _png(fig), "text/plain": f"{alt}\n{receipt(fig)}"}
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
 
@@ -460,6 +497,7 @@ def save(
       alt: as in `show`; the titles of the axes when left out.
       folder: where figures live.
     """
+    _check_is("fig", fig, Figure)
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes]
     show(fig, alt="; ".join(titles) if alt is None else alt)
     if folder is None:
@@ -480,11 +518,13 @@ def leave_out_values(*artists: Artist) -> None:
     otherwise, and from there on the run is another one.
     """
     for artist in artists:
+        _check_is("artists", artist, Artist)
         artist.set_gid(_VARIES)
 
 
 def receipt(fig: Figure) -> str:
     """What was drawn in `fig`, as text: of every series its label, number of points and ranges."""
+    _check_is("fig", fig, Figure)
     rows = [f"[{fig.get_suptitle()}]"] if fig.get_suptitle() else []
     for ax in fig.axes:
         if ax.get_label() == "<colorbar>":
@@ -521,6 +561,36 @@ def receipt(fig: Figure) -> str:
         if texts:
             rows.append("  text: " + " | ".join(texts))
     return "\n".join(rows)
+
+
+def _check_is(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        got, want = type(value).__name__, kind.__name__
+        raise TypeError(f"`{name}` must be of type {want}, got {got}")
+
+
+def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Numbers as a float array; a tensor will do."""
+    try:
+        array = np.asarray(values)
+        if not np.iscomplexobj(array):
+            return np.asarray(array, dtype=float)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"`{name}` must be real numbers, got others: {error}") from error
+    raise ValueError(f"`{name}` must be real numbers, got {array.dtype}")
+
+
+def _show_window(fig: Figure) -> None:
+    from matplotlib import pyplot  # chooses a backend, so only where one is needed
+
+    window = pyplot.figure(figsize=fig.get_size_inches(), dpi=fig.dpi)
+    if type(window.canvas.manager) is FigureManagerBase:  # a backend without windows
+        pyplot.close(window)
+    else:
+        ax = window.add_axes((0, 0, 1, 1))
+        ax.imshow(np.asarray(Image.open(io.BytesIO(_png(fig))).convert("RGB")))
+        ax.set_axis_off()
+        pyplot.show()
 
 
 def _png(fig: Figure) -> bytes:

@@ -5,11 +5,12 @@ little; each leaves the reduction to its caller, who takes a mean over samples (
 masked one). Advantages, returns and old log-probabilities are data: no gradient flows into them.
 
 A ratio is an exponential. Where its exponent is above 0.9 log(largest number) of the dtype (639 in
-float64, 79 in float32 and bfloat16, 10 in float16), its value and its slope are held at what they
-are there, so that no loss and no gradient is NaN or infinite. Half precision is computed in float32
-and rounded once, at the end.
+float64, 79 in float32), its value and its slope are held at what they are there, so that no loss
+and no gradient is NaN or infinite. Half precision is computed in float32 and rounded once, at the
+end; there what is above the largest float16, 65,504, is that number.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,9 @@ from dpo_mini._numerics import (
     dtype_of_input,
     exp_remainder,
     hold,
-    largest_exponent,
     normalise,
     widen,
+    with_slope,
 )
 from dpo_mini.arguments import (
     as_bool_mask,
@@ -233,12 +234,17 @@ def optimal_baseline(logps: Tensor, rewards: Tensor, squared_scores: Tensor) -> 
     if values_visible(squared_scores) and (squared_scores < 0).any():
         got = squared_scores.min().item()
         raise ValueError(f"squared_scores: got {got:.4g}, takes squares, >= 0")
-    weights = widen(logps).exp() * widen(squared_scores)
-    totals = weights.sum(-1)
-    if values_visible(totals) and (totals == 0).any():
-        row = int((totals == 0).nonzero()[0])
+    squares, wide_logps = widen(squared_scores), widen(logps)
+    counted = wide_logps.detach().masked_fill(squares == 0, -torch.inf)
+    largest = counted.amax(-1, keepdim=True)  # comes off, so that rare answers do not underflow
+    if values_visible(largest) and torch.isneginf(largest).any():
+        row = int(torch.isneginf(largest).flatten().nonzero()[0])
         raise ValueError(f"squared_scores: got only 0 in row {row}, takes one > 0 at least")
-    return (weights * widen(rewards)).sum(-1) / totals
+    gaps = wide_logps - largest  # above 0 only where the score is 0: e^gap must not be infinite
+    weights = gaps.clamp(max=math.log(torch.finfo(gaps.dtype).max) - 1).exp() * squares
+    # Counted from the reward that weighs most: where it weighs nearly all, the others keep digits.
+    heaviest = widen(rewards).gather(-1, weights.argmax(-1, keepdim=True))
+    return heaviest.squeeze(-1) + (weights * (widen(rewards) - heaviest)).sum(-1) / weights.sum(-1)
 
 
 def gae(
@@ -280,15 +286,17 @@ def gae(
     rewards = widen(rewards).detach().masked_fill(~mask, 0.0)
     values = widen(values).detach().masked_fill(~mask, 0.0)
     check_finite(rewards=rewards, values=values)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [B]: nothing after the end
+    next_value = next_advantage = next_return = torch.zeros_like(rewards[:, 0])  # after the end
     backwards = []
     for t in reversed(range(rewards.shape[1])):
         td_error = rewards[:, t] + discount * next_value - values[:, t]
         next_advantage = td_error + discount * lam * next_advantage
+        # A + V, but without the digits that adding V and subtracting it would cost.
+        next_return = rewards[:, t] + discount * torch.lerp(next_value, next_return, lam)
         next_value = values[:, t]
-        backwards.append(next_advantage)
-    advantages = torch.stack(backwards[::-1], dim=1)
-    return advantages, advantages + values
+        backwards.append((next_advantage, next_return))
+    advantages, returns = (torch.stack(each, dim=1) for each in zip(*backwards[::-1], strict=True))
+    return advantages, returns
 
 
 def whiten(values: Tensor, completion_mask: Tensor) -> Tensor:
@@ -339,8 +347,13 @@ def entropy(logits: Tensor) -> Tensor:
             raise ValueError("logits: got NaN or +inf, takes values < inf")
         if torch.isneginf(logits.amax(-1)).any():
             raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
-    logps = normalise(widen(logits))[0]
-    return -(logps.exp() * logps.masked_fill(torch.isneginf(logps), 0.0)).sum(-1)
+    scores = widen(logits)
+    logps, probs = normalise(scores)[0], scores.softmax(-1)
+    value = -(logps.exp() * logps.masked_fill(torch.isneginf(logps), 0.0)).sum(-1)
+    # The slope is p_v (mean logit - logit v). Autograd would find log p_v + H by a subtraction that
+    # leaves no digits where p is nearly uniform.
+    gaps = (scores - scores.detach().amax(-1, keepdim=True)).masked_fill(probs == 0, 0.0)
+    return with_slope(value, scores, probs * ((probs * gaps).sum(-1, keepdim=True) - gaps))
 
 
 def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -379,7 +392,7 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Returns:
       the same shape, nats, never negative.
     """
-    return exp_remainder(-_log_ratios(logps, ref_logps), largest_exponent(logps.dtype))
+    return exp_remainder(-_log_ratios(logps, ref_logps))
 
 
 @dataclass
@@ -428,7 +441,7 @@ def _ratios(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> tuple[Tenso
     check_floats("[...]", logps=logps, old_logps=old_logps, advantages=advantages)
     check_finite(logps=logps, old_logps=old_logps, advantages=advantages)
     log_ratios = widen(logps) - widen(old_logps).detach()
-    return hold(log_ratios, largest_exponent(logps.dtype)).exp(), widen(advantages).detach()
+    return hold(log_ratios).exp(), widen(advantages).detach()
 
 
 def _log_ratios(logps: Tensor, ref_logps: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ Rewards are tensors, numpy arrays or lists of numbers. Probabilities underflow w
 better: 1 in e^104 is 0 in float32. A likelihood needs `..._logp`, which stays right there.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, widen
+from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, sigmoid, widen
 from dpo_mini.arguments import (
     Table,
     as_floats,
@@ -44,7 +47,7 @@ def bradley_terry_prob(rewards_a: Table, rewards_b: Table) -> Tensor:
       ValueError: shapes or dtypes differ, or a reward is not finite.
     Source: Bradley & Terry 1952; Rafailov et al. 2023, Eq. 1, arXiv:2305.18290.
     """
-    return _margins(rewards_a, rewards_b).sigmoid()
+    return sigmoid(_margins(rewards_a, rewards_b))
 
 
 def bradley_terry_logp(rewards_a: Table, rewards_b: Table) -> Tensor:
@@ -99,7 +102,7 @@ def davidson_probs(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Te
       ValueError: shapes or dtypes differ, a reward is not finite, or `tie_weight <= 0`.
     Source: Davidson 1970.
     """
-    return _davidson_scores(rewards_a, rewards_b, tie_weight).softmax(-1)
+    return normalise(_davidson_scores(rewards_a, rewards_b, tie_weight))[0].exp()
 
 
 def davidson_logps(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Tensor) -> Tensor:
@@ -114,7 +117,7 @@ def davidson_logps(rewards_a: Table, rewards_b: Table, *, tie_weight: float | Te
     return normalise(_davidson_scores(rewards_a, rewards_b, tie_weight))[0]
 
 
-def plackett_luce_logp(rewards: Table, ranking: Tensor) -> Tensor:
+def plackett_luce_logp(rewards: Table, ranking: Table) -> Tensor:
     r"""$\log P(\tau) = \sum_k [r_{\tau(k)} - \log\sum_{j\ge k} e^{r_{\tau(j)}}]$.
 
     Args:
@@ -127,6 +130,8 @@ def plackett_luce_logp(rewards: Table, ranking: Tensor) -> Tensor:
     Source: Plackett 1975; Rafailov et al. 2023, Eq. 18, arXiv:2305.18290.
     """
     scores = _listed(rewards)
+    if isinstance(ranking, np.ndarray | Sequence):
+        ranking = torch.as_tensor(np.asarray(ranking), device=scores.device)
     check_integers("ranking", ranking, "[B, K]")
     if ranking.shape != scores.shape:
         raise ValueError(

@@ -1,6 +1,7 @@
 """A progress bar for notebooks that is live everywhere and leaves nothing in the file."""
 
 import html
+import sys
 from collections.abc import Collection, Iterator, Sized
 from typing import Protocol, TypeVar
 
@@ -22,20 +23,26 @@ def notebook_progress(label: str) -> Progress:
     """A wrapper for what a loop runs over: `fit_sft(..., progress=notebook_progress("SFT"))`.
 
     It shows one HTML `<progress>` under a display id while the loop runs and replaces it by nothing
-    at the end, so that a saved notebook holds an empty output whatever the machine's speed.
+    at the end, so that a saved notebook holds an empty output whatever the machine's speed. Outside
+    a notebook it shows nothing; `tqdm` is for scripts.
 
     Args:
       label: what the loop does, shown beside the bar.
     Returns:
       From a range, or anything with a length, to the same items, shown as they go by.
+    Raises:
+      TypeError: `label` is not text.
     """
 
+    if not isinstance(label, str):
+        raise TypeError(f"`label` must be a str, got {type(label).__name__}")
+
     def wrap(steps: Collection[_T], /) -> Iterator[_T]:
-        try:
-            from IPython.display import display  # heavy, and only notebooks have it
-        except ModuleNotFoundError:  # no notebook, so nothing to show it in
+        if not in_notebook():
             yield from steps
             return
+        from IPython.display import display  # heavy, and only notebooks have it
+
         nothing = {"text/html": "", "text/plain": ""}
         handle = display(nothing, raw=True, display_id=True)
         try:
@@ -48,6 +55,14 @@ def notebook_progress(label: str) -> Progress:
                 handle.update(nothing, raw=True)
 
     return wrap
+
+
+def in_notebook() -> bool:
+    """Whether a notebook shows what is displayed: a script has no shell, a terminal no kernel."""
+    module = sys.modules.get("IPython.core.interactiveshell")  # a kernel has loaded it
+    if module is None or not module.InteractiveShell.initialized():
+        return False
+    return getattr(module.InteractiveShell.instance(), "kernel", None) is not None
 
 
 def _every(steps: Sized) -> int:

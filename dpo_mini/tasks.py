@@ -4,6 +4,7 @@ A task is a prompt set, a finite set of completions and a table of true rewards.
 whose completions are one token long, so the same functions serve both.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dpo_mini.arguments import (
+    Table,
+    as_floats,
     check_between,
     check_count,
     check_finite,
@@ -40,7 +43,12 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+_MOST_COMPLETIONS = 20_000_000
+_MOST_TOKENS = 10_000
+_ROUNDS = 100
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """Prompts, every completion, and the true reward of each.
 
@@ -67,6 +75,8 @@ class Task:
     completions: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        _check_names("prompt_texts", self.prompt_texts)
+        _check_names("vocabulary", self.vocabulary)
         tables = {"rewards": self.rewards}
         if self.ref_logps is not None:
             tables["ref_logps"] = self.ref_logps
@@ -152,16 +162,23 @@ class Task:
           generator: draws the completions.
         Returns:
           `[B, T]` int64, padded with `PAD`.
+        Raises:
+          ValueError: a table of another shape, or a prompt out of range.
         """
-        return self.completions[self._draw(logps, prompts, generator)]
+        self._check_policy(logps)
+        check_indices("prompts", prompts, "[B]", len(self.prompts))
+        check_generator(generator)
+        return self.completions[_draw(_cdf(logps), prompts, generator)]
 
     def sample_pairs(
         self, logps: Tensor, n: int, *, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Preference pairs: prompts drawn evenly, two different answers from a policy, one winner.
 
-        The two answers are independent draws, the second drawn again until it differs; the winner
-        is drawn from Bradley-Terry on the true reward.
+        The two answers are independent draws, the second drawn again until it differs. Where it
+        still does not after 100 rounds, it is drawn from the answers that differ, which has the
+        same law and ends even for a policy that is all but sure of one answer. The winner is drawn
+        from Bradley-Terry on the true reward.
 
         Args:
           logps: `[X, Y]`, the policy that answers, as a table, nats.
@@ -170,56 +187,73 @@ class Task:
         Returns:
           `(prompts [n], chosen [n, T], rejected [n, T])`, int64.
         Raises:
-          ValueError: `n < 1`; a table of another shape; a row whose mass is on one completion.
+          ValueError: `n < 1`; a table of another shape; a row with fewer than two answers whose
+            log-probability is above -inf.
         """
         check_count("n", n)
         check_generator(generator)
+        self._check_policy(logps)
+        if ((logps > -math.inf).sum(-1) < 2).any():
+            raise ValueError("logps: got a row with all its mass on one completion, takes >= 2")
         device = self.rewards.device
         prompts = torch.randint(len(self.prompts), (n,), generator=generator, device=device)
-        first = self._draw(logps, prompts, generator)
-        if (logps.detach().amax(-1).exp() > 1 - 1e-6).any():
-            raise ValueError("logps: got a row with all its mass on one completion, takes >= 2")
-        second = self._draw(logps, prompts, generator)
-        while (same := (first == second).nonzero().squeeze(1)).numel():
-            second[same] = self._draw(logps, prompts[same], generator)
+        cdf = _cdf(logps)
+        first = _draw(cdf, prompts, generator)
+        second = _draw(cdf, prompts, generator)
+        for _ in range(_ROUNDS):
+            same = (first == second).nonzero().squeeze(1)
+            if not same.numel():
+                break
+            second[same] = _draw(cdf, prompts[same], generator)
+        same = (first == second).nonzero().squeeze(1)
+        if same.numel():
+            drawn = torch.stack([prompts[same], first[same]])
+            (rows, columns), which = drawn.unique(dim=1, return_inverse=True)
+            others = logps.detach().double()[rows].scatter(1, columns[:, None], -math.inf)
+            second[same] = _draw(_cdf(others.log_softmax(-1)), which, generator)
         rewards_a, rewards_b = self.rewards[prompts, first], self.rewards[prompts, second]
         first_wins = sample_bradley_terry(rewards_a, rewards_b, generator=generator)
         chosen = torch.where(first_wins, first, second)
         rejected = torch.where(first_wins, second, first)
         return prompts, self.completions[chosen], self.completions[rejected]
 
-    def _draw(self, logps: Tensor, prompts: Tensor, generator: torch.Generator) -> Tensor:
-        """Columns `[B]` drawn from the rows `prompts` `[B]` of a table, by inverting its CDF."""
+    def _check_policy(self, logps: Tensor) -> None:
         check_floats("[X, Y]", logps=logps)
         if logps.shape != self.rewards.shape:
             got, want = list(logps.shape), list(self.rewards.shape)
             raise ValueError(f"logps: got shape {got}, takes {want}")
         check_logps(logps=logps)
         check_normalised(logps=logps)
-        check_indices("prompts", prompts, "[B]", len(self.prompts))
-        check_generator(generator)
-        cdf = logps.detach().double().exp().cumsum(-1)  # [X, Y]
-        uniform = torch.rand(prompts.shape, dtype=cdf.dtype, device=cdf.device, generator=generator)
-        draws = torch.empty_like(prompts)
-        for x in prompts.unique().tolist():
-            rows = prompts == x
-            draws[rows] = torch.searchsorted(cdf[x], uniform[rows] * cdf[x, -1], right=True)
-        return draws.clamp(max=cdf.shape[1] - 1)
+
+
+def _cdf(logps: Tensor) -> Tensor:
+    """Sums `[X, Y]` of the probabilities up to each column, float64."""
+    return logps.detach().double().exp().cumsum(-1)
+
+
+def _draw(cdf: Tensor, prompts: Tensor, generator: torch.Generator) -> Tensor:
+    """Columns `[B]` drawn from the rows `prompts` `[B]` of a table, by inverting its CDF."""
+    uniform = torch.rand(prompts.shape, dtype=cdf.dtype, device=cdf.device, generator=generator)
+    draws = torch.empty_like(prompts)
+    for x in prompts.bincount().nonzero().flatten().tolist():
+        rows = prompts == x
+        draws[rows] = torch.searchsorted(cdf[x], uniform[rows] * cdf[x, -1], right=True)
+    return draws.clamp(max=cdf.shape[1] - 1)
 
 
 def subtree_sizes(vocab_size: int, max_tokens: int, end_token: int | None) -> list[int]:
     """How many completions begin with an unended prefix of 0, 1, …, T tokens: T + 1 numbers.
 
     Args:
-      vocab_size, max_tokens: V and T.
+      vocab_size, max_tokens: V and T; T is at most 10,000.
       end_token: the token that ends a completion, or None where all have T tokens.
     Returns:
       T + 1 numbers; the first is Y, that of all completions, the last 1.
     Raises:
-      ValueError: `max_tokens < 1`, or no token beside the end token.
+      ValueError: `max_tokens` outside 1..10,000, or no token beside the end token.
     """
     check_count("vocab_size", vocab_size, least=1 if end_token is None else 2)
-    check_count("max_tokens", max_tokens)
+    check_count("max_tokens", max_tokens, most=_MOST_TOKENS)
     ends, goes_on = (0, vocab_size) if end_token is None else (1, vocab_size - 1)
     sizes = accumulate(range(max_tokens), lambda size, _: ends + goes_on * size, initial=1)
     return list(sizes)[::-1]
@@ -233,58 +267,79 @@ def enumerate_completions(vocab_size: int, max_tokens: int, end_token: int | Non
     Raises:
       ValueError: there are more than 20 million, or the end token is outside the vocabulary.
     """
-    n_completions = subtree_sizes(vocab_size, max_tokens, end_token)[0]
-    if n_completions > 20_000_000:
+    sizes = subtree_sizes(vocab_size, max_tokens, end_token)
+    if sizes[0] > _MOST_COMPLETIONS:  # named by its logarithm: Python prints no 5,000 digits
         raise ValueError(
-            f"max_tokens: got {max_tokens} with {vocab_size} tokens, which gives {n_completions} "
-            "completions; takes a task of at most 20,000,000"
+            f"`max_tokens` must leave at most {_MOST_COMPLETIONS:,} completions, got {max_tokens} "
+            f"with {vocab_size} tokens, which gives about 10^{math.log10(sizes[0]):.1f}"
         )
     if end_token is not None:
         check_count("end_token", end_token, least=0)
         if end_token >= vocab_size:
             raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
-    endings = torch.empty(1, 0, dtype=torch.int64)  # what may follow a prefix of T tokens: nothing
-    for _ in range(max_tokens):
-        n_endings, length = endings.shape
-        tokens = torch.arange(vocab_size).repeat_interleave(n_endings)
-        longer = torch.cat([tokens[:, None], endings.repeat(vocab_size, 1)], dim=1)
-        if end_token is not None:
-            at = end_token * n_endings
-            end = torch.tensor([[end_token, *[PAD] * length]])
-            longer = torch.cat([longer[:at], end, longer[at + n_endings :]])
-        endings = longer
-    return endings
+    completions = torch.empty(sizes[0], max_tokens, dtype=torch.int64)
+    place = torch.arange(sizes[0])  # of a completion among those that begin with its first t tokens
+    ended = torch.zeros_like(place, dtype=torch.bool)
+    for t, below in enumerate(sizes[1:]):  # an unended token leads to `below` completions
+        end_place = sizes[0] if end_token is None else end_token * below
+        after_end = (place > end_place).long()  # the end token leads to one completion, itself
+        tokens = (place - after_end) // below + after_end
+        completions[:, t] = tokens.masked_fill(ended, PAD)
+        ended |= place == end_place
+        place = (place - after_end) % below
+    return completions
 
 
 # --- bandits ---------------------------------------------------------------------------------
 
 
-def bandit(rewards: Tensor, ref_probs: Tensor, *, actions: Sequence[str] | None = None) -> Task:
+def bandit(
+    rewards: Table,
+    ref_probs: Table,
+    *,
+    actions: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Task:
     """A bandit: X prompts, Y actions of one token, and a reference policy as a table.
+
+    Both tables are tensors, NumPy arrays or lists of rows. A list of numbers takes the dtype of the
+    table beside it, and float64 beside another list; integers become float64; of two floating
+    dtypes the smaller is cast up.
 
     Args:
       rewards: `[X, Y]`, finite.
-      ref_probs: `[X, Y]`, positive, each row summing to 1.
+      ref_probs: `[X, Y]`, positive, each row summing to 1 as nearly as its dtype can say.
       actions: Y names; "a", "b", "c", … when left out.
+      prompts: X names; "x1", "x2", … when left out.
     Returns:
       A `Task` whose `ref_logps` are the logarithms of `ref_probs`.
     Raises:
-      ValueError: shapes or dtypes differ, a reward is not finite, a probability is <= 0 or NaN, a
-        row does not sum to 1, or the names are not Y.
+      TypeError: a table that holds no numbers, or names that are not text.
+      ValueError: shapes differ, a reward is not finite, a probability is <= 0 or NaN, a row does
+        not sum to 1, or there are not X prompts and Y actions.
     """
-    check_floats("[X, Y]", rewards=rewards, ref_probs=ref_probs)
-    if not (ref_probs > 0).all():
+    tables = {"rewards": rewards, "ref_probs": ref_probs}
+    rewards, probs = as_floats("[X, Y]", tables, cast_up=True)
+    if not (probs > 0).all():
         raise ValueError("ref_probs: got a probability <= 0 or NaN, takes positive ones")
-    totals = ref_probs.sum(-1)
-    if ((totals - 1).abs() > 1e-3).any():
-        worst = totals[(totals - 1).abs().argmax()].item()
+    (given,) = as_floats("[X, Y]", {"ref_probs": ref_probs})
+    totals = given.double().sum(-1, keepdim=True)
+    rounding = torch.finfo(given.dtype).eps
+    if ((totals - 1).abs() > 1e-3 + rounding).any():
+        worst = totals.flatten()[(totals - 1).abs().argmax()].item()
         raise ValueError(f"ref_probs: got a row that sums to {worst:.4g}, takes rows that sum to 1")
+    if rounding > torch.finfo(probs.dtype).eps:  # cast up, but not its rounding
+        probs = (probs / totals).to(probs.dtype)
     n_prompts, n_actions = rewards.shape
-    if actions is not None and len(actions) != n_actions:
-        raise ValueError(f"actions: got {len(actions)} names, takes {n_actions}, one a column")
-    names = actions or [chr(97 + y) if y < 26 else f"a{y}" for y in range(n_actions)]
-    prompts = tuple(f"x{x + 1}" for x in range(n_prompts))
-    return Task(prompts, tuple(names), 1, None, rewards, ref_probs.log())
+    if actions is None:
+        actions = [chr(97 + y) if y < 26 else f"a{y}" for y in range(n_actions)]
+    if prompts is None:
+        prompts = [f"x{x + 1}" for x in range(n_prompts)]
+    for name, names, n in (("actions", actions, n_actions), ("prompts", prompts, n_prompts)):
+        _check_names(name, names)
+        if len(names) != n:
+            raise ValueError(f"`{name}` must be {n} names, got {len(names)}")
+    return Task(tuple(prompts), tuple(actions), 1, None, rewards, probs.log())
 
 
 def four_answers() -> Task:
@@ -384,9 +439,10 @@ def micro_review_demonstrations(
         return [names[row] for row in rows.tolist()]
 
     prompts = torch.randint(len(REVIEW_PROMPTS), (n,), generator=generator)
-    completions = torch.full((n, 5), PAD)
+    completions = torch.full((n, 5), PAD, dtype=torch.int64)
     adjectives = iter(draw(_ADJECTIVES, 2 * n))
-    slips = iter((torch.rand(5 * n, generator=generator) < slip_prob).tolist())
+    uniform = torch.rand(5 * n, dtype=torch.float64, generator=generator)
+    slips = iter((uniform < slip_prob).tolist())
     any_word = iter(torch.randint(1, len(REVIEW_WORDS), (5 * n,), generator=generator).tolist())
     for row, template in enumerate(draw(_TEMPLATES, n)):
         words = [next(adjectives) if word == "A" else word for word in template.split()]
@@ -394,6 +450,15 @@ def micro_review_demonstrations(
         tokens = [_WORD[word] for word in [*words, "<end>"][:5]]
         completions[row, : len(tokens)] = torch.tensor(tokens)
     return prompts, completions
+
+
+def _check_names(name: str, names: Sequence[str]) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"`{name}` must be a sequence of str, got {type(names).__name__}")
+    for one in names:
+        if not isinstance(one, str):
+            got = type(one).__name__
+            raise TypeError(f"`{name}` must be a sequence of str, got {got} in it")
 
 
 def _counted(names: Sequence[str], what: str) -> str:

@@ -1,13 +1,17 @@
 """Every exercise: its solution passes, and plausible mistakes each get a sentence of their own."""
 
+import inspect
+import math
+import re
 import runpy
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_mini.checks import Exercise, check, diagnose, exercises
+from dpo_mini.checks import Exercise, check, diagnose, exercises, homework, slips
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = exercises()
@@ -22,6 +26,14 @@ def gather(folder: Path, pattern: str, name: str) -> dict:
 
 SOLUTIONS = gather(ROOT / "notebooks" / "solutions", "[0-9][0-9]_*.py", "SOLUTIONS")
 MISTAKES = gather(ROOT / "tests" / "mistakes", "chapter_*.py", "MISTAKES")
+
+
+def known_sentences(number: str) -> set[str]:
+    return {" ".join(mistake.__doc__.split()) for mistake in EXERCISES[number].mistakes}
+
+
+def argument_names(number: str) -> list[str]:
+    return list(inspect.signature(SOLUTIONS[number]).parameters)
 
 
 def test_every_exercise_has_a_solution_and_three_mistakes():
@@ -45,9 +57,10 @@ def test_a_mistake_gets_its_own_sentence(number, words):
 
 
 @pytest.mark.parametrize("number", EXERCISES)
-def test_the_sentences_of_an_exercise_differ(number):
+def test_the_sentences_of_an_exercise_differ_and_none_is_without_its_mistake(number):
     sentences = [diagnose(number, mistake)[1] for mistake in MISTAKES[number].values()]
     assert len(set(sentences)) == len(sentences)
+    assert known_sentences(number) <= set(sentences)
 
 
 def blank(number: str, value: float):
@@ -113,8 +126,29 @@ def test_what_is_not_a_number_is_told_so():
     assert "shape [2] where [4]" in diagnose("0.1", lambda *arguments: torch.ones(2))[1]
 
 
+@pytest.mark.parametrize(
+    ("number", "change", "words"),
+    [
+        ("0.1", lambda x: x[None], "shape [1, 4] where [4] is wanted: the same numbers, but"),
+        ("0.2", lambda x: x.expand(4), "shape [4] where [] is wanted, which is one number: a"),
+        ("0.1", lambda x: x.sum(), "shape [] where [4] is wanted: one number, which may have"),
+    ],
+)
+def test_what_has_another_shape_is_told_what_may_have_happened(number, change, words):
+    assert words in diagnose(number, lambda *arguments: change(SOLUTIONS[number](*arguments)))[1]
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.tolist, torch.Tensor.numpy])
+@pytest.mark.parametrize("number", ["0.1", "0.2"])
+def test_the_right_numbers_pass_as_a_list_and_as_an_array(number, kind):
+    assert diagnose(number, lambda *arguments: kind(SOLUTIONS[number](*arguments)))[0]
+
+
 def test_an_unknown_mistake_is_told_which_theorem_fails():
-    passed, sentence = diagnose("0.1", lambda ref_probs, rewards, beta: ref_probs)
+    def cubed(ref_probs, rewards, beta):
+        return torch.softmax(ref_probs.log() + (rewards / beta) ** 3, 0)
+
+    passed, sentence = diagnose("0.1", cubed)
     assert not passed
     assert "does not differ as their rewards do" in sentence
 
@@ -148,5 +182,219 @@ def test_check_prints_one_line(capsys):
 
 
 def test_an_unknown_number_is_refused():
-    with pytest.raises(ValueError, match="number: got '99.9'"):
-        diagnose("99.9", print)
+    for given in ("99.9", 2.1, None):
+        for function in (check, diagnose):
+            with pytest.raises(ValueError, match=rf"^`number` must be .* 0.1, .*, got {given!r}$"):
+                function(given, print)
+
+
+# --- known mistakes: told from the right answer, and from each other --------------------------
+
+
+def furthest(results, others) -> float:
+    """The largest difference on any case, relative where values are above 1."""
+    worst = 0.0
+    for got, other in zip(results, others, strict=True):
+        far = (got - other).abs() / (1 + other.abs())
+        same = (got == other) | (got.isnan() & other.isnan())
+        worst = max(worst, float(far.nan_to_num(1.0).masked_fill(same, 0.0).max()))
+    return worst
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_on_the_cases_no_mistake_is_right_and_no_two_are_alike(number):
+    """Else a sentence would be told to somebody who made another mistake."""
+    exercise = EXERCISES[number]
+    answers = {"the solution": SOLUTIONS[number]}
+    answers.update({mistake.__name__: mistake for mistake in exercise.mistakes})
+    results = {
+        name: [torch.as_tensor(answer(*case), dtype=torch.float64) for case in exercise.cases]
+        for name, answer in answers.items()
+    }
+    for one, other in combinations(results, 2):
+        assert furthest(results[one], results[other]) > 20 * exercise.tolerance, (one, other)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_every_known_mistake_is_named_by_its_own_sentence(number):
+    for mistake in EXERCISES[number].mistakes:
+        passed, sentence = diagnose(number, mistake)
+        assert not passed
+        assert sentence == " ".join(mistake.__doc__.split())
+
+
+def test_a_mistake_in_float32_is_named_too():
+    def wrong(*arguments):
+        return MISTAKES["2.1"]["distance from the reference"](*arguments).float()
+
+    assert "distance from the reference" in diagnose("2.1", wrong)[1]
+
+
+def test_a_mistake_beside_a_result_that_is_no_number_is_named_too():
+    """A reversed penalty, with 0 log 0 as NaN in the one case that has a probability of 0."""
+
+    def wrong(probs, ref_probs, rewards, beta):
+        return (probs * rewards).sum() + beta * (probs * (probs / ref_probs).log()).sum()
+
+    assert "penalty has the wrong sign" in diagnose("1.1", wrong)[1]
+
+
+# --- slips: what may happen in any exercise ------------------------------------------------------
+
+# What happened to the right result, and words of what is said.
+SLIPS = {
+    "the sign": (lambda x: -x, "sign"),
+    "half": (lambda x: x / 2, "factor 2 is missing"),
+    "double": (lambda x: 2 * x, "factor 2 too many"),
+    "base 2": (lambda x: x / math.log(2), "base 2"),
+    "base 10": (lambda x: x / math.log(10), "base 10"),
+    "no logarithm": (lambda x: x.exp(), "logarithm is missing"),
+    "upside down": (lambda x: 1 / x, "upside down"),
+    "less than 1": (lambda x: 1 - x, "1 minus"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_slip_is_named_in_every_exercise(number, slip):
+    """By itself, by a known mistake that is the same, or by another slip that repairs it."""
+    change, words = SLIPS[slip]
+
+    def slipped(*arguments):
+        return change(torch.as_tensor(SOLUTIONS[number](*arguments), dtype=torch.float64))
+
+    passed, sentence = diagnose(number, slipped)
+    assert not passed
+    if number == "6.1" and slip == "no logarithm":  # e to the power of thousands is infinite
+        return
+    others = {said for _, said in slips.OF_RESULTS} | known_sentences(number)
+    assert words in sentence or sentence in others or "would be right" in sentence, sentence
+
+
+@pytest.mark.parametrize("number", [n for n in EXERCISES if "beta" in argument_names(n)])
+def test_a_beta_that_is_left_out_or_upside_down_is_named_in_every_exercise(number):
+    at = argument_names(number).index("beta")
+
+    def answer_at(beta):
+        return lambda *a: SOLUTIONS[number](*a[:at], beta(a[at]), *a[at + 1 :])
+
+    for beta, words in ((lambda beta: 0.7, "`beta` is missing"), (lambda beta: 1 / beta, "upside")):
+        passed, sentence = diagnose(number, answer_at(beta))
+        assert not passed
+        assert words in sentence or sentence in known_sentences(number), sentence
+
+
+@pytest.mark.parametrize(
+    ("number", "wrong", "words"),
+    [
+        ("4.3", lambda p, old, new: SOLUTIONS["4.3"](p, new, old), "changed places"),
+        ("5.3", lambda logratios, s, b: SOLUTIONS["5.3"](s, logratios, b), "have changed places"),
+        ("3.1", lambda p, r, b, n: SOLUTIONS["3.1"](p, r, b, n + 1), "one too many of `n_tokens`"),
+        ("9.3", lambda q, r, n: SOLUTIONS["9.3"](q, r, n - 1), "one too few of `n`"),
+        ("7.2", lambda theta, c: SOLUTIONS["7.2"](theta, -c), "with minus `c`"),
+        ("10.2", lambda q, wins, b: (q + wins.mean(1) / b).softmax(0), "its logarithm is due"),
+        ("10.2", lambda q, wins, b: SOLUTIONS["10.2"](q, wins.T, b), "averages columns"),
+        ("5.2", lambda x, b: SOLUTIONS["5.2"](x, b) / len(x), "a mean where a sum"),
+        ("14.2", lambda *a: SOLUTIONS["14.2"](*a) * len(a[0]), "a sum where a mean"),
+        ("5.3", lambda x, s, b: SOLUTIONS["5.3"](x, s, b) * b, "factor beta too many"),
+        ("1.1", lambda p, q, r, b: SOLUTIONS["1.1"](p, q, r, b).sigmoid(), "log-odds"),
+        ("0.1", lambda q, r, b: q * 2 ** (r / b) / (q * 2 ** (r / b)).sum(), "base 2"),
+        ("9.3", lambda q, r, n: SOLUTIONS["9.3"](q, 0 * r, n), "`rewards` is missing"),
+    ],
+)
+def test_other_slips_are_named(number, wrong, words):
+    passed, sentence = diagnose(number, wrong)
+    assert not passed
+    assert words in sentence
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-4])
+@pytest.mark.parametrize("number", ["2.1", "2.2", "5.2", "6.3"])
+def test_who_is_nearly_right_reads_so_with_the_difference(number, size):
+    passed, sentence = diagnose(number, lambda *a: SOLUTIONS[number](*a) + size)
+    assert not passed
+    assert sentence.startswith("This is nearly right")
+    if size < 1e-4:  # else the two numbers print differently
+        assert re.search(r"\(nearly: off by \d\.\de-\d\d, and 1e-08 is allowed\)", sentence)
+
+
+def test_slips_print_nothing(capsys):
+    """A learner's own print would come once more for every slip that is tried."""
+
+    def loud(*arguments):
+        print("!")
+        return 0.3 + SOLUTIONS["0.1"](*arguments)
+
+    diagnose("0.1", SOLUTIONS["0.1"])
+    before = capsys.readouterr().out
+    diagnose("0.1", loud)
+    assert before == ""
+    assert capsys.readouterr().out.count("!") < 2 + len(EXERCISES["0.1"].cases)
+
+
+# --- an exercise of an instructor's own ----------------------------------------------------------
+
+
+def judge_double(double):
+    for x in (0.5, -3.0):
+        homework.agree(double(torch.tensor(x)), 2 * x, "this is not twice the number")
+
+
+def squared(x):
+    """This is the square."""
+    return x * x
+
+
+DOUBLE = {
+    "number": "A.1",
+    "cases": [(torch.tensor(3.0),)],
+    "judge": judge_double,
+    "mistakes": [squared],
+}
+
+
+def test_check_and_diagnose_take_an_exercise_of_ones_own(capsys):
+    own = Exercise(**DOUBLE)
+    assert diagnose(own, lambda x: x + x) == (True, "every theorem that its judge asks for holds.")
+    assert diagnose(own, squared) == (False, "This is the square.")
+    assert diagnose(own, lambda x: x) == (
+        False,
+        "A factor 2 is missing: you return half of what is asked for.",
+    )
+    assert "not twice the number (here 4.5000" in diagnose(own, lambda x: x + 4)[1]
+    check(own, lambda x: 2 * x)
+    check(own, lambda x: None)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Exercise A.1 passed: every theorem that its judge asks for holds."
+    assert said[1].startswith("Exercise A.1 not attempted: ")
+
+
+def test_an_exercise_without_known_mistakes_is_judged_too():
+    own = Exercise(**DOUBLE | {"mistakes": ()})
+    assert diagnose(own, lambda x: 2 * x)[0]
+    assert "`argument 1` is missing" in diagnose(own, lambda x: torch.tensor(0.4))[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("number", 1.1),
+        ("cases", []),
+        ("cases", (torch.tensor(3.0),)),
+        ("judge", "agree"),
+        ("mistakes", [lambda x: x]),
+        ("mistakes", ["twice"]),
+        ("shape", [2]),
+        ("tolerance", 0.0),
+    ],
+)
+def test_a_part_of_an_exercise_that_no_check_could_use_is_named(name, given):
+    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` must .*, got "):
+        Exercise(**DOUBLE | {name: given})
+
+
+def test_a_judge_that_answers_and_does_not_raise_is_refused():
+    """`return got == wanted` would let every answer pass."""
+    own = Exercise(**DOUBLE | {"judge": lambda double: bool(double(1.0) == 2)})
+    with pytest.raises(TypeError, match="`judge` must raise AssertionError .*, got False"):
+        diagnose(own, lambda x: x)

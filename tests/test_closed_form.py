@@ -508,8 +508,8 @@ def test_a_table_of_another_kind_is_refused(function, at):
     )
     names, message = with_table(function, at, GOOD[0])
     assert (
-        message
-        == f"`{names[at]}` must be [X, Y], got shape [3]: for one prompt write {names[at]}[None]"
+        message == f"`{names[at]}` must be [X, Y], one row per prompt, "
+        f"got shape [3]: for one prompt write {names[at]}[None]"
     )
     names, message = with_table(function, at, GOOD[:0])
     assert message == f"{names[at]}: got shape [0, 3], takes a non-empty [X, Y]"

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from dpo_mini import closed_form, losses, tasks
+from dpo_mini import closed_form, explorer, losses, tasks
 from dpo_mini.explorer import LOSSES, Explorer, course_instances
 
 
-def given(explorer: Explorer) -> dict:
-    (found,) = re.findall(r'data-given="([^"]*)"', explorer.html())
+def given(shown: Explorer) -> dict:
+    (found,) = re.findall(r'data-given="([^"]*)"', shown.html())
     return json.loads(html.unescape(found))
 
 
@@ -34,6 +34,7 @@ def test_the_table_holds_what_closed_form_computes():
 def test_a_notebook_gets_both_forms_and_the_same_ones_each_time(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append((data, raw)))
+    monkeypatch.setattr(explorer, "in_notebook", lambda: True)
     Explorer().show()
     Explorer(tasks.four_answers()).show()
     (first, raw), (second, _) = shown
@@ -89,10 +90,16 @@ def test_longer_completions_are_named_by_their_words():
         ({"prompt": 1}, r"prompt: got 1, takes 0\.\.0"),
         ({"chosen": 4}, r"chosen: got 4, takes 0\.\.3"),
         ({"chosen": 1.0}, r"chosen: got 1\.0, takes"),
+        ({"chosen": True, "rejected": 0}, "chosen: got True, takes"),
+        ({"prompt": 10**30}, "prompt: got 10+, takes"),
         ({"rejected": 0}, "rejected: got 0, the chosen one"),
         ({"beta": 0.0}, "beta: got 0.0"),
         ({"divergence": "kl"}, "divergence: got 'kl', takes reverse_kl"),
         ({"loss": "dpo"}, "loss: got 'dpo', takes dpo_loss"),
+        ({"towards_optimum": torch.zeros(2)}, r"towards_optimum: got tensor.*, takes 0 to 2"),
+        ({"towards_optimum": True}, "towards_optimum: got True, takes 0 to 2"),
+        ({"towards_optimum": None}, "towards_optimum: got None, takes 0 to 2"),
+        ({"towards_optimum": float("nan")}, "towards_optimum: got nan, takes 0 to 2"),
         ({"towards_optimum": 2.5}, "towards_optimum: got 2.5, takes 0 to 2"),
     ],
 )
@@ -105,3 +112,15 @@ def test_too_many_answers_are_refused():
     task = tasks.random_bandit(1, 7, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="task: got 7 completions, takes 2 to 6"):
         Explorer(task)
+
+
+def test_a_weight_beyond_int64_is_a_number_like_any_other():
+    assert Explorer(beta=10**30).text() == Explorer(beta=1e30).text()
+    assert "at β = 1e+30" in Explorer(beta=10**30).html()
+
+
+def test_explorers_of_one_task_are_equal_and_can_be_keys():
+    task = tasks.four_answers()
+    assert Explorer(task) == Explorer(task)
+    assert Explorer(task) != Explorer(tasks.four_answers())
+    assert len({Explorer(task), Explorer(task), Explorer(task, beta=1.0)}) == 2

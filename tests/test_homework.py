@@ -16,7 +16,8 @@ import nbformat
 import pytest
 import torch
 
-from dpo_mini.checks import exercises, homework
+from dpo_mini import checks
+from dpo_mini.checks import exercises, homework, slips
 
 ROOT = Path(__file__).resolve().parent.parent
 SHEETS = sorted((ROOT / "notebooks" / "homework").glob("*.ipynb"))
@@ -24,7 +25,7 @@ TOOL = ROOT / "tools" / "make_homework.py"
 MISTAKES = runpy.run_path(str(ROOT / "tests" / "mistakes" / "homework.py"))["MISTAKES"]
 NAME = re.compile(r"^(?:def )?(\w+)(?:\(| = )", re.M)
 
-stamped = runpy.run_path(str(TOOL))["stamped"]
+stamped, guarded = map(runpy.run_path(str(TOOL)).get, ("stamped", "guarded"))
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +184,14 @@ def test_a_cell_holds_one_idea(sheet):
             assert max(map(len, cell.source.splitlines())) <= 79
 
 
+def refuse(answer):
+    raise AssertionError
+
+
+def constant(*arguments):
+    return torch.tensor(0.3)
+
+
 def visible_sentences(source: str) -> list[str]:
     """All that a visible test can say: its own texts, and those of an exercise of a chapter."""
     body = ast.parse(source)
@@ -192,8 +201,11 @@ def visible_sentences(source: str) -> list[str]:
     texts = [text for text in texts if isinstance(text, str)]
     sentences = [text for text in texts if text.count(" ") >= 2]
     for number in [text for text in texts if text in exercises()]:
-        mistakes = exercises()[number].mistakes
-        sentences += [" ".join(mistake.__doc__.split()) for mistake in mistakes]
+        exercise = exercises()[number]
+        sentences += [" ".join(mistake.__doc__.split()) for mistake in exercise.mistakes]
+        names = list(inspect.signature(exercise.mistakes[0]).parameters)
+        sentences += [said for _, said in slips._repairs(print, names, exercise.cases[0])]
+        sentences += [slips.NEARLY, slips.named_slip(refuse, constant, names, exercise.cases)]
     return sentences
 
 
@@ -226,6 +238,40 @@ def test_the_points_are_those_of_the_headings_and_of_the_grading_page(sheet):
     assert points == headings
     assert f"There are {sum(points)} points." in cells_of(sheet)[0].source
     assert re.search(rf"\[{sheet.stem}\].*\| {sum(points)} \|", page)
+
+
+# --- what a student's cell may overwrite -------------------------------------------------------
+
+TAMPERING = """
+from dpo_mini import checks
+from dpo_mini.checks import homework
+
+for _module in (checks, homework):
+    for _name in [n for n, value in vars(_module).items() if callable(value) and n[0] != "_"]:
+        if _name not in ("instance", "draws", "random_policies"):  # what a cheat needs as it is
+            setattr(_module, _name, lambda *arguments, **options: None)
+checks.diagnose = lambda *arguments: (True, "")
+homework.numbers = lambda result, shape: torch.zeros(tuple(shape))
+homework.alike = lambda *arguments, **options: False
+homework.other_instances = lambda *arguments, **options: ()
+"""
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_a_cell_that_overwrites_the_judges_changes_no_hidden_verdict(test, monkeypatch):
+    attempt = Attempt(test)
+    answers = {**blank_answers(attempt.solution), **MISTAKES[test]}
+
+    def verdicts() -> dict[str, str]:
+        return {name: attempt.judge(answer, hidden_only=True) for name, answer in answers.items()}
+
+    before = verdicts()
+    assert all(before[name] for name in blank_answers(attempt.solution))
+    for module in (checks, homework):
+        for name, value in list(vars(module).items()):
+            monkeypatch.setattr(module, name, value)  # put back after the test
+    exec(TAMPERING, {"torch": torch})
+    assert verdicts() == before
 
 
 # --- instances -------------------------------------------------------------------------------
@@ -266,6 +312,9 @@ def test_what_is_not_an_answer_gets_a_sentence():
             homework.numbers(result, [2])
     with pytest.raises(AssertionError, match=r"why \(here 2.0000, and 1.0000 is wanted\)"):
         homework.agree([1.0, 2.0], 1.0, "why")
+    # Where both would print alike it says how far off.
+    with pytest.raises(AssertionError, match=r"nearly: off by 3.0e-06, and 1e-08 is allowed"):
+        homework.agree([1.0, 1.000003], 1.0, "why")
     with pytest.raises(AssertionError, match="why"):
         homework.agree([1.0, nan], 1.0, "why")
     homework.agree([1.0, 1.0 + 1e-9], 1.0, "why")
@@ -309,6 +358,8 @@ def hand_in(sheet: Path, release: Path, student: str) -> str:
                 cell.source = "MINE = [0.5, 0.5, 0.5, 0.5]"
             else:
                 cell.source = f"def {name}(*arguments, **options):\n    return torch.tensor(0.5)"
+            if student == "dan":
+                cell.source += TAMPERING
         elif student == "ben" and marks.get("grade_id") in PARTLY[sheet.stem]:
             test = marks["grade_id"]
             wrong = MISTAKES[test][PARTLY[sheet.stem][test]]
@@ -368,9 +419,10 @@ def what_failed(path: Path) -> dict[str, str]:
 
 def check_the_student_copy(text: str, sheet: Path) -> None:
     """No solution, no hidden test, no model answer, and the instance of seed 7."""
-    source = stamped(sheet, 7)
+    source = guarded(stamped(sheet, 7))
     assert "BEGIN SOLUTION" in source
-    assert "BEGIN HIDDEN TESTS" in source
+    assert source.count("BEGIN HIDDEN TESTS") == 3 * source.count("# More tests of this")
+    assert "sys.modules" not in text
     for sign in ("### BEGIN", "### END", "on other numbers", "other_instances", "seed=0"):
         assert sign not in text, sign
     assert "SEED = 7" in text
@@ -381,7 +433,7 @@ def check_the_student_copy(text: str, sheet: Path) -> None:
 
 
 @pytest.mark.parametrize("sheet", SHEETS, ids=lambda path: path.stem)
-def test_nbgrader_hands_out_collects_and_grades_three_students(sheet, tmp_path):
+def test_nbgrader_hands_out_collects_and_grades_four_students(sheet, tmp_path):
     if find_spec("nbgrader") is None:
         pytest.skip("nbgrader is not installed: each exercise was judged, nbgrader graded nobody")
     run(TOOL, "--seed", 7, "--sheet", sheet.name[0], "--out", tmp_path, cwd=tmp_path)
@@ -391,7 +443,7 @@ def test_nbgrader_hands_out_collects_and_grades_three_students(sheet, tmp_path):
 
     inbox = course / "downloaded" / sheet.stem / "archive"
     inbox.mkdir(parents=True)
-    for student in ("ada", "ben", "cleo"):
+    for student in ("ada", "ben", "cleo", "dan"):
         text = hand_in(sheet, release, student)
         (inbox / f"{student}__{sheet.name}").write_text(text, encoding="utf-8")
     run("-m", "nbgrader", "zip_collect", sheet.stem, cwd=course)
@@ -401,7 +453,7 @@ def test_nbgrader_hands_out_collects_and_grades_three_students(sheet, tmp_path):
     page = course / "feedback" / "ben" / sheet.stem / f"{sheet.stem}.html"
     feedback = page.read_text(encoding="utf-8")
 
-    marks: dict = {"ada": {}, "ben": {}, "cleo": {}}
+    marks: dict = {"ada": {}, "ben": {}, "cleo": {}, "dan": {}}
     for student, test, points, most in json.loads(run("-c", READ_GRADES, cwd=course)):
         marks[student][test] = points, most
     said = {
@@ -430,6 +482,7 @@ def test_nbgrader_hands_out_collects_and_grades_three_students(sheet, tmp_path):
             assert html.escape(PARTLY[sheet.stem][test], quote=False) in feedback
         else:
             assert (points, said["ben"][test]) == (most, ""), test
-    for test in tests:  # one who returns a constant
-        assert marks["cleo"][test][0] == 0, test
+    for test in tests:  # one who returns a constant, and one who overwrites the judges besides
+        assert marks["cleo"][test][0] == marks["dan"][test][0] == 0, test
         assert said["cleo"][test], test
+        assert said["dan"][test] == said["cleo"][test], test

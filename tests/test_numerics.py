@@ -1,5 +1,7 @@
 """Formulas that keep their digits, each against mpmath on the same rounded numbers."""
 
+import math
+
 import mpmath
 import pytest
 import torch
@@ -24,7 +26,7 @@ def bound(dtype: torch.dtype, exponent: float = 0.0) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exp_remainder(dtype):
     u = torch.tensor([s * g for g in GAPS for s in (1, -1)], dtype=dtype, requires_grad=True)
-    got = _numerics.exp_remainder(u, 79.0)
+    got = _numerics.exp_remainder(u)
     exact = [mpmath.expm1(x) - mpmath.mpf(x) for x in map(mpmath.mpf, u.tolist())]
     assert relative_error(got, exact) < bound(dtype)
     (slope,) = torch.autograd.grad(got.sum(), u)
@@ -33,10 +35,11 @@ def test_exp_remainder(dtype):
 
 def test_exp_remainder_is_held_above_the_largest_exponent():
     u = torch.tensor([100.0], requires_grad=True)
-    got = _numerics.exp_remainder(u, 79.0)
+    got = _numerics.exp_remainder(u)
     (slope,) = torch.autograd.grad(got.sum(), u)
-    assert got.item() == pytest.approx(float(mpmath.exp(79)), rel=1e-5)
-    assert slope.item() == pytest.approx(float(mpmath.exp(79)), rel=1e-5)
+    held = 0.9 * math.log(torch.finfo(torch.float32).max)
+    assert got.item() == pytest.approx(math.exp(held), rel=1e-5)
+    assert slope.item() == pytest.approx(math.exp(held), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +52,7 @@ def test_terms_of_divergences(name, dtype):
     }[name]
     first = torch.tensor([-0.7 - s * g for g in GAPS for s in (1, -1)], dtype=dtype)
     second = torch.full_like(first, -0.7)
-    got = getattr(_numerics, name)(first, second)
+    got = getattr(_numerics, name)(first, second, first - second)
     probs = [[mpmath.exp(x) for x in side.tolist()] for side in (first, second)]
     want = [exact(p, q) for p, q in zip(*probs, strict=True)]
     assert relative_error(got, want) < bound(dtype, 2 * max(GAPS))
@@ -116,3 +119,44 @@ def test_half_precision_is_rounded_once_and_never_becomes_infinite():
         (slope,) = torch.autograd.grad(large[:2].sum(), x)
         assert slope[:2].tolist() == torch.tensor([1e4, 1e4]).to(dtype).tolist()
     assert double(torch.ones(2), scale=1e39)[0].tolist() == [torch.inf] * 2
+
+
+def test_a_gradient_in_half_precision_never_becomes_infinite():
+    x = torch.tensor([2.0], dtype=torch.float16, requires_grad=True)
+    (slope,) = torch.autograd.grad((1e6 * _numerics.widen(x)).sum(), x)
+    assert slope.item() == torch.finfo(torch.float16).max
+    (slope,) = torch.autograd.grad((3 * _numerics.widen(x)).sum(), x)
+    assert slope.item() == 3
+    slopes = torch.func.vmap(torch.func.grad(lambda t: _numerics.widen(t) ** 2))(x)
+    assert slopes.tolist() == [4.0]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in jacfwd
+def test_with_slope_has_the_second_derivative_of_its_slope():
+    """x^3 from its value and its slope alone."""
+
+    def cube(x):
+        return _numerics.with_slope((x**3).sum(-1), x, 3 * x**2)
+
+    x = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: (t**3).sum(), x)
+    (slope,) = torch.autograd.grad(cube(x), x, create_graph=True)
+    torch.testing.assert_close(slope, 3 * x**2)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(curvature, 6 * x.detach())
+    torch.testing.assert_close(torch.func.hessian(cube)(x.detach()), torch.diag(6 * x.detach()))
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "expm1"])
+def test_slopes_of_elementary_functions_keep_their_digits(function):
+    x = torch.tensor([s * g for g in GAPS for s in (1, -1)], requires_grad=True)
+    got = getattr(_numerics, function)(x)
+    (slope,) = torch.autograd.grad(got.sum(), x)
+    exact = {"sigmoid": lambda t: 1 / (1 + mpmath.exp(-t)), "expm1": mpmath.expm1}[function]
+    slopes = {
+        "sigmoid": lambda t: 1 / (1 + mpmath.exp(-t)) / (1 + mpmath.exp(t)),
+        "expm1": mpmath.exp,
+    }[function]
+    points = [mpmath.mpf(t) for t in x.tolist()]
+    assert relative_error(got, [exact(t) for t in points]) < bound(torch.float32, max(GAPS))
+    assert relative_error(slope, [slopes(t) for t in points]) < bound(torch.float32, max(GAPS))

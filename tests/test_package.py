@@ -128,14 +128,26 @@ def test_without_its_extra_real_says_what_to_install(installed, asked):
     assert 'pip install "dpo_mini[real]"' in last
 
 
-def test_a_figure_is_shown_in_notebooks_alone(installed):
+def test_without_a_notebook_a_figure_and_the_explorer_are_text(installed):
     script = """
+import matplotlib
+matplotlib.use("Agg")
 from dpo_mini import plotting
+from dpo_mini.explorer import Explorer
 plotting.show(plotting.axes("a", "b", "c")[0], alt="axes")
+Explorer().show()
 """
-    last = run_alone(installed, script).stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: plotting.show needs IPython")
-    assert 'pip install "dpo_mini[notebooks]"' in last
+    done = run_alone(installed, script)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[0] == "axes"
+    assert done.stdout.splitlines()[2].split() == [
+        "answer",
+        "π_ref",
+        "reward",
+        "π*",
+        "implied",
+        "reward",
+    ]
 
 
 def test_the_extras_are_named_in_the_package(metadata):

@@ -1,8 +1,14 @@
 """Figures: the styles of the methods, and receipts that tell what was drawn."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pytest
+import torch
 
 from dpo_mini import plotting
 from dpo_mini.plotting import (
@@ -15,6 +21,17 @@ from dpo_mini.plotting import (
     receipt,
     style,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def notebook(monkeypatch):
+    """What a notebook was given to show: `(data, options)` of each figure."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **kw: shown.append((data, kw)))
+    monkeypatch.setattr(plotting, "in_notebook", lambda: True)
+    return shown
 
 
 def test_methods_differ_in_colour_and_drawn_lines_do_not_share_both():
@@ -71,13 +88,11 @@ def test_labels_at_line_ends_keep_their_distance():
     assert min(np.diff(heights)) > 0.0599
 
 
-def test_show_gives_a_picture_alt_text_and_a_receipt(monkeypatch):
-    seen = []
-    monkeypatch.setattr("IPython.display.display", lambda data, **kw: seen.append((data, kw)))
+def test_show_gives_a_picture_alt_text_and_a_receipt(notebook):
     fig, ax = axes("t", "x", "y")
     ax.plot([0, 1], [0, 1], **style("dpo"))
     plotting.show(fig, alt="a rising line")
-    ((data, options),) = seen
+    ((data, options),) = notebook
     assert data["image/png"].startswith(b"\x89PNG")
     assert data["text/plain"] == "a rising line\n" + receipt(fig)
     assert options["metadata"] == {"image/png": {"alt": "a rising line"}}
@@ -85,8 +100,7 @@ def test_show_gives_a_picture_alt_text_and_a_receipt(monkeypatch):
         plotting.show(fig, alt=" ")
 
 
-def test_save_writes_whole_files_and_only_where_the_folder_is(monkeypatch, tmp_path):
-    monkeypatch.setattr("IPython.display.display", lambda data, **kw: None)
+def test_save_writes_whole_files_and_only_where_the_folder_is(tmp_path):
     fig, ax = axes("t", "x", "y")
     ax.plot([0, 1], [0, 1])
     plotting.save(fig, "line", alt="a line", folder=tmp_path / "absent")
@@ -99,7 +113,6 @@ def test_save_writes_whole_files_and_only_where_the_folder_is(monkeypatch, tmp_p
 
 def test_save_without_a_folder_writes_for_the_course_alone(monkeypatch, tmp_path):
     """A chapter opened elsewhere touches no folder of its reader's that is called figures."""
-    monkeypatch.setattr("IPython.display.display", lambda data, **kw: None)
     fig, _ = axes("t", "x", "y")
     for name in ("course", "elsewhere"):
         for inside in ("notebooks", "figures"):
@@ -113,12 +126,78 @@ def test_save_without_a_folder_writes_for_the_course_alone(monkeypatch, tmp_path
     assert not list((tmp_path / "elsewhere" / "figures").iterdir())
 
 
-def test_save_describes_a_figure_by_its_titles(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr("IPython.display.display", lambda data, **kw: seen.append(kw["metadata"]))
+def test_save_describes_a_figure_by_its_titles(notebook, tmp_path):
     fig, _ = panels(["one finding", "another"], ["x", "x"], ["y", "y"])
     plotting.save(fig, "two", folder=tmp_path)
-    assert seen == [{"image/png": {"alt": "one finding; another"}}]
+    assert [options["metadata"] for _, options in notebook] == [
+        {"image/png": {"alt": "one finding; another"}}
+    ]
+
+
+def run(script, folder, **env):
+    """The stdout of a script in a process of its own, whose warnings are errors."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **env}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_a_chapter_as_a_script_prints_its_lines_and_its_alt_texts(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    chapter = nbformat.read(ROOT / "notebooks" / "00_take_the_tour.ipynb", 4)
+    cells = [cell for cell in chapter.cells if cell.cell_type == "code"]
+    said = []
+    for output in (output for cell in cells for output in cell.outputs):
+        if output.output_type == "stream":
+            said.append(output.text)
+        else:
+            said.append(output.metadata["image/png"]["alt"] + "\n")
+    script = "\n".join(cell.source for cell in cells)
+    got = run(script, tmp_path, MPLBACKEND="Agg")
+    assert got == "".join(said)
+    assert "DPO   = 0.7411" in got
+    assert len(got) < 6000
+
+
+BACKEND = """
+import numpy as np
+from matplotlib.backend_bases import FigureManagerBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+class Window(FigureManagerBase):
+    def show(self):
+        from dpo_mini.plotting import receipt
+        self.canvas.draw()
+        print(receipt(self.canvas.figure))
+        pixels = np.asarray(self.canvas.buffer_rgba())[..., :3].reshape(-1, 3)
+        print(len(np.unique(pixels, axis=0)) > 9)  # the line, its edges, text
+
+class FigureCanvas(FigureCanvasAgg):
+    manager_class = Window
+"""
+
+
+def test_a_script_opens_a_window_where_there_are_windows(tmp_path):
+    (tmp_path / "windows.py").write_text(BACKEND)
+    script = """
+from dpo_mini import plotting
+fig, ax = plotting.axes("a rising line", "x", "y", width=3.0, height=2.0)
+ax.plot([0, 1], [0, 1])
+before = plotting.receipt(fig)
+plotting.save(fig, "line", alt="rises", folder=".")
+assert plotting.receipt(fig) == before
+"""
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    got = run(script, tmp_path, MPLBACKEND="module://windows", PYTHONPATH=path)
+    alt, _, image, drawn = got.splitlines()
+    assert alt == "rises"
+    assert image.startswith("  image 200x300x3: ")
+    assert drawn == "True"
+    assert (tmp_path / "line.png").read_bytes().startswith(b"\x89PNG")
+    assert run(script, tmp_path, MPLBACKEND="Agg") == "rises\n"
 
 
 def test_panels_need_one_label_each():
@@ -168,7 +247,7 @@ def test_what_is_no_triangle_is_refused():
         plotting.ternary_xy([0.5, 0.5])
     with pytest.raises(ValueError, match="probs: got a row that sums to 0.9, takes rows"):
         plotting.ternary_xy([[0.5, 0.3, 0.2], [0.5, 0.3, 0.1]])
-    with pytest.raises(ValueError, match="n_steps: got 0, takes at least 1"):
+    with pytest.raises(ValueError, match="n_steps: got 0, takes a whole number >= 1"):
         plotting.ternary_grid(0)
 
 
@@ -279,11 +358,94 @@ def test_a_field_without_any_arrow_has_a_receipt():
 
 def test_vector_fields_refuse_what_they_cannot_draw():
     one = np.ones((3, 3))
-    with pytest.raises(ValueError, match="named, columns: got 0 panels in 5 columns"):
+    with pytest.raises(ValueError, match="`named` must have at least one panel"):
         plotting.vector_fields({}, [0, 1, 2], "a", "b")
-    with pytest.raises(ValueError, match="got 1 panels in 0 columns"):
+    with pytest.raises(ValueError, match="columns: got 0, takes a whole number >= 1"):
         plotting.vector_fields({"f": (one, one)}, [0, 1, 2], "a", "b", columns=0)
     with pytest.raises(ValueError, match=r"named\['f'\]: got shape \[3, 3\], finite: True"):
         plotting.vector_fields({"f": (one, one)}, [0, 1], "a", "b")
     with pytest.raises(ValueError, match=r"got shape \[3, 3\], finite: False, takes finite"):
         plotting.vector_fields({"f": (one, one * np.inf)}, [0, 1, 2], "a", "b")
+
+
+def ax_of_its_own():
+    return axes("t", "x", "y")[1]
+
+
+def hill(**changes):
+    given = {"probs": plotting.ternary_grid(2), "heights": np.arange(6.0), "levels": [2.5]}
+    plotting.ternary_contours(ax_of_its_own(), **{**given, **changes})
+
+
+GRAD = torch.zeros(2, requires_grad=True)
+REFUSED = [
+    (lambda: grouped_bars(None, ["a"], {"dpo": [1.0]}), "`ax` must be of type Axes, got NoneType"),
+    (lambda: plotting.curves("ax", [0], {"a": [0]}), "`ax` must be of type Axes, got str"),
+    (lambda: label_lines(3), "`ax` must be of type Axes, got int"),
+    (lambda: plotting.named_points([], {"g": {"a": 0}}), "`ax` must be of type Axes, got list"),
+    (lambda: plotting.decision_chart(0, {"a": "b"}, otherwise="c"), "`ax` must be of type Axes"),
+    (lambda: plotting.ternary(None, "abc"), "`ax` must be of type Axes"),
+    (lambda: grouped_bars(ax_of_its_own(), ["a"], {}), "`groups` must have at least one name"),
+    (lambda: grouped_bars(ax_of_its_own(), ["a"], [1.0]), "`groups` must be of type Mapping"),
+    (
+        lambda: grouped_bars(ax_of_its_own(), ["a", "b"], {"dpo": GRAD}),
+        "`groups` must be real numbers, got others: .*detach",
+    ),
+    (
+        lambda: grouped_bars(ax_of_its_own(), ["a"], {"dpo": [1j]}),
+        "`groups` must be real numbers, got complex128",
+    ),
+    (lambda: plotting.curves(ax_of_its_own(), [0], [0]), "`named` must be of type Mapping"),
+    (
+        lambda: plotting.curves(ax_of_its_own(), [10**400], {"a": [0]}),
+        "`x` must be real numbers, got others",
+    ),
+    (
+        lambda: plotting.curves(ax_of_its_own(), [0], {"a": torch.zeros(1).to_sparse()}),
+        "`named` must be real numbers, got others",
+    ),
+    (lambda: label_lines(ax_of_its_own(), gap="wide"), "gap: got str, takes a number"),
+    (lambda: label_lines(ax_of_its_own(), gap=float("nan")), "gap: got nan, takes a number in"),
+    (lambda: plotting.named_points(ax_of_its_own(), {"g": 1.0}), "`groups` must be of type Map"),
+    (
+        lambda: plotting.named_points(ax_of_its_own(), {"g": {"a": None}}),
+        "groups: got nan, takes finite values",
+    ),
+    (
+        lambda: plotting.decision_chart(ax_of_its_own(), ["a"], otherwise="c"),
+        "`questions` must be of type Mapping, got list",
+    ),
+    (
+        lambda: plotting.decision_chart(ax_of_its_own(), {"a": "b"}, otherwise=None),
+        "`questions, otherwise` must be of type str, got NoneType",
+    ),
+    (lambda: plotting.ternary_xy(1j), "`probs` must be real numbers, got complex128"),
+    (lambda: plotting.ternary_grid(1.0), "n_steps: got float, takes a whole number"),
+    (lambda: plotting.ternary_grid(torch.zeros(2)), "n_steps: got Tensor, takes a whole number"),
+    (lambda: hill(heights=np.arange(5.0)), r"`heights` must be finite, one per row of `probs`"),
+    (lambda: hill(heights=np.full(6, np.nan)), r"`heights` must .* got shape \[6\], finite: False"),
+    (lambda: hill(levels=GRAD), "`levels` must be real numbers"),
+    (lambda: plotting.vector_fields([1], [0], "a", "b"), "`named` must be of type Mapping"),
+    (lambda: plotting.vector_fields({"f": (GRAD, GRAD)}, [0, 1], "a", "b"), "`named` must be real"),
+    (lambda: plotting.vector_fields({"f": (0, 0)}, 1j, "a", "b"), "`places` must be real numbers"),
+    (lambda: plotting.show("fig", alt="x"), "`fig` must be of type Figure, got str"),
+    (
+        lambda: plotting.show(axes("t", "x", "y")[0], alt=None),
+        "`alt` must be of type str, got None",
+    ),
+    (lambda: plotting.save(None, "name"), "`fig` must be of type Figure, got NoneType"),
+    (lambda: leave_out_values("line"), "`artists` must be of type Artist, got str"),
+    (lambda: receipt(None), "`fig` must be of type Figure, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_drawn_is_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_more_columns_than_panels_are_as_many_as_panels():
+    one = np.ones((3, 3))
+    fig = plotting.vector_fields({"f": (one, one)}, [0, 1, 2], "a", "b", columns=2**62)
+    assert len([ax for ax in fig.axes if ax.get_label() != "<colorbar>"]) == 1

@@ -375,8 +375,16 @@ BAD_ROWS = {
     "prompt negative": ([-1], [[1, 0]], "prompts: got -1"),
     "fewer prompts": ([0], [[1, 0], [2, 0]], "completions: got 2 rows, takes 1 like prompts"),
     "prompts as a column": ([[0]], [[1, 0]], r"prompts: got shape \[1, 1\]"),
-    "prompts as floats": ([0.0], [[1, 0]], "prompts: got dtype torch.float"),
-    "completions as floats": ([0], [[1.0, 0.0]], "completions: got dtype torch.float"),
+    "prompts as floats": (
+        [0.0],
+        [[1, 0]],
+        r"`prompts` must have dtype torch.int64 \(.long\(\)\), got torch.float",
+    ),
+    "completions as floats": (
+        [0],
+        [[1.0, 0.0]],
+        r"`completions` must have dtype torch.int64 \(.long\(\)\), got torch.float",
+    ),
     "completions flat": ([0], [1, 0], r"completions: got shape \[2\]"),
 }
 
@@ -435,7 +443,7 @@ def test_transformer_refuses(change, error, generator):
     ],
 )
 def test_tabular_policy_refuses(logits, error):
-    with pytest.raises(error, match="^logits: got"):
+    with pytest.raises(error, match="^`?logits`?"):
         TabularPolicy(logits)
 
 

@@ -501,16 +501,18 @@ def test_a_bad_table_is_refused_by_the_optimal_baseline():
     refused = [
         (
             (logps, one, one[0]),
-            "`squared_scores` must be [X, Y], "
+            "`squared_scores` must be [X, Y], one row per prompt, "
             "got shape [2]: for one prompt write squared_scores[None]",
         ),
         (
             (logps, one[0], one),
-            "`rewards` must be [X, Y], got shape [2]: for one prompt write rewards[None]",
+            "`rewards` must be [X, Y], one row per prompt, "
+            "got shape [2]: for one prompt write rewards[None]",
         ),
         (
             (logps[0], one, one),
-            "`logps` must be [X, Y], got shape [2]: for one prompt write logps[None]",
+            "`logps` must be [X, Y], one row per prompt, "
+            "got shape [2]: for one prompt write logps[None]",
         ),
         ((BAD[None], one, one), "logps: got NaN, takes log-probabilities < inf"),
         (

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+import torch
 
 from dpo_mini import checks, closed_form
 from dpo_mini.checks import museum
@@ -118,14 +119,36 @@ def test_every_figure_file_is_written_by_a_chapter():
 INSTRUCTORS = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
 
 
-def test_the_example_for_homework_passes_the_best_policy_and_names_the_gap_of_another():
+EXAMPLES = re.findall(r"```python\n(.*?)```", INSTRUCTORS, re.S)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_example_for_homework_passes_the_best_policy_and_names_the_gap_of_another(dtype):
     names = {}
-    (example,) = re.findall(r"```python\n(.*?)```", INSTRUCTORS, re.S)
-    exec(compile(example, "INSTRUCTORS example", "exec"), names)
-    names["grade"](names["best"].exp())
+    exec(compile(EXAMPLES[0], "INSTRUCTORS example", "exec"), names)
+    names["grade"](names["best"].exp().to(dtype))
     reference = names["task"].ref_logps
     gap = closed_form.kl(reference, names["best"]).item()
     with pytest.raises(AssertionError, match=f"{gap:.4f} nats"):
-        names["grade"](reference.exp())
+        names["grade"](reference.exp().to(dtype))
     assert museum.exhibit("padding counted").name == "padding counted"
     assert "2.1" in checks.exercises()
+
+
+def test_the_exercise_of_ones_own_says_what_its_comments_promise(capsys):
+    assert len(EXAMPLES) == 2
+    names = {}
+    exec(compile(EXAMPLES[1], "INSTRUCTORS example", "exec"), names)
+    promised = re.findall(r"^check\(.*\)  # (.*)$", EXAMPLES[1], re.M)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(promised) == 2
+    for line, promise in zip(said, promised, strict=True):
+        assert line.startswith(promise.removesuffix(" ..."))
+    passed, _ = checks.diagnose(
+        names["value_of_a_prompt"], lambda q, r, beta: beta * names["log_z"](q, r, beta)
+    )
+    assert passed
+
+
+def test_the_examples_for_instructors_judge_under_python_o():
+    assert not re.findall(r"^ *assert ", "\n".join(EXAMPLES), re.M)

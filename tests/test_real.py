@@ -189,12 +189,12 @@ def row(*tokens):
         (
             row(3).float(),
             row(1, 0),
-            "`prompts` must have dtype torch.int64 (.long()), got torch.float32",
+            r"`prompts` must have dtype torch.int64 \(.long\(\)\), got torch.float32",
         ),
         (
             row(3).int(),
             row(1, 0),
-            "`prompts` must have dtype torch.int64 (.long()), got torch.int32",
+            r"`prompts` must have dtype torch.int64 \(.long\(\)\), got torch.int32",
         ),
         (torch.tensor([3]), row(1, 0), r"prompts: got shape \[1\], takes a non-empty \[B, P\]"),
         (row(3).repeat(2, 1), row(1, 0), "completions: got 1 rows, takes 2 like prompts"),

@@ -504,6 +504,30 @@ def test_long_answers_are_cut_and_counted():
 # --- what is refused -----------------------------------------------------------------------------
 
 
+LIKELIHOODS = "^`{}` must be log-probabilities <= 0, got .*: is it a negative log-likelihood"
+
+
+def test_negative_log_likelihoods_are_refused(policy, pairs):
+    class Likelihoods:
+        """A user's reference that answers with cross-entropies."""
+
+        parameters = policy.parameters
+
+        def token_logps(self, prompts, completions):
+            return -policy.token_logps(prompts, completions)
+
+    wrong, start = Likelihoods(), weights(policy)
+    for name, call in (
+        ("reference", lambda: train(policy, wrong, pairs)),
+        ("reference", lambda: real.reference_logps(wrong, pairs)),
+        ("reference", lambda: real.preference_margins(policy, wrong, pairs)),
+        ("policy", lambda: real.preference_margins(wrong, policy, pairs)),
+    ):
+        with pytest.raises(ValueError, match=LIKELIHOODS.format(f"{name}.token_logps")):
+            call()
+    assert farthest(weights(policy), start) == 0
+
+
 def test_bad_settings_are_refused(policy, pairs):
     reference, shared = copy.deepcopy(policy), CausalLMPolicy(policy.model, end_token=END)
     scored = real.reference_logps(reference, pairs)
@@ -521,6 +545,8 @@ def test_bad_settings_are_refused(policy, pairs):
         (shared, {}, "reference: got weights that it shares with the policy, takes"),
         ((scored[0][:5], scored[1]), {}, "reference: got 5 rows, takes 12 like pairs"),
         (scored[:1], {}, r"reference: got 1 tensors, takes \(chosen, rejected\)"),
+        ((-scored[0], scored[1]), {}, LIKELIHOODS.format("reference")),
+        ((scored[0], -scored[1]), {}, LIKELIHOODS.format("reference")),
         (
             scored,
             {"optimizer": adamw(reference)},
@@ -543,6 +569,30 @@ def test_a_run_that_leaves_the_finite_numbers_stops_and_says_where(policy, pairs
             policy, scored, pairs, lambda *logps, beta: logps[0] * math.nan, beta=0.1,
             batches=in_order(12, 4), micro_batch_size=4, optimizer=adamw(policy),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step(
+    policy, pairs, tmp_path, max_grad_norm
+):
+    """The square root of 0 is 0 and its slope infinite: a loss may look well and be useless."""
+    scored, met = real.reference_logps(policy, pairs), []
+
+    def loss(chosen, rejected, *reference, beta):
+        met.append(weights(policy))
+        return (chosen - (chosen.detach() if len(met) == 3 else 1.0)).abs().sqrt()
+
+    with pytest.raises(ValueError, match=r"loss: got 0.0 and a gradient of norm nan at step 2"):
+        train_preferences(
+            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
+            optimizer=adamw(policy), max_grad_norm=max_grad_norm, checkpoints=tmp_path / "run",
+            checkpoint_every=1,
+        )  # fmt: skip
+    assert farthest(weights(policy), met[2]) == 0
+    assert farthest(met[2], met[1]) > 0
+    saved = real.load_checkpoint(tmp_path / "run")
+    assert saved.step == 2
+    assert farthest(saved.weights, met[2]) == 0
 
 
 @needs_accelerate
@@ -905,10 +955,19 @@ def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
     assert_close(dict(found.optimizer), dict(given.optimizer), atol=0, rtol=0)
     assert torch.equal(found.batches, given.batches)
     assert torch.equal(found.generator_state, given.generator_state)
-    bad = replace(given, step=5, optimizer={0: {"old": [torch.ones(1)]}})
+    # A run that is killed before it removes the older one leaves both.
+    for step in (9, 10, 11):
+        real.save_checkpoint(tmp_path / f"{step}", replace(given, step=step))
+    for step in (10, 11, 9):
+        (tmp_path / f"{step}" / f"step-{step:08d}").rename(tmp_path / f"step-{step:08d}")
+        (tmp_path / f"{step}").rmdir()
+    assert real.load_checkpoint(tmp_path).step == 11
+    real.save_checkpoint(tmp_path, replace(given, step=12))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
+    bad = replace(given, step=13, optimizer={0: {"old": [torch.ones(1)]}})
     with pytest.raises(TypeError, match="optimizer: got list in its state 'old'"):
         real.save_checkpoint(tmp_path, bad)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
     [
         ({"prompts": torch.tensor([0, 2])}, ValueError, "prompts: got 2"),
         ({"prompts": torch.tensor([-1])}, ValueError, "prompts: got -1"),
-        ({"prompts": torch.tensor([0.0])}, ValueError, "prompts: got dtype"),
+        ({"prompts": torch.tensor([0.0])}, ValueError, "`prompts` must have dtype torch.int64"),
         ({"prompts": torch.zeros(0, dtype=torch.int64)}, ValueError, "prompts: got shape"),
         ({"prompts": [0]}, TypeError, "prompts: got list"),
         ({"generator": None}, TypeError, "generator: got NoneType"),
@@ -485,9 +485,8 @@ def test_a_policy_of_another_kind_scores_by_itself():
         def token_logps(self, prompts, completions):
             return -prompts[:, None].double() - completions
 
-    got = token_logps(
-        Shy(), torch.tensor([1, 2]), torch.tensor([[3], [4]]), torch.tensor([[5], [6]])
-    )
+    answers = torch.tensor([[3], [4]]), torch.tensor([[5], [6]])
+    got = token_logps(Shy(), torch.tensor([1, 2]), *answers)
     assert got.flatten().tolist() == [-4, -6, -6, -8]
 
 

@@ -1,13 +1,20 @@
 """Enumeration against a recursion, draws against exact probabilities, rewards against reading."""
 
+import dataclasses
+import importlib
 import itertools
 import math
+import pkgutil
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpo_mini
 from dpo_mini.logps import PAD
-from dpo_mini.preferences import bradley_terry_prob
+from dpo_mini.policies import PrefixTree
+from dpo_mini.preferences import bradley_terry_prob, sample_bradley_terry
 from dpo_mini.tasks import (
     REVIEW_PROMPTS,
     REVIEW_WORDS,
@@ -82,6 +89,54 @@ def test_counts():
     assert enumerate_completions(1, 3, None).tolist() == [[0, 0, 0]]
 
 
+@pytest.mark.parametrize(("vocab_size", "max_tokens", "end_token"), SIZES)
+def test_completions_are_all_token_strings_cut_after_the_end_token(
+    vocab_size, max_tokens, end_token
+):
+    def cut(tokens):
+        length = tokens.index(end_token) + 1 if end_token in tokens else max_tokens
+        return (*tokens[:length], *[PAD] * (max_tokens - length))
+
+    strings = itertools.product(range(vocab_size), repeat=max_tokens)
+    want = list(dict.fromkeys(map(cut, strings)))
+    got = enumerate_completions(vocab_size, max_tokens, end_token)
+    assert [tuple(row) for row in got.tolist()] == want
+
+
+class Cost(TorchDispatchMode):
+    """Counts the calls of each operator, and the elements of all tensors that they make anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.calls = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if isinstance(made, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            self.elements += made.numel()
+        return made
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "max_tokens", "end_token"),
+    [(2, 25, 0), (2, 100, 0), (2, 400, 0), (2, 100, 1), (3, 9, 1), (7, 5, None), (1, 300, None)],
+)
+def test_enumeration_costs_what_its_result_holds(vocab_size, max_tokens, end_token):
+    with Cost() as cost:
+        table = enumerate_completions(vocab_size, max_tokens, end_token)
+    assert cost.elements <= 16 * table.numel()
+
+
+def test_a_vocabulary_of_one_word_and_an_end_counts_its_words():
+    table = enumerate_completions(2, 300, 0)
+    said = (table == 1).sum(1)
+    assert said.tolist() == list(range(301))
+    for row, n_words in zip(table.tolist(), said.tolist(), strict=True):
+        assert row == ([1] * n_words + [0] + [PAD] * 300)[:300]
+
+
 def test_a_vocabulary_of_one_cannot_also_end():
     with pytest.raises(ValueError, match="vocab_size: got 1, takes a whole number >= 2"):
         subtree_sizes(1, 3, 0)
@@ -125,6 +180,81 @@ def test_pairs_are_two_different_answers_and_a_bradley_terry_winner(generator):
         within_five_errors(a_won, wins, met)
 
 
+def exact_pairs(task, logps):
+    """P(prompt, chosen, rejected) `[X, Y, Y]`, by walking through every way to a pair."""
+    n_prompts, n_answers = logps.shape
+    law = torch.zeros(n_prompts, n_answers, n_answers, dtype=torch.float64)
+    for x, a, b in itertools.product(range(n_prompts), range(n_answers), range(n_answers)):
+        if a != b:
+            others = torch.cat([logps[x, :a], logps[x, a + 1 :]]).logsumexp(0)
+            meets = (logps[x, a] + logps[x, b] - others).exp() / n_prompts
+            wins = bradley_terry_prob(task.rewards[x, a], task.rewards[x, b])
+            law[x, a, b] += meets * wins
+            law[x, b, a] += meets * (1 - wins)
+    return law
+
+
+def chi_squared_p(counts, expected):
+    """P(a statistic as large), with cells expected fewer than 5 times taken together."""
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    if expected[-1] < 1e-3:  # not once in a thousand tests
+        assert counts[-1] == 0
+        counts, expected = counts[:-1], expected[:-1]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2)
+
+
+PAIRS_OF = {
+    "redrawn at times": [[math.log(p) for p in (0.97, 0.015, 0.01, 0.005)]],
+    "redrawn always": [[math.log1p(-1e-12), *(math.log(p * 1e-12) for p in (0.5, 0.3, 0.2))]],
+    "below the smallest float": [[-801.0, 0.0, -800.0, -800.5]],
+    "of each kind": [
+        [math.log(p) for p in (0.1, 0.2, 0.3, 0.4)],
+        [math.log(p * 1e-9) for p in (0.5, 0.25, 0.25)] + [math.log1p(-1e-9)],
+        [math.log(0.99), -math.inf, math.log(0.004), math.log(0.006)],
+        [-math.inf, math.log(1e-7), math.log1p(-1e-7), -math.inf],
+    ],
+}
+
+
+@pytest.mark.parametrize("rows", PAIRS_OF.values(), ids=PAIRS_OF)
+def test_pairs_of_a_nearly_sure_policy_have_the_exact_law(rows, generator):
+    logps = double(rows)
+    rewards = torch.randn(logps.shape, dtype=torch.float64, generator=generator)
+    task, n = bandit(rewards, torch.full_like(logps, 0.25)), 40_000
+    with Cost() as cost:
+        prompts, chosen, rejected = task.sample_pairs(logps, n, generator=generator)
+    assert cost.calls["rand"] <= 110  # the first, the second, 100 rounds, the rest, the winners
+    cells = (prompts * 4 + chosen[:, 0]) * 4 + rejected[:, 0]
+    counts = torch.bincount(cells, minlength=16 * len(rows)).double()
+    expected = n * exact_pairs(task, logps).flatten()
+    torch.testing.assert_close(expected.sum(), double(n))
+    assert chi_squared_p(counts, expected) > 1e-3
+
+
+def test_pairs_that_are_soon_different_are_the_same_draws_as_ever():
+    """Beside the plain loop: draw the second answer until all differ."""
+    logps = double([[0.9, 0.06, 0.04], [0.2, 0.3, 0.5]]).log()
+    task = bandit(double([[1.0, 0.0, -0.5], [0.3, -0.2, 2.0]]), torch.full_like(logps, 1 / 3))
+    for seed in range(20):
+        generator, plain = (torch.Generator().manual_seed(seed) for _ in range(2))
+        got = task.sample_pairs(logps, 50, generator=generator)
+        prompts = torch.randint(2, (50,), generator=plain)
+        first, second = (
+            task.sample_completions(logps, prompts, generator=plain)[:, 0] for _ in range(2)
+        )
+        while (same := first == second).any():
+            second[same] = task.sample_completions(logps, prompts[same], generator=plain)[:, 0]
+        rewards = task.rewards[prompts, first], task.rewards[prompts, second]
+        first_wins = sample_bradley_terry(*rewards, generator=plain)
+        assert torch.equal(got[0], prompts)
+        assert torch.equal(got[1][:, 0], torch.where(first_wins, first, second))
+        assert torch.equal(got[2][:, 0], torch.where(first_wins, second, first))
+        assert torch.equal(generator.get_state(), plain.get_state())
+
+
 def test_prompts_of_pairs_are_drawn_evenly_and_have_their_own_answers(generator):
     logps = double([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 0.0, 0.5]]).log()
     rewards = double([[9.0, -9.0, 0.0, 0.0], [0.0, 0.0, 9.0, -9.0], [9.0, 0.0, 0.0, -9.0]])
@@ -154,6 +284,38 @@ def test_draws_depend_on_their_generator_only():
         assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.fixture
+def default_dtype():
+    """Sets the default dtype, and sets it back in the end."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda generator: micro_review_demonstrations(200, generator=generator),
+        lambda generator: tuple(vars(random_bandit(2, 3, generator=generator)).values()),
+        lambda generator: tuple(vars(four_answers()).values()),
+        lambda generator: tuple(vars(three_answers()).values()),
+        lambda generator: tuple(vars(bandit([[1, 2]], [[0.5, 0.5]])).values()),
+        lambda generator: four_answers().sample_pairs(
+            four_answers().ref_logps.float(), 200, generator=generator
+        ),
+        lambda generator: (enumerate_completions(3, 3, 0),),
+        lambda generator: tuple(vars(micro_reviews()).values()),
+    ],
+)
+def test_tasks_and_draws_do_not_depend_on_the_default_dtype(make, default_dtype):
+    made = []
+    for dtype in (torch.float32, torch.float64):
+        default_dtype(dtype)
+        made.append(make(torch.Generator().manual_seed(2)))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 # --- the tasks -------------------------------------------------------------------------------
 
 
@@ -174,6 +336,97 @@ def test_bandits():
     assert named.rewards.dtype == torch.float32
     wide = bandit(torch.zeros(1, 30), torch.full((1, 30), 1 / 30))
     assert wide.vocabulary[25:28] == ("z", "a26", "a27")
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+ROWS, SHARES = [[1.0, -2.0]], [[0.25, 0.75]]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "ref_probs", "want"),
+    [
+        (ROWS, SHARES, F64),
+        ([[1, -2]], np.array(SHARES), F64),
+        ([[1, -2]], torch.tensor(SHARES, dtype=F32), F32),
+        (ROWS, np.array(SHARES, dtype=np.float32), F32),
+        (np.array(ROWS, dtype=np.float32), SHARES, F32),
+        (np.array([[1, -2]]), torch.tensor(SHARES, dtype=F32), F32),
+        (torch.tensor(ROWS, dtype=F64), torch.tensor(SHARES, dtype=F32), F64),
+        (torch.tensor(ROWS, dtype=F32), torch.tensor(SHARES, dtype=F64), F64),
+        (np.array(ROWS, dtype=">f4"), torch.tensor(SHARES, dtype=F16), F32),
+        (torch.tensor(ROWS, dtype=F32), np.array([SHARES[0][::-1]])[:, ::-1], F64),
+    ],
+)
+def test_a_bandit_takes_lists_arrays_and_tensors(rewards, ref_probs, want):
+    task = bandit(rewards, ref_probs)
+    assert task.rewards.dtype == task.ref_logps.dtype == want
+    assert task.rewards.tolist() == ROWS
+    torch.testing.assert_close(task.ref_logps, double(SHARES).log().to(want))
+
+
+def test_a_bandit_keeps_no_memory_of_the_array_it_came_from():
+    array = np.array(ROWS)
+    task = bandit(array, SHARES)
+    array[:] = 7.0
+    assert task.rewards.tolist() == ROWS
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_probabilities_in_half_precision_sum_to_one_as_nearly_as_they_can(dtype, generator):
+    logits = 2 * torch.randn(500, 50, dtype=F64, generator=generator)
+    exact = logits.softmax(-1)
+    probs = exact.to(dtype)
+    totals = probs.double().sum(-1)
+    assert (totals - 1).abs().max() > (1e-3 if dtype == BF16 else 1e-4)  # more than float64 may
+    task = bandit(torch.zeros_like(logits), probs)
+    assert task.ref_logps.dtype == F64
+    torch.testing.assert_close(task.ref_logps.exp().sum(-1), torch.ones(500).double())
+    spacing = torch.finfo(dtype).eps
+    torch.testing.assert_close(task.ref_logps.exp(), exact, rtol=2 * spacing, atol=1e-7)
+    with pytest.raises(ValueError, match="ref_probs: got a row that sums to 1.0"):
+        bandit(torch.zeros_like(logits), (1.02 * exact).to(dtype))
+
+
+def test_prompts_of_a_bandit_have_names():
+    task = bandit(torch.zeros(2, 2), torch.full((2, 2), 0.5), prompts=["2 + 2 =", "3 + 3 ="])
+    assert task.prompt_texts == ("2 + 2 =", "3 + 3 =")
+    assert "2 prompts ('2 + 2 =', …)" in repr(task)
+    assert bandit(torch.zeros(2, 1), torch.ones(2, 1)).prompt_texts == ("x1", "x2")
+
+
+def checkpoint():
+    pytest.importorskip("transformers", reason="the extra 'real' is not installed")
+    module = importlib.import_module("dpo_mini.real.checkpoints")
+    weights = {"w": torch.zeros(2)}
+    return module.Checkpoint(1, weights, {0: weights}, {}, torch.zeros(2, 2).long(), None, {})
+
+
+@pytest.mark.parametrize(
+    "make", [three_answers, lambda: PrefixTree(*torch.zeros(4, 3, 3).long()), checkpoint]
+)
+def test_what_holds_tensors_is_equal_to_itself_alone(make):
+    one, other = make(), make()
+    assert one == one
+    assert one != other
+    assert one in [other, one]
+    assert other not in [one]
+    assert {one: "one", other: "other"}[one] == "one"
+
+
+def test_no_dataclass_of_the_package_compares_tensors():
+    if not importlib.util.find_spec("transformers"):
+        pytest.skip("the extra 'real' is not installed")
+    held = set()
+    for module in pkgutil.walk_packages(dpo_mini.__path__, "dpo_mini."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+                continue
+            types = [str(field.type) for field in dataclasses.fields(kind)]
+            if any("Tensor" in name and "Callable" not in name for name in types):
+                held.add(kind.__name__)
+                assert kind.__eq__ is object.__eq__, kind
+                assert kind.__hash__ is object.__hash__, kind
+    assert {"Task", "PrefixTree", "Checkpoint"} <= held
 
 
 def test_a_random_bandit_has_a_reference_that_sums_to_one(generator):
@@ -276,14 +529,32 @@ def make(**changes):
     return Task(**{**values, "rewards": torch.zeros(1, 2).double(), **changes})
 
 
+KINDS = "`rewards` must be a floating torch.Tensor [X, Y], an array or a list of numbers, got "
 REFUSED = [
     (lambda: make(rewards=[[0.0]]), "rewards: got list, takes a floating torch.Tensor [X, Y]"),
     (lambda: make(rewards=torch.zeros(1, 3)), "rewards: got shape [1, 3], takes [1, 2]"),
     (lambda: make(rewards=torch.tensor([[0, NAN]])), "rewards: got nan, takes finite values"),
     (
         lambda: make(ref_logps=HALF[0]),
-        "`ref_logps` must be [X, Y], got shape [2]: for one prompt write ref_logps[None]",
+        "`ref_logps` must be [X, Y], one row per prompt, got shape [2]: for one prompt write "
+        "ref_logps[None]",
     ),
+    (
+        lambda: make(rewards=torch.zeros(2)),
+        "`rewards` must be [X, Y], one row per prompt, got shape [2]: for one prompt write "
+        "rewards[None]",
+    ),
+    (
+        lambda: make(rewards=torch.zeros(1, 2).to_sparse()),
+        "`rewards` must be a dense tensor (.to_dense() makes one), got layout torch.sparse_coo",
+    ),
+    (
+        lambda: make(rewards=torch.zeros(1, 2, dtype=torch.complex64)),
+        "`rewards` must have a floating dtype (.double() makes one), got torch.complex64",
+    ),
+    (lambda: make(prompt_texts="x"), "`prompt_texts` must be a sequence of str, got str"),
+    (lambda: make(prompt_texts=None), "`prompt_texts` must be a sequence of str, got NoneType"),
+    (lambda: make(vocabulary=("a", 1)), "`vocabulary` must be a sequence of str, got int in it"),
     (
         lambda: make(ref_logps=HALF.float()),
         "`ref_logps` must have dtype torch.float64 like `rewards`, "
@@ -303,8 +574,22 @@ REFUSED = [
     (lambda: make(vocabulary=()), "vocab_size: got 0, takes a whole number >= 1"),
     (
         lambda: enumerate_completions(10, 8, None),
-        "max_tokens: got 8 with 10 tokens, which gives 100000000 completions; takes a task of at "
-        "most 20,000,000",
+        "`max_tokens` must leave at most 20,000,000 completions, got 8 with 10 tokens, which gives "
+        "about 10^8.0",
+    ),
+    (
+        lambda: enumerate_completions(10, 5000, None),  # a number that Python does not print
+        "`max_tokens` must leave at most 20,000,000 completions, got 5000 with 10 tokens, which "
+        "gives about 10^5000.0",
+    ),
+    (
+        lambda: enumerate_completions(2, 10**30, 0),
+        "`max_tokens` must be a whole number <= 10,000, got "
+        "1,000,000,000,000,000,000,000,000,000,000",
+    ),
+    (
+        lambda: subtree_sizes(1, 10_001, None),
+        "`max_tokens` must be a whole number <= 10,000, got 10,001",
     ),
     (lambda: SENTENCES.text([1, 0]), "completion: got list, takes an int64 tensor [T]"),
     (lambda: SENTENCES.text(torch.tensor([1])), "completions: got 1 columns, takes T = 2"),
@@ -348,8 +633,17 @@ REFUSED = [
         "logps: got a row with all its mass on one completion, takes >= 2",
     ),
     (
+        lambda: TASK.sample_pairs(double([[-INF, -INF, 0.0]])[:, 1:], 1, generator=GENERATOR),
+        "logps: got a row with all its mass on one completion, takes >= 2",
+    ),
+    (
+        lambda: TASK.sample_pairs(HALF.to_sparse(), 1, generator=GENERATOR),
+        "`logps` must be a dense tensor (.to_dense() makes one), got layout torch.sparse_coo",
+    ),
+    (
         lambda: TASK.sample_completions(HALF[0], torch.tensor([0]), generator=GENERATOR),
-        "`logps` must be [X, Y], got shape [2]: for one prompt write logps[None]",
+        "`logps` must be [X, Y], one row per prompt, got shape [2]: for one prompt write "
+        "logps[None]",
     ),
     (
         lambda: TASK.sample_completions(HALF, torch.tensor([[0]]), generator=GENERATOR),
@@ -380,8 +674,36 @@ REFUSED = [
         "ref_probs: got a row that sums to 2.5, takes rows that sum to 1",
     ),
     (
-        lambda: bandit(torch.zeros(1), torch.ones(1)),
-        "`rewards` must be [X, Y], got shape [1]: for one prompt write rewards[None]",
+        lambda: bandit(torch.zeros(4), torch.full((4,), 0.25)),
+        "`rewards` must be [X, Y], one row per prompt, got shape [4]: for one prompt write "
+        "rewards[None]",
+    ),
+    (
+        lambda: bandit([[1.0, 0.0]], [0.5, 0.5]),
+        "`ref_probs` must be [X, Y], one row per prompt, got shape [2]: for one prompt write "
+        "ref_probs[None]",
+    ),
+    (
+        lambda: bandit([[1.0, 0.0], [1.0]], FULL),
+        KINDS + "list",
+    ),
+    (lambda: bandit(None, FULL), KINDS + "NoneType"),
+    (lambda: bandit("ab", FULL), KINDS + "str"),
+    (
+        lambda: bandit([[True, False]], FULL),
+        KINDS + "list",
+    ),
+    (
+        lambda: bandit([[10**30, 1]], FULL),
+        KINDS + "list",
+    ),
+    (
+        lambda: bandit(torch.zeros(1, 2).long(), FULL),
+        "`rewards` must have a floating dtype (.double() makes one), got torch.int64",
+    ),
+    (
+        lambda: bandit(torch.zeros(1, 2), FULL.to_sparse()),
+        "`ref_probs` must be a dense tensor (.to_dense() makes one), got layout torch.sparse_coo",
     ),
     (
         lambda: bandit(torch.zeros(1, 3), FULL),
@@ -389,7 +711,17 @@ REFUSED = [
     ),
     (
         lambda: bandit(torch.zeros(1, 2), FULL, actions=["only"]),
-        "actions: got 1 names, takes 2, one a column",
+        "`actions` must be 2 names, got 1",
+    ),
+    (lambda: bandit(FULL, FULL, actions=[]), "`actions` must be 2 names, got 0"),
+    (lambda: bandit(FULL, FULL, prompts=["a", "b"]), "`prompts` must be 1 names, got 2"),
+    (
+        lambda: bandit(FULL, FULL, prompts="a"),
+        "`prompts` must be a sequence of str, got str",
+    ),
+    (
+        lambda: bandit(FULL, FULL, prompts=[7]),
+        "`prompts` must be a sequence of str, got int in it",
     ),
     (
         lambda: random_bandit(0, 2, generator=GENERATOR),

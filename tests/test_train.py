@@ -3,15 +3,24 @@
 import copy
 import itertools
 import math
+from collections import defaultdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dpo_mini.closed_form import expected_reward, kl, objective, optimal_logps, total_variation
-from dpo_mini.logps import mean_over_tokens
+from dpo_mini.closed_form import (
+    expected_reward,
+    kl,
+    log_partition,
+    objective,
+    optimal_logps,
+    total_variation,
+)
+from dpo_mini.logps import PAD, mean_over_tokens
 from dpo_mini.losses import (
     cdpo_loss,
     dpo_loss,
@@ -22,6 +31,7 @@ from dpo_mini.losses import (
 )
 from dpo_mini.policies import (
     RewardModel,
+    ScalarTransformer,
     SeparateNetworks,
     SharedTrunk,
     TabularPolicy,
@@ -32,11 +42,13 @@ from dpo_mini.policy_gradient import (
     clipped_surrogate_loss,
     clipped_value_loss,
     gae,
+    group_normalised_advantages,
     kl_k1,
     kl_k2,
     kl_k3,
     mean_advantages,
     unclipped_surrogate_loss,
+    whiten,
 )
 from dpo_mini.rollout import enumerate_logps, enumerate_rewards
 from dpo_mini.tasks import Task, four_answers, random_bandit, three_answers
@@ -118,7 +130,7 @@ def test_a_table_reaches_the_optimum_by_dpo_and_by_the_objective(beta, task):
 
 def test_the_start_of_a_table_does_not_matter_and_is_left_alone():
     task = four_answers()
-    start = torch.tensor([[5.0, -3.0, 0.0, 2.0]]).double()
+    start = torch.tensor([[5.0, -3.0, 0.0, 2.0]]).double().log_softmax(-1)
     kept = start.clone()
     fitted = fit_table(
         lambda logps: -objective(logps, task.ref_logps, task.rewards, 0.5).sum(), start
@@ -137,6 +149,119 @@ def test_the_population_loss_is_the_mean_over_pairs_and_outcomes(generator):
         terms.append(wins * ipo_loss(*four, beta=0.5).item())
     got = population_loss(PAIRED["ipo"], logps, task.ref_logps, task.rewards)
     assert got.item() == pytest.approx(math.fsum(terms) / 12, rel=1e-12)  # 2 prompts, 6 pairs each
+
+
+def test_the_population_loss_takes_the_probability_of_each_outcome(generator):
+    task = random_bandit(3, 4, generator=generator)
+    logps = torch.randn(3, 4, dtype=torch.float64, generator=generator).log_softmax(-1)
+    wins = (task.rewards[:, :, None] - task.rewards[:, None]).sigmoid()
+    wins[:, range(4), range(4)] = math.nan  # an answer is not compared with itself
+    for loss in (PAIRED["ipo"], PAIRED["cdpo"]):
+        want = population_loss(loss, logps, task.ref_logps, task.rewards)
+        got = population_loss(loss, logps, task.ref_logps, win_probs=wins)
+        assert_close(got, want, rtol=1e-13, atol=0)
+
+
+CIRCLE = torch.tensor([[[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]], dtype=torch.float64)
+"""a beats b, b beats c and c beats a, each nine times in ten: no rewards say that."""
+
+
+def test_the_population_loss_of_a_circle_by_hand():
+    uniform = torch.full((1, 3), 1 / 3, dtype=torch.float64).log()
+    logps = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    loss = partial(dpo_loss, beta=1.0)
+    # sigma(log 2) = 2/3: .9 log(3/2) + .1 log 3 of a and b, log 2 of b and c, and of a and c
+    # .1 log(3/2) + .9 log 3, which is log 9 together.
+    got = population_loss(loss, logps, uniform, win_probs=CIRCLE)
+    assert got.item() == pytest.approx(math.log(9) / 3, rel=1e-14)
+    # In a circle no answer is better than another.
+    fitted = fit_table(lambda z: population_loss(loss, z, uniform, win_probs=CIRCLE), logps)
+    assert total_variation(fitted, uniform) < 1e-6
+
+
+def test_weights_of_pairs_are_counts_of_comparisons(generator):
+    task = random_bandit(2, 3, generator=generator)
+    logps = torch.randn(2, 3, dtype=torch.float64, generator=generator).log_softmax(-1)
+    wins = torch.rand(2, 3, 3, dtype=torch.float64, generator=generator)
+    wins = wins.triu(1) + (1 - wins.triu(1).mT).tril(-1)
+    counts = torch.tensor(
+        [[[9, 3, 0], [3, 9, 1], [0, 1, 9]], [[0, 2, 5], [2, 0, 1], [5, 1, 0]]], dtype=torch.float64
+    )
+    terms = []
+    for x, (a, b) in itertools.product(range(2), itertools.combinations(range(3), 2)):
+        four = [logps[x, [a]], logps[x, [b]], task.ref_logps[x, [a]], task.ref_logps[x, [b]]]
+        swapped = [four[n] for n in (1, 0, 3, 2)]
+        won = wins[x, a, b].item()
+        of_pair = won * ipo_loss(*four, beta=0.5) + (1 - won) * ipo_loss(*swapped, beta=0.5)
+        terms += [of_pair.item()] * int(counts[x, a, b])
+    assert len(terms) == 12
+    for scale in (1.0, 1e-3):
+        got = population_loss(
+            PAIRED["ipo"], logps, task.ref_logps, win_probs=wins, pair_weights=scale * counts
+        )
+        assert got.item() == pytest.approx(math.fsum(terms) / 12, rel=1e-12)
+    alike = torch.ones(2, 3, 3, dtype=torch.float64)
+    four = (PAIRED["ipo"], logps, task.ref_logps, task.rewards)
+    assert_close(population_loss(*four, pair_weights=alike), population_loss(*four))
+
+
+def test_what_is_rarely_compared_decides_between_annotators_who_disagree():
+    uniform = torch.full((1, 3), 1 / 3, dtype=torch.float64).log()
+    rewards = torch.tensor([[0, 1, 2], [4, 2, 0]], dtype=torch.float64)
+    wins = (rewards[:, :, None] - rewards[:, None]).sigmoid()
+    wins = (0.6 * wins[0] + 0.4 * wins[1])[None]
+    rare = torch.ones(1, 3, 3, dtype=torch.float64)
+    rare[0, 0, 2] = rare[0, 2, 0] = 0.1
+    loss = partial(dpo_loss, beta=1.0)
+    for weights, want in ((None, [0.324, 0.333, 0.343]), (rare, [0.345, 0.333, 0.322])):
+        given = {"win_probs": wins, "pair_weights": weights}
+        fitted = fit_table(partial(population_loss, loss, ref_logps=uniform, **given), uniform)
+        assert_close(fitted.exp(), torch.tensor([want]).double(), atol=6e-4, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 4.0])
+def test_a_table_is_fitted_to_the_digits_that_are_promised(beta, generator):
+    def check(loss, rewards):
+        best = optimal_logps(task.ref_logps, rewards, beta)
+        fitted = fit_table(loss, task.ref_logps)
+        assert total_variation(fitted, best).max() < 1e-6
+        assert abs(loss(fitted) - loss(best)) < 1e-10
+
+    for n_prompts, n_answers in itertools.product((1, 4), (2, 5, 8)):
+        task = random_bandit(n_prompts, n_answers, generator=generator)
+        spread = task.rewards - task.rewards.amin(1, keepdim=True)
+        spread = spread / spread.amax(1, keepdim=True)  # of each prompt from 0 to 1
+        pairs = (partial(dpo_loss, beta=beta), task.ref_logps, 6 * spread)
+        check(lambda z, t=pairs: population_loss(t[0], z, *t[1:]), 6 * spread)
+        table = (task.ref_logps, 4 * beta * spread, beta)
+        check(lambda z, t=table: -objective(z, *t).sum(), 4 * beta * spread)
+
+
+def test_offsets_are_fitted_beside_a_table(generator):
+    """Comparisons across prompts: the difference of V stays, so each prompt has an offset."""
+    task, beta = random_bandit(3, 4, generator=generator), 0.7
+    best = optimal_logps(task.ref_logps, task.rewards, beta)
+    wins = (task.rewards.view(-1, 1) - task.rewards.view(1, -1)).sigmoid()
+
+    def across(logps, offsets):
+        implied = (offsets[:, None] + beta * (logps - task.ref_logps)).flatten()
+        return -(wins * torch.nn.functional.logsigmoid(implied[:, None] - implied)).mean()
+
+    start = torch.zeros(3, dtype=torch.float64)
+    fitted, offsets = fit_table(across, task.ref_logps, start)
+    assert total_variation(fitted, best).max() < 1e-6
+    assert not fitted.requires_grad
+    assert not offsets.requires_grad
+    assert torch.equal(start, torch.zeros(3, dtype=torch.float64))
+    values = beta * log_partition(task.ref_logps, task.rewards, beta)
+    assert_close(offsets - offsets.mean(), values - values.mean(), atol=1e-5, rtol=0)
+    naive = fit_table(lambda logps: across(logps, start), task.ref_logps)
+    assert total_variation(naive, best).max() > 0.05
+    both = fit_table(
+        lambda z, v, scale: across(z, scale * v), task.ref_logps, start + 1, start[0] + 2
+    )
+    assert [tensor.shape for tensor in both] == [(3, 4), (3,), ()]
+    assert total_variation(both[0], best).max() < 1e-6
 
 
 # --- bandits ---------------------------------------------------------------------------------
@@ -222,28 +347,6 @@ def test_every_row_is_seen_once_before_any_is_seen_again():
     for epoch in (first, second):
         assert sorted(itertools.chain(*epoch)) == list(range(10))
     assert first != second
-
-
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    """Adam's step is the learning rate itself while the gradient keeps its sign and size."""
-
-    class Slope(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.height = nn.Parameter(torch.zeros((), dtype=torch.float64))
-            self.seen = []
-
-        def token_logps(self, prompts, completions):
-            self.seen.append(self.height.item())
-            return self.height.expand(len(prompts), 1)
-
-    policy = Slope()
-    one = torch.zeros(1, dtype=torch.int64)
-    fit_sft(policy, one, one[:, None], **settings(steps=100, batch_size=1, learning_rate=0.1))
-    rates = torch.tensor([*policy.seen, policy.height.item()]).diff() / 0.1
-    cosine = [(1 + math.cos(math.pi * step / 100)) / 2 for step in range(100)]
-    want = torch.tensor([min(1, (n + 1) / 20) * height for n, height in enumerate(cosine)])
-    torch.testing.assert_close(rates, want, rtol=1e-4, atol=1e-5)
 
 
 def test_training_depends_on_its_generator_only(pairs):
@@ -392,6 +495,7 @@ def test_a_reward_model_reaches_the_maximum_of_the_likelihood(generator):
     assert history["loss"][0] == pytest.approx(math.log(2))
     nats = -(wins * torch.nn.functional.logsigmoid(gaps)).sum() / 400
     assert history["loss"][-1] == pytest.approx(nats.item(), abs=1e-4)
+    assert history["accuracy"][0] == 0.0  # all rewards are 0: nothing is preferred yet
     assert history["accuracy"][-1] == pytest.approx((wins * (gaps > 0)).sum().item() / 400)
 
 
@@ -567,7 +671,7 @@ def test_on_policy_preferences_reach_the_optimum():
     assert kl(fitted.logits.detach().log_softmax(-1), best).max() < 0.02
     assert history.keys() == {"loss", "margin", "accuracy", "reward", "kl"}
     assert history["loss"][0] == pytest.approx(math.log(2))
-    assert history["kl"][0] == 0
+    assert (history["kl"][0], history["margin"][0], history["accuracy"][0]) == (0.0, 0.0, 0.0)
     assert sum(history["margin"][-50:]) > 0
 
 
@@ -652,6 +756,353 @@ def test_token_rewards_by_hand():
     # With no value function, lambda = 1 gives each token all that is still to come.
     to_come, _ = gae(got, torch.zeros(3, 3), mask, discount=1.0, lam=1.0)
     assert_close(to_come[:, 0], torch.tensor([0.25, 3.0, -2.0]), atol=0, rtol=0)
+
+
+# --- the same run, worked out another way ----------------------------------------------------
+
+
+class Adam:
+    """Algorithm 1 of Kingma & Ba 2015, with the rates of the loops."""
+
+    def __init__(self, weights, steps, learning_rate):
+        self.weights, self.steps, self.learning_rate = weights, steps, learning_rate
+        self.means = [torch.zeros_like(weight) for weight in weights]
+        self.squares = [torch.zeros_like(weight) for weight in weights]
+        self.n = 0
+
+    def step(self, loss, at):
+        """One step down at step `at` of the loop."""
+        self.n += 1
+        height = (1 + math.cos(math.pi * at / self.steps)) / 2
+        rate = self.learning_rate * min(1, (at + 1) / 20) * height
+        gradients = torch.autograd.grad(loss, self.weights)
+        parts = zip(self.weights, gradients, self.means, self.squares, strict=True)
+        for weight, gradient, mean, square in parts:
+            mean.copy_(0.9 * mean + 0.1 * gradient)
+            square.copy_(0.99 * square + 0.01 * gradient**2)
+            root = (square / (1 - 0.99**self.n)).sqrt() + 1e-8
+            weight.data -= rate * mean / (1 - 0.9**self.n) / root
+
+
+def assert_same_run(weights, want_weights, history, want_history):
+    assert history.keys() == want_history.keys()
+    for name, values in want_history.items():
+        assert history[name] == pytest.approx([float(value) for value in values], abs=1e-9), name
+    for weight, want in zip(weights, want_weights, strict=True):
+        assert_close(weight.detach(), want.detach(), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8])  # at 1e-8 the epsilon of Adam shows
+def test_sft_takes_the_steps_of_adam(scale):
+    class Parabola(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+            self.asked = []
+
+        def token_logps(self, prompts, completions):
+            self.asked.append(prompts.tolist())
+            return -scale * (self.place - prompts[:, None]) ** 2
+
+    policy, prompts = Parabola(), torch.arange(5)
+    options = settings(steps=45, batch_size=2, learning_rate=0.3)
+    history = fit_sft(policy, prompts, torch.zeros(5, 1, dtype=torch.int64), **options)
+    place = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    adam, want = Adam([place], 45, 0.3), {"loss": []}
+    for step, rows in enumerate(policy.asked):
+        loss = sum(scale * (place - x) ** 2 for x in rows).sum() / len(rows)
+        want["loss"].append(loss.item())
+        adam.step(loss, step)
+    assert abs(place.item()) > 0.5
+    assert_same_run([policy.place], [place], history, want)
+
+
+def test_preferences_are_fitted_by_the_steps_of_adam(generator):
+    ref_logps, start = torch.randn(2, 10, 4, dtype=torch.float64, generator=generator).log_softmax(
+        -1
+    )
+    chosen, rejected = torch.rand(10, 4, generator=generator).argsort(1)[:, :2].T
+    policy = Spy(start)
+    pairs = (torch.arange(10), chosen[:, None], rejected[:, None])
+    options = settings(steps=8, learning_rate=0.3)
+    history = fit_preferences(policy, Spy(ref_logps), pairs, PAIRED["ipo"], **options)
+    logits, want = start.clone().requires_grad_(), defaultdict(list)
+    adam = Adam([logits], 8, 0.3)
+    for step, both in enumerate(policy.asked):
+        x = both[: len(both) // 2]
+        log_ratios = logits.log_softmax(-1) - ref_logps
+        margins = log_ratios[x, chosen[x]] - log_ratios[x, rejected[x]]
+        loss = ((margins - 1) ** 2).mean()  # IPO at beta = .5
+        for name, value in {
+            "loss": loss,
+            "margin": margins.mean(),
+            "accuracy": (margins > 0).double().mean(),
+        }.items():
+            want[name].append(value.item())
+        adam.step(loss, step)
+    assert len(set(want["accuracy"])) > 1
+    assert_same_run([policy.table], [logits], history, want)
+
+
+class Judge:
+    """A score of a bandit's answers that writes down what it was asked.
+
+    The prompt adds far more than an answer, so that no two prompts can be mixed without notice.
+    """
+
+    def __init__(self, task, scale=1.0, per_prompt=100.0):
+        self.table = scale * task.rewards + per_prompt * task.prompts[:, None]
+        self.asked = []
+
+    def __call__(self, prompts, completions):
+        self.asked.append((prompts, completions[:, 0]))
+        return self.table[prompts, completions[:, 0]]
+
+
+def test_reinforce_takes_the_steps_of_its_formula(generator):
+    task, beta = random_bandit(3, 5, generator=generator), 0.7
+    start = torch.randn(3, 5, dtype=torch.float64, generator=generator)
+    judge, policy = Judge(task), TabularPolicy(start)
+    history = fit_reinforce(
+        policy, TabularPolicy(task.ref_logps), task.prompts, judge, beta=beta, n_samples=4,
+        **settings(steps=6, batch_size=3),
+    )  # fmt: skip
+    logits, want = start.clone().requires_grad_(), defaultdict(list)
+    adam = Adam([logits], 6, 0.1)
+    for step, (x, y) in enumerate(judge.asked):
+        logps = logits.log_softmax(-1)[x, y]
+        kls = logps.detach() - task.ref_logps[x, y]
+        gained = judge.table[x, y] - beta * kls
+        loss = 0.0
+        for i in range(12):
+            others = [gained[j] for j in range(12) if j != i and x[j] == x[i]]
+            assert len(others) == 3
+            loss -= (gained[i] - sum(others) / 3) * logps[i] / 12
+        adam.step(loss, step)
+        want["reward"].append(judge.table[x, y].mean())
+        want["kl"].append(kls.mean())
+        want["objective"].append(gained.mean())
+    assert_same_run([policy.logits], [logits], history, want)
+
+
+def test_on_policy_preferences_take_the_steps_of_their_formula(generator):
+    task = random_bandit(3, 5, generator=generator)
+    start = torch.randn(3, 5, dtype=torch.float64, generator=generator)
+    # So far apart are the scores that the judge tosses no coin but between equal answers.
+    judge, policy = Judge(task, scale=1e5), TabularPolicy(start)
+    history = fit_online_preferences(
+        policy, TabularPolicy(task.ref_logps), task.prompts, judge, DPO,
+        **settings(steps=6, batch_size=3),
+    )  # fmt: skip
+    logits, want = start.clone().requires_grad_(), defaultdict(list)
+    adam = Adam([logits], 6, 0.1)
+    for step, (x, y) in enumerate(judge.asked):
+        log_ratios = logits.log_softmax(-1) - task.ref_logps
+        margins = []
+        for prompt in range(3):  # each once in a batch
+            first, second = y[x == prompt]
+            if judge.table[prompt, first] < judge.table[prompt, second]:
+                first, second = second, first
+            margins.append(log_ratios[prompt, first] - log_ratios[prompt, second])
+        margins = torch.stack(margins)
+        loss = torch.log1p((-0.5 * margins).exp()).mean()
+        adam.step(loss, step)
+        want["loss"].append(loss.detach())
+        want["margin"].append(margins.detach().mean())
+        want["accuracy"].append((margins > 0).double().mean())
+        want["reward"].append(judge.table[x, y].mean())
+        want["kl"].append(log_ratios[x, y].detach().mean())
+    assert_same_run([policy.logits], [logits], history, want)
+
+
+@pytest.mark.parametrize("loop", [fit_reinforce, fit_online_preferences])
+def test_what_a_prompt_adds_to_the_scores_of_its_answers_does_not_matter(loop, generator):
+    task = random_bandit(3, 5, generator=generator)
+    rest, options = (
+        ((DPO,), {}) if loop is fit_online_preferences else ((), {"beta": 0.5, "n_samples": 3})
+    )
+    fitted = []
+    for per_prompt in (0.0, 64.0):
+        policy = TabularPolicy(task.ref_logps)
+        loop(
+            policy, TabularPolicy(task.ref_logps), task.prompts, Judge(task, 1.0, per_prompt),
+            *rest, **settings(steps=10, batch_size=8), **options,
+        )  # fmt: skip
+        fitted.append(policy.logits.detach())
+    assert_close(*fitted, atol=1e-9, rtol=0)
+    assert (fitted[0] - task.ref_logps).abs().max() > 0.05
+
+
+def test_the_same_seed_asks_the_same_prompts_under_any_default_dtype():
+    task, asked = random_bandit(5, 3, generator=seeded()), []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            judge = Judge(task)
+            ppo(task, score=judge, steps=2, batch_size=7)
+            for loop, rest, options in (
+                (fit_reinforce, (), {"beta": 0.5, "n_samples": 2}),
+                (fit_online_preferences, (DPO,), {}),
+            ):
+                policies = [TabularPolicy(task.ref_logps) for _ in range(2)]
+                loop(*policies, task.prompts, judge, *rest, **settings(steps=2), **options)
+            asked.append(judge.asked)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert len(asked[0]) == 6
+    for first, second in zip(*asked, strict=True):
+        assert all(map(torch.equal, first, second))
+
+
+class Overheard:
+    """Interchangeable parts of `fit_ppo` that write down what they are given.
+
+    The scores are random: each row of a batch has advantages of its own, and is known by them.
+    """
+
+    def __init__(self, clip_eps):
+        self.clip_eps, self.generator, self.batches = clip_eps, seeded(3), []
+
+    def score(self, prompts, completions):
+        scores = torch.randn(len(prompts), dtype=torch.float64, generator=self.generator)
+        self.batches.append(SimpleNamespace(x=prompts, y=completions, scores=scores, orders=[]))
+        return scores
+
+    def normalise(self, advantages, mask):
+        self.batches[-1].advantages = whiten(advantages, mask)
+        return self.batches[-1].advantages
+
+    def surrogate(self, logps, old_logps, advantages):
+        (*_, batch) = self.batches
+        alike = (advantages[:, None] == batch.advantages).all(-1)
+        assert torch.equal(alike.sum(1), torch.ones(len(advantages)))
+        batch.orders.append(alike.long().argmax(1).tolist())
+        return clipped_surrogate_loss(logps, old_logps, advantages, clip_eps=self.clip_eps)
+
+
+def read_plainly(both, x, y):
+    """Log-probabilities, values and entropies `[B, T]` of one forward pass, without a tree."""
+    tokens = torch.cat([x[:, None], y[:, :-1].clamp(min=0)], 1)
+    body, head = both.policy, getattr(both, "value_head", None)
+    if head is None:
+        body, head = both.critic.body, both.critic.head
+    heard = []
+    with body.ln_f.register_forward_hook(lambda _, inputs, hidden: heard.append(hidden)):
+        body(tokens)
+    logps = both.policy(tokens).log_softmax(-1)
+    of_tokens = logps.gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)
+    return of_tokens, head(heard[0]).squeeze(-1), -(logps.exp() * logps).sum(-1)
+
+
+def ppo_by_its_formulas(
+    both, reference, batches, *, steps, learning_rate, beta, horizon=None, target=None, n_epochs=4,
+    discount=1.0, lam=0.95, value_weight=0.1, entropy_weight=0.0, k2_in_loss=False, clip_eps=0.2,
+    value_eps=math.inf,
+):  # fmt: skip
+    """Trains `both` on the batches that were drawn; the defaults are those of `fit_ppo`."""
+    adam, history = Adam(list(both.parameters()), steps, learning_rate), defaultdict(list)
+    for step, batch in enumerate(batches):
+        x, y, mask, n_rows = batch.x, batch.y, batch.y != PAD, len(batch.x)
+        with torch.no_grad():
+            old_logps, old_values, entropies = read_plainly(both, x, y)
+            ref_logps = reference.token_logps(x, y)
+        advantages = torch.zeros_like(old_logps)
+        for i, n in enumerate(mask.sum(1).tolist()):
+            rewards = [-beta * (old_logps[i, t] - ref_logps[i, t]) for t in range(n)]
+            rewards[-1] += batch.scores[i]
+            values = [*old_values[i, :n], 0.0]
+            errors = [rewards[t] + discount * values[t + 1] - values[t] for t in range(n)]
+            for t in range(n):
+                advantages[i, t] = sum((discount * lam) ** (k - t) * errors[k] for k in range(t, n))
+        returns, of_tokens = advantages + old_values, advantages[mask]
+        advantages = (advantages - of_tokens.mean()) / (of_tokens.var(correction=0) + 1e-8) ** 0.5
+        for rows in batch.orders or [list(range(n_rows))] * n_epochs:
+            kept = mask[rows]
+            logps, values, entropy = (t[kept] for t in read_plainly(both, x[rows], y[rows]))
+            before, value_before, ref, gain, aim = (
+                t[rows][kept] for t in (old_logps, old_values, ref_logps, advantages, returns)
+            )
+            ratios = (logps - before).exp()
+            clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
+            near = value_before + (values - value_before).clamp(-value_eps, value_eps)
+            errors = torch.maximum((values - aim) ** 2, (near - aim) ** 2) / 2
+            losses = -torch.minimum(ratios * gain, clipped * gain) + value_weight * errors
+            losses = losses - entropy_weight * entropy
+            if k2_in_loss:
+                losses = losses + beta * (logps - ref) ** 2 / 2
+            adam.step(losses.mean(), step)
+        kl = ((old_logps - ref_logps) * mask).sum() / n_rows
+        measured = {
+            "reward": batch.scores.mean(),
+            "kl": kl,
+            "objective": batch.scores.mean() - beta * kl,
+            "entropy": entropies[mask].mean(),
+            "clipped": ((ratios - 1).abs() > 0.2).double().mean(),
+            "value_loss": errors.detach().mean(),
+            "beta": beta,
+        }
+        for name, value in measured.items():
+            history[name].append(float(value))
+        if horizon is not None:
+            error = min(max(kl.item() / target - 1, -0.2), 0.2)
+            beta = beta * (1 + error * n_rows / horizon)
+    return history
+
+
+def random_heads(task, kind, generator):
+    """A tiny transformer with a value function of large random weights, in its trunk or beside."""
+    shape = {"n_layers": 1, "n_heads": 2, "width": 8, "generator": generator}
+    policy = TinyTransformer.for_task(task, **shape)
+    if kind is SharedTrunk:
+        both = SharedTrunk(policy).double()
+    else:
+        both = SeparateNetworks(policy, ScalarTransformer(TinyTransformer.for_task(task, **shape)))
+        both = both.double()
+    with torch.no_grad():
+        for weight in both.parameters():
+            weight += 0.2 * torch.randn(weight.shape, dtype=weight.dtype, generator=generator)
+    return both
+
+
+@pytest.mark.parametrize("kind", [SharedTrunk, SeparateNetworks])
+def test_ppo_takes_the_steps_of_its_formulas_by_default(kind, generator):
+    task, reference = text_task(generator)
+    both = random_heads(task, kind, generator)
+    by_hand, overheard = copy.deepcopy(both), Overheard(None)
+    options = {"steps": 3, "learning_rate": 0.05}
+    history = fit_ppo(
+        both, reference, task.prompts, overheard.score, beta=0.5, batch_size=9, generator=seeded(),
+        **options,
+    )  # fmt: skip
+    want = ppo_by_its_formulas(by_hand, reference, overheard.batches, beta=0.5, **options)
+    assert_same_run(both.parameters(), by_hand.parameters(), history, want)
+
+
+@pytest.mark.parametrize("kind", [SharedTrunk, SeparateNetworks])
+def test_ppo_takes_the_steps_of_its_formulas_with_every_setting(kind, generator):
+    task, reference = text_task(generator)
+    both = random_heads(task, kind, generator)
+    by_hand, overheard = copy.deepcopy(both), Overheard(clip_eps=0.1)
+    options = {"steps": 3, "learning_rate": 0.2, "discount": 0.8, "lam": 0.6, "value_weight": 0.7}
+    options["entropy_weight"] = 0.05
+    history = fit_ppo(
+        both, reference, task.prompts, overheard.score, batch_size=11, n_epochs=3, n_minibatches=2,
+        beta=AdaptiveKLController(beta=0.5, target=0.4, horizon=30), generator=seeded(),
+        loss_penalty=kl_k2, value_error=partial(clipped_value_loss, clip_eps=0.05),
+        normalise=overheard.normalise, surrogate=overheard.surrogate, **options,
+    )  # fmt: skip
+    want = ppo_by_its_formulas(
+        by_hand, reference, overheard.batches, beta=0.5, target=0.4, horizon=30, k2_in_loss=True,
+        clip_eps=0.1, value_eps=0.05, **options,
+    )  # fmt: skip
+    assert_same_run(both.parameters(), by_hand.parameters(), history, want)
+    assert 0 < max(history["clipped"]) < 1
+    orders = []
+    for batch in overheard.batches:
+        assert [len(rows) for rows in batch.orders] == [6, 5] * 3
+        orders += [batch.orders[n] + batch.orders[n + 1] for n in (0, 2, 4)]
+    assert all(sorted(order) == list(range(11)) for order in orders)  # each row once in a pass
+    assert len({tuple(order) for order in [*orders, range(11)]}) == 10  # shuffled in every pass
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -769,7 +1220,8 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps[0]),
-        "`start_logps` must be [X, Y], got shape [3]: for one prompt write start_logps[None]",
+        "`start_logps` must be [X, Y], one row per prompt, "
+        "got shape [3]: for one prompt write start_logps[None]",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps, steps=0),
@@ -777,7 +1229,7 @@ REFUSED = [
     ),
     (
         lambda: population_loss(DPO, *[torch.zeros(2, 1)] * 3),
-        "rewards: got 1 completion a prompt, takes >= 2",
+        "`logps` must have >= 2 completions per prompt, got 1",
     ),
     (
         lambda: population_loss(DPO, torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, 3)),
@@ -787,7 +1239,89 @@ REFUSED = [
         lambda: population_loss(DPO, torch.zeros(2, 2) / 0, torch.zeros(2, 2), torch.zeros(2, 2)),
         "logps: got nan, takes finite values",
     ),
+    (
+        lambda: fit_table(lambda logps: logps.sum(), 1 - TASK.ref_logps),
+        "`start_logps` must be log-probabilities <= 0, got 2.609: is it a negative log-likelihood?",
+    ),
+    (
+        lambda: fit_table(
+            lambda logps: (logps - TASK.ref_logps).abs().sqrt().sum(), TASK.ref_logps
+        ),
+        "the gradient must be finite, got a norm of nan where the loss is 0: a part of it has no "
+        "derivative there, such as sqrt(x) at x = 0",
+    ),
+    (
+        lambda: fit_table(lambda z, v: z.sum() + v, TASK.ref_logps, torch.zeros(())),
+        "extra[0]: got dtype torch.float32, takes torch.float64 like start_logps",
+    ),
+    (
+        lambda: fit_table(lambda z, v, w: z.sum(), *[TASK.ref_logps] * 2, TASK.ref_logps / 0),
+        "extra[1]: got -inf, takes finite values",
+    ),
 ]
+
+
+WINS = torch.tensor([[[0.5, 0.7, 0.2], [0.3, 0.5, 0.9], [0.8, 0.1, 0.5]]], dtype=torch.float64)
+ALIKE = torch.ones(1, 3, 3, dtype=torch.float64)
+
+
+def changed(table, entry, value):
+    table = table.clone()
+    table[entry] = value
+    return table
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, "one of `rewards` and `win_probs` must be given, got neither"),
+        (
+            {"rewards": TASK.rewards, "win_probs": WINS},
+            "one of `rewards` and `win_probs` must be given, got both",
+        ),
+        (
+            {"win_probs": WINS.float()},
+            "win_probs: got dtype torch.float32, takes torch.float64 like",
+        ),
+        ({"win_probs": WINS[0]}, "win_probs: got shape [3, 3], takes a non-empty [X, Y, Y]"),
+        (
+            {"win_probs": WINS[:, :, :2]},
+            "`win_probs` must have shape [X, Y, Y] = [1, 3, 3], got [1, 3, 2]",
+        ),
+        (
+            {"win_probs": changed(WINS, (0, 2, 1), 0.2)},
+            "`win_probs` must be >= 0 and sum to 1 per pair, got 0.9 and 0.2",
+        ),
+        (
+            {"win_probs": changed(changed(WINS, (0, 0, 2), -0.5), (0, 2, 0), 1.5)},
+            "`win_probs` must be >= 0 and sum to 1 per pair, got -0.5 and 1.5",
+        ),
+        (
+            {"win_probs": changed(changed(WINS, (0, 2, 0), -0.5), (0, 0, 2), 1.5)},
+            "`win_probs` must be >= 0 and sum to 1 per pair, got 1.5 and -0.5",
+        ),
+        ({"win_probs": changed(WINS, (0, 1, 0), math.nan)}, "win_probs: got nan, takes finite val"),
+        (
+            {"win_probs": WINS, "pair_weights": changed(ALIKE, (0, 1, 0), 3.0)},
+            "`pair_weights` must be symmetric, got 1 and 3 for the two orders of a pair",
+        ),
+        (
+            {"rewards": TASK.rewards, "pair_weights": -ALIKE},
+            "`pair_weights` must be >= 0 and not all 0, got -1 to -1",
+        ),
+        (
+            {"win_probs": WINS, "pair_weights": torch.eye(3, dtype=torch.float64)[None]},
+            "`pair_weights` must be >= 0 and not all 0, got 0 to 0",
+        ),
+        ({"win_probs": WINS, "pair_weights": ALIKE / 0}, "pair_weights: got inf, takes finite val"),
+        ({"win_probs": WINS, "pair_weights": ALIKE[0]}, "pair_weights: got shape [3, 3], takes a"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pairs_of_a_population_are_refused(given, want):
+    with pytest.raises(ValueError) as caught:
+        population_loss(DPO, TASK.ref_logps, TASK.ref_logps, **given)
+    assert str(caught.value).startswith(want)
 
 
 @pytest.mark.parametrize(("call", "want"), REFUSED, ids=[want for _, want in REFUSED])
@@ -841,7 +1375,7 @@ def test_a_score_that_is_no_score_is_refused(call, score, want):
             {"value_error": partial(clipped_value_loss, clip_eps=0.0)},
             "clip_eps: got 0.0, takes a finite number > 0",
         ),
-        ({"normalise": lambda a, mask: a / 0}, "advantages: got nan, takes finite values"),
+        ({"normalise": lambda a, mask: a * math.nan}, "advantages: got nan, takes finite values"),
         ({"prompts": TASK.prompts[:0]}, "prompts: got shape [0], takes a non-empty [n]"),
         ({"prompts": TASK.prompts + 1}, "prompts: got 1, takes values in 0..0"),
     ],
@@ -857,7 +1391,17 @@ def test_bad_settings_of_reinforce_are_refused():
     for changes, want in (
         ({"beta": -1.0}, "beta: got -1.0, takes a finite number > 0"),
         ({"n_samples": 0}, "n_samples: got 0, takes a whole number >= 1"),
-        ({"n_samples": 1}, "rewards: got 1 sample a row, takes >= 2"),
+        *(
+            (
+                {"n_samples": 1, **advantages},
+                "`n_samples` must be >= 2, got 1: completions of a prompt are compared",
+            )
+            for advantages in (
+                {},
+                {"advantages": mean_advantages},
+                {"advantages": group_normalised_advantages},
+            )
+        ),
     ):
         with pytest.raises((TypeError, ValueError)) as caught:
             run_reinforce(**changes)
@@ -875,6 +1419,146 @@ def test_on_policy_loops_refuse_a_reference_that_would_move(call):
             reference.logits = nn.Parameter(live.logits.data.view(1, 3))
         with pytest.raises(ValueError, match="reference: got weights that it shares with the pol"):
             call(both, reference)
+
+
+class Likelihoods(Spy):
+    """One that answers with negative log-likelihoods, as a cross-entropy is."""
+
+    def token_logps(self, prompts, completions):
+        return -super().token_logps(prompts, completions)
+
+
+def test_negative_log_likelihoods_are_refused():
+    right, wrong = Spy(TASK.ref_logps), Likelihoods(TASK.ref_logps)
+    calls = {
+        "policy": [
+            lambda: fit_sft(wrong, ROWS, ANSWERS, **settings()),
+            lambda: fit_preferences(wrong, right, PAIRS, DPO, **settings()),
+        ],
+        "reference": [
+            lambda: fit_preferences(right, wrong, PAIRS, DPO, **settings()),
+            lambda: run_ppo(reference=wrong),
+            lambda: run_reinforce(reference=wrong),
+            lambda: run_online(reference=wrong),
+        ],
+    }
+    for name, call in ((name, call) for name, of_name in calls.items() for call in of_name):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value).startswith(
+            f"`{name}.token_logps` must be log-probabilities <= 0, got"
+        )
+        assert str(caught.value).endswith(": is it a negative log-likelihood?")
+    for spied in (right, wrong):
+        assert torch.equal(spied.table, TASK.ref_logps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "later"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_log_probabilities_above_0_by_rounding_pass(dtype, later, generator):
+    """A logit and its normaliser from two passes may differ by a unit in the last place."""
+
+    class Rounded(Spy):
+        def token_logps(self, prompts, completions):
+            logits = self.table[prompts]
+            again = logits + torch.finfo(dtype).eps * logits
+            scored = again[:, :1] - logits.logsumexp(-1, keepdim=True)
+            self.largest = scored.max().item()
+            scored = torch.cat([scored, torch.full_like(scored, 7.0)], 1)  # 7 on padding: unread
+            return scored.to(later)
+
+    high = 80 * torch.rand(50, 1, dtype=torch.float64, generator=generator)
+    policy = Rounded(torch.cat([high, -high - 20], 1).to(dtype))
+    rows = (torch.arange(50), torch.tensor([[0, PAD]] * 50))
+    history = fit_sft(policy, *rows, **settings(steps=1, batch_size=50))
+    assert policy.largest > 0
+    assert -1 < history["loss"][0] < 0
+
+
+def test_scores_of_another_shape_are_refused():
+    class Sums(Spy):
+        def token_logps(self, prompts, completions):
+            return super().token_logps(prompts, completions).sum(1)
+
+    with pytest.raises(ValueError) as caught:
+        fit_sft(Sums(TASK.ref_logps), ROWS, ANSWERS, **settings())
+    want = "`policy.token_logps` must have shape [B, T] = [4, 1], got [4]"
+    assert str(caught.value) == want
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step():
+    """The square root of 0 is 0 and its slope infinite: a loss may look well and be useless."""
+
+    class Part:
+        """Of a loss, from the `bad_step`-th call on; it keeps the weights that it met."""
+
+        def __init__(self, model, bad_step):
+            self.weights, self.bad_step, self.n = list(model.parameters()), bad_step, -1
+
+        def __call__(self, logps, other, *rest):
+            self.n += 1
+            self.met = [weight.detach().clone() for weight in self.weights]
+            x = logps - (logps.detach() if self.n >= self.bad_step else 1)
+            return x.abs().sqrt()
+
+    live, both = [policy() for _ in range(2)], actor_critic(TASK)
+    runs = [
+        (live[0], lambda part: fit_preferences(live[0], policy(), PAIRS, part, **settings())),
+        (live[1], lambda part: on_policy(fit_online_preferences, part)(both=live[1])),
+        (both, lambda part: run_ppo(both, loss_penalty=part, n_epochs=1)),
+    ]
+    for model, run in runs:
+        part = Part(model, bad_step=2)
+        with pytest.raises(
+            ValueError, match="^the gradient must be finite, got a norm of nan at step 2 "
+        ):
+            run(part)
+        for weight, met in zip(model.parameters(), part.met, strict=True):
+            assert torch.equal(weight, met)
+
+
+def test_one_token_cannot_be_whitened_and_the_batch_size_is_to_blame():
+    asked = []
+
+    def score(prompts, completions):
+        asked.append(completions)
+        return torch.zeros(len(prompts))
+
+    want = (
+        "`batch_size` must be >= 2 where a completion can be one token, got 1: `whiten` needs two "
+        "tokens (or pass normalise=as_they_are)"
+    )
+    with pytest.raises(ValueError) as caught:
+        run_ppo(batch_size=1, score=score)
+    assert str(caught.value) == want
+    assert asked == []
+    run_ppo(batch_size=1, score=score, normalise=as_they_are)
+    # A completion of several tokens will do, unless it happens to end at once.
+    shape = {"n_layers": 1, "n_heads": 1, "width": 4, "generator": seeded()}
+    arguments = (TASK.prompts, score)
+    endless = TinyTransformer(1, 3, 2, end_token=None, **shape)
+    reference = TinyTransformer(1, 3, 2, end_token=None, **shape)
+    options = settings(steps=40, batch_size=1, beta=1.0)
+    fit_ppo(SharedTrunk(endless), reference, *arguments, **options)
+    short = TinyTransformer(1, 3, 2, end_token=0, **shape)
+    reference = TinyTransformer(1, 3, 2, end_token=0, **shape)
+    with pytest.raises(ValueError) as caught:
+        fit_ppo(SharedTrunk(short), reference, *arguments, **options)
+    assert str(caught.value) == want
+
+
+def test_a_horizon_that_a_batch_exceeds_is_refused_at_once():
+    both, controller = actor_critic(TASK), AdaptiveKLController(beta=1.0, target=1.0, horizon=3)
+    with pytest.raises(ValueError) as caught:
+        run_ppo(both, beta=controller)
+    assert str(caught.value) == "`batch_size` must be at most beta.horizon = 3, got 4"
+    assert torch.equal(both.policy.logits, TASK.ref_logps)
 
 
 def test_token_rewards_refuse():

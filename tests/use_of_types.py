@@ -18,6 +18,7 @@ dpo = partial(losses.dpo_loss, beta=0.5)
 table = train.fit_table(
     lambda logps: train.population_loss(dpo, logps, task.rewards, task.rewards), task.rewards
 )
+table, offsets = train.fit_table(lambda logps, v: (logps + v).sum(), table, task.rewards)
 reviews = tasks.micro_reviews()
 policy = policies.TinyTransformer.for_task(reviews, generator=generator, width=64)
 reference = policies.TinyTransformer.for_task(reviews, generator=generator)
@@ -68,6 +69,7 @@ train.fit_sft(
 # What is wrong, and is said to be.
 losses.dpo_loss(table, table, table, table)  # type: ignore[call-arg]
 losses.dpo_loss(table, table, table, table, beta="0.5")  # type: ignore[arg-type]
+both: torch.Tensor = train.fit_table(sum, table, table)  # type: ignore[assignment]
 closed_form.log_partition(task.ref_logps, 1.0, 0.5)  # type: ignore[arg-type]
 closed_form.log_partition(reviews.ref_logps, task.rewards, 0.5)  # type: ignore[arg-type]
 dpo_mini.losess  # type: ignore[attr-defined]  # noqa: B018

@@ -28,6 +28,17 @@ c.ExecutePreprocessor.timeout = 120
 c.FileNameCollectorPlugin.named_regexp = r".*?(?P<student_id>[^/\\]+?)__(?P<file_id>.+\.ipynb)$"
 """
 
+# The hidden beginning of each test: a student's cell may have overwritten what the test stands on.
+GUARD = """### BEGIN HIDDEN TESTS
+# Import dpo_mini anew from its files, and run the set-up again.
+import sys
+
+for _module in [name for name in sys.modules if name.split(".")[0] == "dpo_mini"]:
+    del sys.modules[_module]
+{setup}
+### END HIDDEN TESTS
+"""
+
 
 def instance_lines(seed: int) -> str:
     """The set-up cell that holds the instance of `seed`, as a student reads it."""
@@ -57,6 +68,22 @@ def stamped(path: Path, seed: int) -> str:
     return text_of(notebook)
 
 
+def guarded(text: str) -> str:
+    """A sheet as nbgrader runs it: each test begins with the guard, which students do not get."""
+    notebook = json.loads(text)
+    marks = [cell["metadata"].get("nbgrader", {}) for cell in notebook["cells"]]
+    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    (setup,) = [
+        source
+        for source, mark in zip(sources, marks, strict=True)
+        if mark.get("grade_id", "").endswith("-setup")
+    ]
+    for cell, source, mark in zip(notebook["cells"], sources, marks, strict=True):
+        if mark.get("grade") and cell["cell_type"] == "code":
+            cell["source"] = GUARD.format(setup=setup) + source
+    return text_of(notebook)
+
+
 def make_course(folder: Path, seed: int, wanted: list[Path]) -> None:
     """Write the course directory `folder`, its sources and its student copies."""
     from nbgrader.apps import NbGraderAPI
@@ -77,7 +104,7 @@ def make_course(folder: Path, seed: int, wanted: list[Path]) -> None:
         start = time.perf_counter()
         source = folder / "source" / path.stem / path.name
         source.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(source, stamped(path, seed).encode())
+        write_whole(source, guarded(stamped(path, seed)).encode())
         done = api.generate_assignment(path.stem, force=True, create=True)
         if not done["success"]:
             raise SystemExit(done.get("log") or done.get("error"))

@@ -14,6 +14,7 @@ MODULES = (
         f"dpo_mini.{name}"
         for name in (
             "checks",
+            "checks.homework",
             "checks.museum",
             "closed_form",
             "deprecation",

@@ -3,21 +3,28 @@
 A check runs the learner's function on cases of its own. Whether it is right, a judge decides by
 what must hold of a right answer: it sums to one, a constant changes nothing, the mean over all
 outcomes is the gradient, the table is that of the enumeration. It holds no copy of the answer, so
-any function passes for which the theorems hold. Where a wrong result equals that of a known
-mistake, the mistake's sentence is what the learner reads, else the theorem's.
+any function passes for which the theorems hold. Where a theorem fails, the learner reads what went
+wrong: the sentence of the known mistake that gives the same results, or of the one slip (a sign, a
+factor, a logarithm) without which the theorems would hold. Where neither is found, the learner
+reads the theorem.
 
     check("2.1", my_function)               # in a notebook: prints one line
     passed, sentence = diagnose("2.1", f)   # in a homework's own tests
+    check(Exercise(...), f)                 # an exercise of your own: INSTRUCTORS.md has one
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpo_mini.checks.homework import _shape_sentence
+from dpo_mini.checks.slips import NEARLY, named_slip
 
 __all__ = ["Answer", "NOT_ATTEMPTED", "Exercise", "check", "diagnose", "exercises"]
 
@@ -35,23 +42,47 @@ class Exercise:
     """One exercise and what its check knows.
 
     Args:
-      number: chapter and place, such as "2.1".
-      cases: argument tuples on which a wrong answer is held against the known mistakes.
+      number: chapter and place, such as "2.1", or a name of yours.
+      cases: one tuple of arguments per case; on them a wrong answer is compared with the known
+        mistakes. No mistake may be right on all of them.
       judge: takes the candidate, which then takes copies of its arguments and returns float64
         tensors of the right shape, on any arguments; raises AssertionError with one sentence for
-        the theorem that fails. `homework.agree` is its usual line.
+        the theorem that fails. `homework.agree` is its usual line. (An `assert` statement would
+        vanish under `python -O`.)
       mistakes: functions that a learner with one mistake each writes. Its docstring is the sentence
         that the learner then reads: it names the mistake and does not give the answer.
       shape: from a case's arguments to the shape of the result; one number, if left out.
-      tolerance: the largest absolute difference at which a result is a mistake's.
+      tolerance: how far a result may be from a mistake's, absolute and relative, to be told so.
+    Raises:
+      TypeError, ValueError: an argument is not what is said here; the message names it.
     """
 
     number: str
     cases: Sequence[tuple]
-    judge: Callable[[Callable[..., Tensor]], None]
+    judge: Callable[[Callable[..., Tensor]], object]
     mistakes: Sequence[Answer]
     shape: Callable[..., Sequence[int]] = _one_number
-    tolerance: float = 1e-8
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Refuse what no check could use."""
+        if not isinstance(self.number, str):
+            raise TypeError(f"`number` must be a text, got {self.number!r}")
+        if not self.cases or not all(isinstance(case, tuple) for case in self.cases):
+            raise TypeError(
+                f"`cases` must hold a tuple of arguments per case, one at least, got {self.cases!r}"
+            )
+        for name in ("judge", "shape"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"`{name}` must be a function, got {getattr(self, name)!r}")
+        for mistake in self.mistakes:
+            if not callable(mistake) or not mistake.__doc__:
+                raise TypeError(
+                    f"`mistakes` must be functions, each with a sentence for its docstring, "
+                    f"got {mistake!r}"
+                )
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"`tolerance` must be a number in (0, 1), got {self.tolerance}")
 
 
 class _UnfitError(Exception):
@@ -62,26 +93,34 @@ class _EmptyError(_UnfitError):
     """The candidate is the stub."""
 
 
-def check(number: str, candidate: Answer) -> None:
-    """Print whether `candidate` solves exercise `number`, and the likely mistake where it does not.
+def check(number: str | Exercise, candidate: Answer) -> None:
+    """Print whether `candidate` solves an exercise, and the likely mistake where it does not.
 
+    Args:
+      number: of an exercise of the course, such as "2.1"; or an `Exercise` of your own.
+      candidate: the learner's function.
     Raises:
-      ValueError: there is no exercise of that number.
+      ValueError: `number` is neither.
     """
-    passed, sentence = diagnose(number, candidate)
+    exercise = _exercise(number)
+    passed, sentence = diagnose(exercise, candidate)
     if sentence.startswith(NOT_ATTEMPTED):
-        print(f"Exercise {number} {sentence}")
+        print(f"Exercise {exercise.number} {sentence}")
     else:
-        print(f"Exercise {number} {'passed' if passed else 'not yet'}: {sentence}")
+        print(f"Exercise {exercise.number} {'passed' if passed else 'not yet'}: {sentence}")
 
 
-def diagnose(number: str, candidate: Answer) -> tuple[bool, str]:
-    """Whether `candidate` solves exercise `number`, and one sentence on why or why not.
+def diagnose(number: str | Exercise, candidate: Answer) -> tuple[bool, str]:
+    """Whether `candidate` solves an exercise, and one sentence on why or why not.
 
+    Args:
+      number: of an exercise of the course, such as "2.1"; or an `Exercise` of your own.
+      candidate: the learner's function.
     Returns:
       `(passed, sentence)`; of a stub the sentence begins with `NOT_ATTEMPTED`.
     Raises:
-      ValueError: there is no exercise of that number.
+      ValueError: `number` is neither.
+      TypeError: the exercise's judge returns something: it must raise where a theorem fails.
     """
     exercise = _exercise(number)
     if not callable(candidate):
@@ -89,13 +128,18 @@ def diagnose(number: str, candidate: Answer) -> tuple[bool, str]:
     answer = _judged(exercise, candidate)
     try:
         results = [answer(*case) for case in exercise.cases]
-        exercise.judge(answer)
+        verdict = exercise.judge(answer)
     except _EmptyError:
         return False, f"{NOT_ATTEMPTED}: write the body of your function and return the result."
     except _UnfitError as unfit:
         return False, str(unfit)
     except AssertionError as broken:
-        return False, _known_mistake(exercise, results) or str(broken)
+        return False, _named(exercise, answer, results, str(broken)) or str(broken)
+    if verdict is not None:
+        raise TypeError(
+            f"`judge` must raise AssertionError where a theorem fails and return None, got "
+            f"{verdict!r}"
+        )
     return True, "every theorem that its judge asks for holds."
 
 
@@ -109,10 +153,14 @@ def exercises() -> dict[str, Exercise]:
     return found
 
 
-def _exercise(number: str) -> Exercise:
+def _exercise(number: str | Exercise) -> Exercise:
+    if isinstance(number, Exercise):
+        return number
     known = exercises()
     if number not in known:
-        raise ValueError(f"number: got {number!r}, takes one of {', '.join(known)}")
+        raise ValueError(
+            f"`number` must be an Exercise or one of {', '.join(known)}, got {number!r}"
+        )
     return known[number]
 
 
@@ -135,22 +183,41 @@ def _judged(exercise: Exercise, candidate: Answer) -> Callable[..., Tensor]:
             sentence = f"your function returned a {type(result).__name__}, not numbers."
             raise _UnfitError(sentence) from error
         if list(got.shape) != (wanted := list(exercise.shape(*arguments))):
-            sentence = (
-                f"your function returned the shape {list(got.shape)} where {wanted} is wanted."
-            )
-            raise _UnfitError(sentence)
+            raise _UnfitError(f"your function returned {_shape_sentence(got, wanted)}.")
         return got
 
     return answer
 
 
+def _named(
+    exercise: Exercise, answer: Callable[..., Tensor], results: Sequence[Tensor], broken: str
+) -> str:
+    """The sentence of what went wrong, where it is known; "" where it is not."""
+    known = _known_mistake(exercise, results)
+    found = known or named_slip(exercise.judge, answer, _names(exercise), exercise.cases)
+    return f"{found} What fails: {broken}" if found == NEARLY else found
+
+
+def _names(exercise: Exercise) -> list[str]:
+    """The names of the arguments: those of a known mistake that names them all."""
+    for mistake in exercise.mistakes:
+        names = list(signature(mistake).parameters)
+        if len(names) == len(exercise.cases[0]):
+            return names
+    return [f"argument {n}" for n, _ in enumerate(exercise.cases[0], 1)]
+
+
 def _known_mistake(exercise: Exercise, results: Sequence[Tensor]) -> str:
     """The sentence of the mistake that gives these results on every case; "" if none does."""
-    for mistake in exercise.mistakes:
-        wrong = (_tensor(mistake(*_copies(case))) for case in exercise.cases)
-        pairs = zip(wrong, results, strict=True)
-        if all(_close(got, w, exercise.tolerance) for w, got in pairs):
-            return " ".join((mistake.__doc__ or "").split())
+    wrong = {m: [_tensor(m(*_copies(case))) for case in exercise.cases] for m in exercise.mistakes}
+    # A result that is no number hides another mistake: then the other cases tell which.
+    told = [torch.isfinite(got).all() for got in results]
+    for every in (True, False):
+        for mistake, found in wrong.items():
+            pairs = zip(results, found, told, strict=True)
+            same = [_close(got, w, exercise.tolerance) for got, w, tell in pairs if every or tell]
+            if same and all(same):
+                return " ".join((mistake.__doc__ or "").split())
     return ""
 
 
@@ -165,7 +232,7 @@ def _tensor(result: Any) -> Tensor:
 
 def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return got.shape == wanted.shape and torch.allclose(
-        got, wanted, rtol=0.0, atol=tolerance, equal_nan=True
+        got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True
     )
 
 

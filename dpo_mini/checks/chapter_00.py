@@ -44,6 +44,11 @@ def _probability_in_softmax(ref_probs, rewards, beta):
     return torch.softmax(ref_probs + rewards / beta, -1)
 
 
+def _reference_divides(ref_probs, rewards, beta):
+    """The reference divides: what it made likely must stay likelier, not less."""
+    return torch.softmax(rewards / beta - ref_probs.log(), -1)
+
+
 def judge_reward_margin(reward_margin):
     """0.2: read off a policy that was made with known rewards, the margin is theirs."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
@@ -66,7 +71,7 @@ def _margin_without_beta(probs, ref_probs, beta):
 
 
 def _margin_turned_round(probs, ref_probs, beta):
-    """The sign is turned round: this is the reward of answer 1 above answer 0."""
+    """The sign is reversed: this is the reward of answer 1 above answer 0."""
     return beta * torch.log(probs[1] * ref_probs[0] / (probs[0] * ref_probs[1]))
 
 
@@ -75,12 +80,28 @@ def _margin_of_ratios(probs, ref_probs, beta):
     return beta * (probs[0] / ref_probs[0] - probs[1] / ref_probs[1])
 
 
+def _margin_with_reference_added(probs, ref_probs, beta):
+    """The reference multiplies where it should divide: a reward is read off pi over pi_ref."""
+    return beta * torch.log(probs[0] * ref_probs[0] / (probs[1] * ref_probs[1]))
+
+
+def _margin_of_one_answer(probs, ref_probs, beta):
+    """This reads off answer 0 alone, so Z is still in it: a margin compares two answers."""
+    return beta * torch.log(probs[0] / ref_probs[0])
+
+
 EXERCISES = (
     Exercise(
         "0.1",
         cases=((REF, REWARDS, 0.5), (REF.flip(0), REWARDS, 2.0)),
         judge=judge_tilt,
-        mistakes=(_beta_multiplies, _no_reference, _not_normalised, _probability_in_softmax),
+        mistakes=(
+            _beta_multiplies,
+            _no_reference,
+            _not_normalised,
+            _probability_in_softmax,
+            _reference_divides,
+        ),
         shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
     Exercise(
@@ -92,6 +113,8 @@ EXERCISES = (
             _margin_without_beta,
             _margin_turned_round,
             _margin_of_ratios,
+            _margin_with_reference_added,
+            _margin_of_one_answer,
         ),
     ),
 )

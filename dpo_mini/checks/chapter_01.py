@@ -5,7 +5,7 @@ import math
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, other_instances, random_policies
+from dpo_mini.checks.homework import agree, other_instances, random_policies, require
 
 POLICY = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -54,7 +54,7 @@ def _judge_answers_never_given(objective, probs, ref, rewards, beta):
 
 
 def _kl_turned_round(probs, ref_probs, rewards, beta):
-    """The KL is turned round: it must average over what the policy says, not the reference."""
+    """The KL is reversed: it must average over what the policy says, not the reference."""
     return (probs * rewards).sum() - beta * _nats(ref_probs, probs)
 
 
@@ -78,16 +78,41 @@ def _entropy_only(probs, ref_probs, rewards, beta):
     return (probs * rewards).sum() - beta * torch.xlogy(probs, probs).sum()
 
 
+def _kl_missing(probs, ref_probs, rewards, beta):
+    """The KL term is missing: this is the mean reward alone."""
+    return (probs * rewards).sum()
+
+
+def _rewards_summed(probs, ref_probs, rewards, beta):
+    """The rewards are added up: their mean under the policy weighs each by its probability."""
+    return rewards.sum() - beta * _nats(probs, ref_probs)
+
+
+def _reward_of_the_reference(probs, ref_probs, rewards, beta):
+    """This is the reference's mean reward: J asks for the policy's."""
+    return (ref_probs * rewards).sum() - beta * _nats(probs, ref_probs)
+
+
+def _cross_entropy(probs, ref_probs, rewards, beta):
+    """This charges a cross-entropy: in a KL the policy's own log-probability counts too."""
+    return (probs * rewards).sum() + beta * (probs * ref_probs.log()).sum()
+
+
+def _kl_not_weighted(probs, ref_probs, rewards, beta):
+    """The log-ratios are added up: a KL weighs each by the policy's probability."""
+    return (probs * rewards).sum() - beta * torch.log(probs / ref_probs).sum()
+
+
 def judge_safe_beta(safe_beta):
     """1.2: no reference takes an answer below the floor, and the worst one takes it just there."""
     for seed, (_, (rewards, _), _) in enumerate(other_instances(seed=2)):
         for floor in (0.05, 0.3, 0.8):
             beta = safe_beta(rewards, floor)
-            assert beta > 0, "your beta is not above 0"
+            require(beta > 0, "your beta is not above 0")
             for draw in range(5):
                 ref = random_policies(rewards, 10 * seed + draw)
                 shares = torch.softmax(ref.log() + rewards / beta, 0) / ref
-                assert shares.min() >= floor, "with your beta an answer falls below the floor"
+                require(shares.min() >= floor, "with your beta an answer falls below the floor")
             worst_ref = torch.full_like(rewards, 1e-13)
             worst_ref[rewards.argmax()] = 1.0
             shares = torch.softmax(worst_ref.log() + rewards / beta, 0) / worst_ref
@@ -130,7 +155,7 @@ def judge_forward_gaussian(forward_gaussian):
     for seed, (_, (points, _), _) in enumerate(other_instances(seed=3)):
         probs = random_policies(points, seed)
         gaussian = forward_gaussian(points, probs).requires_grad_()
-        assert gaussian[1] > 0, "the standard deviation is not above 0"
+        require(gaussian[1] > 0, "the standard deviation is not above 0")
         log_density = torch.distributions.Normal(*gaussian).log_prob(points)
         kl = (probs * (probs.log() - log_density)).sum()
         (slopes,) = torch.autograd.grad(kl, gaussian)
@@ -160,6 +185,19 @@ def _second_moment(points, probs):
     return torch.stack([mean, (probs * points**2).sum().sqrt()])
 
 
+def _spread_without_weights(points, probs):
+    """The mean is weighted and the spread is not: both are expectations under the target."""
+    mean = (probs * points).sum()
+    return torch.stack([mean, ((points - mean) ** 2).mean().sqrt()])
+
+
+def _corrected_for_a_sample(points, probs):
+    """The spread has the factor K / (K - 1) of a sample: these probabilities are known exactly."""
+    mean = (probs * points).sum()
+    variance = (probs * (points - mean) ** 2).sum() * len(points) / (len(points) - 1)
+    return torch.stack([mean, variance.sqrt()])
+
+
 EXERCISES = (
     Exercise(
         "1.1",
@@ -171,6 +209,11 @@ EXERCISES = (
             _zero_times_infinity,
             _beta_on_the_reward,
             _entropy_only,
+            _kl_missing,
+            _rewards_summed,
+            _reward_of_the_reference,
+            _cross_entropy,
+            _kl_not_weighted,
         ),
     ),
     Exercise(
@@ -189,7 +232,14 @@ EXERCISES = (
         "1.3",
         cases=((POINTS, TARGET), (POINTS + 1.0, TARGET.flip(0))),
         judge=judge_forward_gaussian,
-        mistakes=(_variance, _at_the_mode, _without_weights, _second_moment),
+        mistakes=(
+            _variance,
+            _at_the_mode,
+            _without_weights,
+            _second_moment,
+            _spread_without_weights,
+            _corrected_for_a_sample,
+        ),
         shape=lambda points, probs: (2,),
     ),
 )

@@ -53,6 +53,16 @@ def _no_base(token_probs, token_rewards, beta, n_tokens):
     return n_tokens * torch.logsumexp(token_rewards / beta, 0)
 
 
+def _sum_for_power(token_probs, token_rewards, beta, n_tokens):
+    """The factors of the places are added up: they multiply, so their logarithms add."""
+    return torch.log(n_tokens * (token_probs * torch.exp(token_rewards / beta)).sum())
+
+
+def _beta_outside(token_probs, token_rewards, beta, n_tokens):
+    """Beta divides the logarithm: it belongs in the exponent, below the reward."""
+    return n_tokens * torch.log((token_probs * torch.exp(token_rewards)).sum()) / beta
+
+
 def judge_draws_needed(draws_needed):
     """3.2: the relative error of N draws, over all that N draws can be, takes N draws."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
@@ -101,6 +111,24 @@ def _kl_for_chi(ref_probs, rewards, beta, error):
     return (optimum * (optimum / ref_probs).log()).sum() / error**2
 
 
+def _divided_by_z(ref_probs, rewards, beta, error):
+    """The variance is divided by Z: for a relative error it is Z squared."""
+    weights = torch.exp(rewards / beta)
+    z = (ref_probs * weights).sum()
+    return (ref_probs * (weights - z) ** 2).sum() / z / error**2
+
+
+def _reverse_chi(ref_probs, rewards, beta, error):
+    """The chi-squared is reversed: the draws come from the reference."""
+    optimum = torch.softmax(ref_probs.log() + rewards / beta, 0)
+    return (optimum * (ref_probs / optimum - 1) ** 2).sum() / error**2
+
+
+def _rounded_up(ref_probs, rewards, beta, error):
+    """This is rounded: return the number as it is."""
+    return torch.ceil(_chi_squared(ref_probs, rewards, beta) / error**2)
+
+
 def judge_count_solutions(count_solutions):
     """3.3: log Z of a formula whose solutions were counted beforehand, by its truth table."""
     generator = torch.Generator().manual_seed(3)
@@ -139,6 +167,21 @@ def _one_not_taken(log_z, beta, n_bits):
     return (math.exp(log_z) - 1) / math.exp(1 / beta) * 2**n_bits
 
 
+def _z_as_a_count(log_z, beta, n_bits):
+    """Z is taken for a sum over completions: it is their mean, each weighs 2^-n_bits."""
+    return (math.exp(log_z) - 2**n_bits) / (math.exp(1 / beta) - 1)
+
+
+def _one_taken_below_only(log_z, beta, n_bits):
+    """Z holds the failures too: subtract what they add before you divide."""
+    return math.exp(log_z) / (math.exp(1 / beta) - 1) * 2**n_bits
+
+
+def _powers_of_two(log_z, beta, n_bits):
+    """These are powers of 2: log Z is in nats, which are powers of e."""
+    return (2**log_z - 1) / (2 ** (1 / beta) - 1) * 2**n_bits
+
+
 def _log_z_of(solutions: int, beta: float, n_bits: int) -> float:
     share = solutions / 2**n_bits
     return math.log(share * math.exp(1 / beta) + 1 - share)
@@ -149,18 +192,42 @@ EXERCISES = (
         "3.1",
         cases=((PROBS, REWARDS, 0.5, 7), (WIDER, WIDER_REWARDS, 2.0, 3)),
         judge=judge_log_z_of_tokens,
-        mistakes=(_reward_times_length, _one_token, _mean_reward, _no_base),
+        mistakes=(
+            _reward_times_length,
+            _one_token,
+            _mean_reward,
+            _no_base,
+            _sum_for_power,
+            _beta_outside,
+        ),
     ),
     Exercise(
         "3.2",
         cases=((PROBS, REWARDS, 0.5, 0.1), (WIDER, WIDER_REWARDS, 2.0, 0.25)),
         judge=judge_draws_needed,
-        mistakes=(_error_not_squared, _absolute, _second_moment, _kl_for_chi),
+        mistakes=(
+            _error_not_squared,
+            _absolute,
+            _second_moment,
+            _kl_for_chi,
+            _divided_by_z,
+            _reverse_chi,
+            _rounded_up,
+        ),
     ),
     Exercise(
         "3.3",
         cases=((_log_z_of(37, 0.5, 8), 0.5, 8), (_log_z_of(5, 2.0, 10), 2.0, 10)),
         judge=judge_count_solutions,
-        mistakes=(_failures_forgotten, _a_share, _log_for_z, _beta_turned, _one_not_taken),
+        mistakes=(
+            _failures_forgotten,
+            _a_share,
+            _log_for_z,
+            _beta_turned,
+            _one_not_taken,
+            _z_as_a_count,
+            _one_taken_below_only,
+            _powers_of_two,
+        ),
     ),
 )

@@ -44,8 +44,23 @@ def _plain_sum(rewards, ref_probs, beta):
 
 
 def _added(rewards, ref_probs, beta):
-    """The sign is turned round: beta log Z is added, so log Z doubles where it should vanish."""
+    """The sign is reversed: beta log Z is added, so log Z doubles where it should vanish."""
     return rewards + beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
+
+
+def _beta_one_inside(rewards, ref_probs, beta):
+    """Inside Z the rewards are not divided by beta."""
+    return rewards - beta * torch.log((ref_probs * torch.exp(rewards)).sum())
+
+
+def _z_for_log_z(rewards, ref_probs, beta):
+    """The logarithm is missing: beta Z is taken off where beta log Z is due."""
+    return rewards - beta * (ref_probs * torch.exp(rewards / beta)).sum()
+
+
+def _reference_left_in(rewards, ref_probs, beta):
+    """This is beta log pi*: an implied reward has the reference's log-probability taken off."""
+    return beta * torch.log_softmax(ref_probs.log() + rewards / beta, 0)
 
 
 def judge_anchored_rewards(anchored_rewards):
@@ -78,6 +93,24 @@ def _in_nats(probs, ref_probs, beta, reward_of_first):
     """Beta is missing: the differences are in nats, not in units of reward."""
     odds = (probs / ref_probs) / (probs[0] / ref_probs[0])
     return reward_of_first + torch.log(odds)
+
+
+def _logarithm_forgotten(probs, ref_probs, beta, reward_of_first):
+    """The logarithm is missing: a difference of ratios is not one of rewards."""
+    ratios = probs / ref_probs
+    return reward_of_first + beta * (ratios - ratios[0])
+
+
+def _scaled(probs, ref_probs, beta, reward_of_first):
+    """The implied rewards are multiplied to fit: their unit is right, a constant is missing."""
+    implied = beta * torch.log(probs / ref_probs)
+    return implied * reward_of_first / implied[0]
+
+
+def _overwritten(probs, ref_probs, beta, reward_of_first):
+    """Only answer 0 has been moved: the same constant is missing from every answer."""
+    implied = beta * torch.log(probs / ref_probs)
+    return torch.cat([torch.tensor([reward_of_first], dtype=implied.dtype), implied[1:]])
 
 
 def judge_move_to_reference(move_to_reference):
@@ -113,26 +146,54 @@ def _turned_round(probs, old_ref_probs, new_ref_probs):
     return weights / weights.sum()
 
 
+def _moved_by_the_difference(probs, old_ref_probs, new_ref_probs):
+    """The references' difference is added: the reward tilts a reference by factors."""
+    return probs + new_ref_probs - old_ref_probs
+
+
 EXERCISES = (
     Exercise(
         "4.1",
         cases=((REWARDS, REF, 0.5), (WIDER_REWARDS, WIDER_REF, 2.0)),
         judge=judge_representative,
-        mistakes=(_without_beta, _mean_taken_off, _best_taken_off, _plain_sum, _added),
+        mistakes=(
+            _without_beta,
+            _mean_taken_off,
+            _best_taken_off,
+            _plain_sum,
+            _added,
+            _beta_one_inside,
+            _z_for_log_z,
+            _reference_left_in,
+        ),
         shape=lambda rewards, ref_probs, beta: rewards.shape,
     ),
     Exercise(
         "4.2",
         cases=((POLICY, REF, 0.5, 3.0), (WIDER_POLICY, WIDER_REF, 2.0, -1.0)),
         judge=judge_anchored_rewards,
-        mistakes=(_not_anchored, _first_stays, _reference_forgotten, _in_nats),
+        mistakes=(
+            _not_anchored,
+            _first_stays,
+            _reference_forgotten,
+            _in_nats,
+            _logarithm_forgotten,
+            _scaled,
+            _overwritten,
+        ),
         shape=lambda probs, ref_probs, beta, reward_of_first: probs.shape,
     ),
     Exercise(
         "4.3",
         cases=((POLICY, REF, REF.flip(0)), (WIDER_POLICY, WIDER_REF, WIDER_EVEN)),
         judge=judge_move_to_reference,
-        mistakes=(_old_kept, _no_new, _no_sum, _turned_round),
+        mistakes=(
+            _old_kept,
+            _no_new,
+            _no_sum,
+            _turned_round,
+            _moved_by_the_difference,
+        ),
         shape=lambda probs, old_ref_probs, new_ref_probs: probs.shape,
     ),
 )

@@ -37,7 +37,7 @@ def _margin_without_beta(ref_probs, rewards, beta):
 
 
 def _margin_turned_round(ref_probs, rewards, beta):
-    """The sign is turned round: a prompt with a large Z has implied rewards that are too low."""
+    """The sign is reversed: a prompt with a large Z has implied rewards that are too low."""
     z = _partition_functions(ref_probs, rewards, beta)
     return beta * torch.log(z[1] / z[0])
 
@@ -60,6 +60,65 @@ def _margin_at_beta_one(ref_probs, rewards, beta):
     """The reward inside Z is not divided by beta."""
     z = (ref_probs * torch.exp(rewards)).sum(1)
     return beta * torch.log(z[0] / z[1])
+
+
+def _margin_without_reference(ref_probs, rewards, beta):
+    """The reference is missing: Z weighs each answer by its probability there."""
+    log_z = torch.logsumexp(rewards / beta, 1)
+    return beta * (log_z[0] - log_z[1])
+
+
+def _margin_added(ref_probs, rewards, beta):
+    """The two constants are added: a margin is a difference, and so is what it lacks."""
+    return beta * torch.log(_partition_functions(ref_probs, rewards, beta)).sum()
+
+
+def _margin_of_the_first(ref_probs, rewards, beta):
+    """This is what prompt 0 lacks: the answer to prompt 1 lacks something too."""
+    return beta * torch.log(_partition_functions(ref_probs, rewards, beta)[0])
+
+
+def _margin_as_ratio(ref_probs, rewards, beta):
+    """One log Z is divided by the other: rewards, and what they lack, differ."""
+    log_z = torch.log(_partition_functions(ref_probs, rewards, beta))
+    return beta * log_z[0] / log_z[1]
+
+
+def _margin_over_beta(ref_probs, rewards, beta):
+    """log Z is divided by beta: to have a unit of reward, nats are multiplied."""
+    z = _partition_functions(ref_probs, rewards, beta)
+    return torch.log(z[0] / z[1]) / beta
+
+
+def _margin_over_prompts(ref_probs, rewards, beta):
+    """The sum runs over prompts: each prompt has a Z, a sum over its answers."""
+    z = (ref_probs * torch.exp(rewards / beta)).sum(0)
+    return beta * torch.log(z[0] / z[1])
+
+
+def _margin_reversed_in_nats(ref_probs, rewards, beta):
+    """Two things: the sign is reversed, and beta is missing before log Z."""
+    z = _partition_functions(ref_probs, rewards, beta)
+    return torch.log(z[1] / z[0])
+
+
+def _margin_of_optimal_means(ref_probs, rewards, beta):
+    """This is the difference of the optima's mean rewards: beta log Z is their J, after the KL."""
+    weights = ref_probs * torch.exp(rewards / beta)
+    means = (weights * rewards).sum(1) / weights.sum(1)
+    return means[0] - means[1]
+
+
+def _margin_implied(ref_probs, rewards, beta):
+    """This is an implied margin itself: what does it lack to the true one?"""
+    z = _partition_functions(ref_probs, rewards, beta)
+    return rewards[0, 0] - rewards[1, 0] - beta * torch.log(z[0] / z[1])
+
+
+def _margin_of_the_best(ref_probs, rewards, beta):
+    """This is the difference of the best rewards: beta log Z is a soft maximum, below the best."""
+    best = rewards.max(1).values
+    return best[0] - best[1]
 
 
 def judge_ranking_logp(ranking_logp):
@@ -119,6 +178,64 @@ def _ranking_upside_down(logratios, beta):
     return _placed(torch.exp(beta * logratios.flip(0)))
 
 
+def _ranking_as_probability(logratios, beta):
+    """This is the probability of the ranking: its logarithm is asked for."""
+    return torch.exp(_placed(torch.exp(beta * logratios)))
+
+
+def _ranking_sorted(logratios, beta):
+    """You sorted the log-ratios: their order is the ranking, and need not be the policy's."""
+    return _placed(torch.exp(beta * logratios.sort(descending=True).values))
+
+
+def _ranking_sorted_upwards(logratios, beta):
+    """You sorted the log-ratios, smallest first: their order is the ranking, best first."""
+    return _placed(torch.exp(beta * logratios.sort().values))
+
+
+def _ranking_of_the_first(logratios, beta):
+    """This is the first place alone: the places after it have probabilities too."""
+    return torch.log_softmax(beta * logratios, 0)[0]
+
+
+def _ranking_without_the_first(logratios, beta):
+    """The first place is missing: it is won among all."""
+    return _placed(torch.exp(beta * logratios[1:]))
+
+
+def _ranking_cut_short(logratios, beta):
+    """You stop a place too early: the last two answers still compete."""
+    weights = torch.exp(beta * logratios)
+    left = weights.flip(0).cumsum(0).flip(0)
+    return torch.log(weights / left)[:-2].sum()
+
+
+def _ranking_against_the_rest(logratios, beta):
+    """The denominators leave out the answer itself: that gives odds, not a probability."""
+    implied = beta * logratios
+    return sum(implied[k] - implied[k + 1 :].logsumexp(0) for k in range(len(implied) - 1))
+
+
+def _ranking_of_the_winner(logratios, beta):
+    """This compares the first with each of the others: who is second is left open."""
+    return torch.sigmoid(beta * (logratios[0] - logratios[1:])).log().sum()
+
+
+def _ranking_of_the_ends(logratios, beta):
+    """This compares the best with the worst: the places between them count too."""
+    return torch.sigmoid(beta * (logratios[0] - logratios[-1])).log()
+
+
+def _ranking_without_exponential(logratios, beta):
+    """The exponential is missing: shares are of e to the power of the implied reward."""
+    return _placed(beta * logratios)
+
+
+def _ranking_beta_outside(logratios, beta):
+    """Beta multiplies the whole: it multiplies each log-ratio, inside the softmax."""
+    return beta * _placed(torch.exp(logratios))
+
+
 def judge_best_value(best_value):
     """5.3: the squared error, a parabola in V, has slope 0 there."""
     for _, (logratios, scores), beta in other_instances(seed=3):
@@ -134,7 +251,7 @@ def _value_of_scores(logratios, scores, beta):
 
 
 def _value_turned_round(logratios, scores, beta):
-    """The sign is turned round: V is added to the implied reward to give the score."""
+    """The sign is reversed: V is added to the implied reward to give the score."""
     return (beta * logratios - scores).mean()
 
 
@@ -148,6 +265,26 @@ def _value_not_averaged(logratios, scores, beta):
     return (scores - beta * logratios).sum()
 
 
+def _value_of_the_middle(logratios, scores, beta):
+    """This is the median: it minimises distances, not their squares."""
+    return (scores - beta * logratios).median()
+
+
+def _value_beta_on_scores(logratios, scores, beta):
+    """Beta multiplies the scores as well: they are in units of reward already."""
+    return beta * (scores - logratios).mean()
+
+
+def _value_as_the_loss(logratios, scores, beta):
+    """This is the squared error that is left at the minimum: where is the minimum?"""
+    return (scores - beta * logratios).var(correction=0)
+
+
+def _value_weighted(logratios, scores, beta):
+    """The answers are weighted by their ratios: here all count alike."""
+    return torch.softmax(logratios, 0) @ (scores - beta * logratios)
+
+
 EXERCISES = (
     Exercise(
         "5.1",
@@ -159,6 +296,16 @@ EXERCISES = (
             _margin_of_z,
             _margin_of_means,
             _margin_at_beta_one,
+            _margin_without_reference,
+            _margin_added,
+            _margin_of_the_first,
+            _margin_as_ratio,
+            _margin_over_beta,
+            _margin_over_prompts,
+            _margin_reversed_in_nats,
+            _margin_of_optimal_means,
+            _margin_implied,
+            _margin_of_the_best,
         ),
     ),
     Exercise(
@@ -171,6 +318,17 @@ EXERCISES = (
             _ranking_with_replacement,
             _ranking_without_beta,
             _ranking_upside_down,
+            _ranking_as_probability,
+            _ranking_sorted,
+            _ranking_sorted_upwards,
+            _ranking_of_the_first,
+            _ranking_without_the_first,
+            _ranking_cut_short,
+            _ranking_against_the_rest,
+            _ranking_of_the_winner,
+            _ranking_of_the_ends,
+            _ranking_without_exponential,
+            _ranking_beta_outside,
         ),
     ),
     Exercise(
@@ -182,6 +340,10 @@ EXERCISES = (
             _value_turned_round,
             _value_without_beta,
             _value_not_averaged,
+            _value_of_the_middle,
+            _value_beta_on_scores,
+            _value_as_the_loss,
+            _value_weighted,
         ),
     ),
 )

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree
+from dpo_mini.checks.homework import agree, require
 
 CHOSEN = torch.tensor([-2.0, -1.2, -0.7], dtype=torch.float64)
 REJECTED = torch.tensor([-1.5, -3.1, -2.2], dtype=torch.float64)
@@ -30,7 +30,8 @@ def judge_dpo(dpo):
         for chosen, rejected, ref_chosen, ref_rejected in (columns, (FAR, *columns[1:])):
             loss = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
             other = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
-            assert torch.isfinite(loss).all(), "a margin far below 0 has an infinite loss or NaN"
+            finite = torch.isfinite(loss).all()
+            require(finite, "a margin far below 0 has an infinite loss or NaN")
             agree(
                 torch.exp(-loss) + torch.exp(-other),
                 1.0,
@@ -58,7 +59,7 @@ def _dpo_without_beta(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def _dpo_turned_round(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """Chosen and rejected are turned round: this loss makes the loser likely."""
+    """Chosen and rejected have changed places: this loss makes the loser likely."""
     return _minus_log_sigmoid(beta * ((rejected - ref_rejected) - (chosen - ref_chosen)))
 
 
@@ -79,6 +80,22 @@ def _dpo_that_overflows(chosen, rejected, ref_chosen, ref_rejected, beta):
 def _dpo_reference_added(chosen, rejected, ref_chosen, ref_rejected, beta):
     """The reference has the wrong sign: it is subtracted from each log-probability."""
     return _minus_log_sigmoid(beta * ((chosen + ref_chosen) - (rejected + ref_rejected)))
+
+
+def _dpo_margin(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """This is the margin: the loss is a function of it that falls as it grows."""
+    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+
+
+def _dpo_beta_outside(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Beta multiplies the loss: it multiplies the margin, inside the sigmoid."""
+    return beta * _minus_log_sigmoid((chosen - ref_chosen) - (rejected - ref_rejected))
+
+
+def _dpo_each_alone(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Each answer has a sigmoid of its own: a pair has one, of the difference."""
+    good, bad = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return _minus_log_sigmoid(good) + _minus_log_sigmoid(-bad)
 
 
 def judge_completion_logp(completion_logp):
@@ -133,6 +150,21 @@ def _logp_shifted_mask(token_logps, tokens, end_token):
     return (token_logps * (keep == 0)).sum(1)
 
 
+def _counted_tokens(tokens, end_token):
+    ends = (tokens == end_token).long()
+    return ends.cumsum(1) - ends == 0
+
+
+def _logp_without_first(token_logps, tokens, end_token):
+    """The first token is left out: it was chosen as well."""
+    return (token_logps * _counted_tokens(tokens, end_token))[:, 1:].sum(1)
+
+
+def _logp_of_padding(token_logps, tokens, end_token):
+    """The mask is inverted: this counts the padding alone."""
+    return (token_logps * ~_counted_tokens(tokens, end_token)).sum(1)
+
+
 def judge_standard_error(standard_error):
     """6.3: one over the root of the log-likelihood's curvature at its maximum, by autograd."""
     for share, n, beta in ((0.7311, 400, 0.5), (0.55, 90, 2.0), (0.1, 25, 0.25), (0.9, 1000, 1.6)):
@@ -144,7 +176,7 @@ def judge_standard_error(standard_error):
         (slope,) = torch.autograd.grad(loss, margin, create_graph=True)
         (curvature,) = torch.autograd.grad(slope, margin)
         error = standard_error(share, n, beta)
-        assert error > 0, "a standard error is above 0"
+        require(error > 0, "a standard error is above 0")
         agree(
             error**2 * curvature,
             1.0,
@@ -179,6 +211,26 @@ def _error_beta_upside_down(share, n, beta):
     return beta * (n * share * (1 - share)) ** -0.5
 
 
+def _error_over_n(share, n, beta):
+    """The number of labels has no root: four times the labels halve a standard error."""
+    return (share * (1 - share)) ** -0.5 / (n * beta)
+
+
+def _error_slope_forgotten(share, n, beta):
+    """This is the share's standard error over beta: the slope of the log-odds is missing."""
+    return (share * (1 - share) / n) ** 0.5 / beta
+
+
+def _error_slope_upside_down(share, n, beta):
+    """The slope is upside down: it is that of the log-odds in the share, and above 1."""
+    return share * (1 - share) * (share * (1 - share) / n) ** 0.5 / beta
+
+
+def _error_without_root(share, n, beta):
+    """The root is missing: a standard error falls with the root of n, and this with n."""
+    return 1 / (n * beta * share * (1 - share))
+
+
 EXERCISES = (
     Exercise(
         "6.1",
@@ -194,6 +246,9 @@ EXERCISES = (
             _dpo_likelihood,
             _dpo_that_overflows,
             _dpo_reference_added,
+            _dpo_margin,
+            _dpo_beta_outside,
+            _dpo_each_alone,
         ),
         shape=lambda chosen, *_: chosen.shape,
     ),
@@ -201,7 +256,14 @@ EXERCISES = (
         "6.2",
         cases=((TOKEN_LOGPS, TOKENS, 2), (TOKEN_LOGPS.flip(0), TOKENS, 5)),
         judge=judge_completion_logp,
-        mistakes=(_logp_without_end, _logp_with_padding, _logp_mean, _logp_shifted_mask),
+        mistakes=(
+            _logp_without_end,
+            _logp_with_padding,
+            _logp_mean,
+            _logp_shifted_mask,
+            _logp_without_first,
+            _logp_of_padding,
+        ),
         shape=lambda token_logps, tokens, end_token: tokens.shape[:1],
     ),
     Exercise(
@@ -214,6 +276,10 @@ EXERCISES = (
             _error_squared,
             _error_of_one_label,
             _error_beta_upside_down,
+            _error_over_n,
+            _error_slope_forgotten,
+            _error_slope_upside_down,
+            _error_without_root,
         ),
     ),
 )

@@ -47,13 +47,33 @@ def _reward_forgotten(rewards):
 
 
 def _advantage_turned_round(rewards):
-    """The sign is turned round: a reward above the others' mean has a positive advantage."""
+    """The sign is reversed: a reward above the others' mean has a positive advantage."""
     return (rewards.sum() - rewards) / (len(rewards) - 1) - rewards
 
 
 def _normalised(rewards):
     """This divides by the standard deviation, which is GRPO: leave-one-out keeps reward units."""
     return (rewards - rewards.mean()) / rewards.std(correction=0)
+
+
+def _normalised_by_k_minus_1(rewards):
+    """This is GRPO with the deviation of a sample: leave-one-out keeps reward units."""
+    return (rewards - rewards.mean()) / rewards.std()
+
+
+def _sum_of_others(rewards):
+    """The baseline is the sum of the others' rewards: it is their mean."""
+    return rewards - (rewards.sum() - rewards)
+
+
+def _all_over_k_minus_1(rewards):
+    """The baseline divides the sum of all K rewards by K - 1: its own reward is not taken off."""
+    return rewards - rewards.sum() / (len(rewards) - 1)
+
+
+def _no_baseline(rewards):
+    """These are the rewards: the baseline is missing."""
+    return rewards
 
 
 def judge_straight_through_slope(straight_through_slope):
@@ -93,9 +113,26 @@ def _one_outcome(theta, c):
 
 
 def _descent(theta, c):
-    """The sign is turned round: the slope of the cost is wanted, not the step down."""
+    """The sign is reversed: the slope of the cost is wanted, not the step down."""
     p = 1 / (1 + math.exp(-theta))
     return 2 * (c - p) * p * (1 - p)
+
+
+def _outcomes_not_weighted(theta, c):
+    """The two outcomes are added up: weigh each by its probability."""
+    p = 1 / (1 + math.exp(-theta))
+    return (2 * (1 - c) + 2 * (0 - c)) * p * (1 - p)
+
+
+def _theta_as_probability(theta, c):
+    """Theta is used as the probability: p is its sigmoid."""
+    return 2 * (theta - c) * theta * (1 - theta)
+
+
+def _expected_cost(theta, c):
+    """This is the expected cost: its slope is asked for."""
+    p = 1 / (1 + math.exp(-theta))
+    return p * (1 - c) ** 2 + (1 - p) * c**2
 
 
 def judge_stretch(stretch):
@@ -159,6 +196,17 @@ def _inverse_deviation(p, size):
     return _expected(lambda m: 1 / math.sqrt(m * (1 - m)) if 0 < m < 1 else 0.0, p, size)
 
 
+def _without_silent_groups(p, size):
+    """Groups that all succeed or all fail are left out: their gradient is 0, but they are drawn."""
+    silent = p**size + (1 - p) ** size
+    return _mean_deviation(p, size) / (p * (1 - p)) / (1 - silent)
+
+
+def _over_the_deviation(p, size):
+    """This divides by the deviation of a reward: the true gradient has its square, p (1 - p)."""
+    return _mean_deviation(p, size) / math.sqrt(p * (1 - p))
+
+
 REWARDS = [
     torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64),
     torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64),
@@ -176,6 +224,10 @@ EXERCISES = [
             _reward_forgotten,
             _advantage_turned_round,
             _normalised,
+            _normalised_by_k_minus_1,
+            _sum_of_others,
+            _all_over_k_minus_1,
+            _no_baseline,
         ],
         shape=lambda rewards: rewards.shape,
     ),
@@ -183,12 +235,28 @@ EXERCISES = [
         "7.2",
         [(0.4, 0.45), (-1.2, 0.1), (2.0, 0.8)],
         judge_straight_through_slope,
-        [_true_slope, _slope_in_p, _one_outcome, _descent],
+        [
+            _true_slope,
+            _slope_in_p,
+            _one_outcome,
+            _descent,
+            _outcomes_not_weighted,
+            _theta_as_probability,
+            _expected_cost,
+        ],
     ),
     Exercise(
         "7.3",
         [(0.3, 5), (0.01, 64), (0.6, 2)],
         judge_stretch,
-        [_sample_deviation, _endless_group, _not_divided, _mean_variance, _inverse_deviation],
+        [
+            _sample_deviation,
+            _endless_group,
+            _not_divided,
+            _mean_variance,
+            _inverse_deviation,
+            _without_silent_groups,
+            _over_the_deviation,
+        ],
     ),
 ]

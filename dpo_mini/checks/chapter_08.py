@@ -103,6 +103,28 @@ def _advantages_value_after_the_end(rewards, values, discount, lam):
     return _decayed(rewards + discount * after - values, discount * lam)
 
 
+def _advantages_td_not_discounted(rewards, values, discount, lam):
+    """In the TD error the next value is not discounted."""
+    return _decayed(_advantages_td(rewards, values, 1.0, lam), discount * lam)
+
+
+def _advantages_of_the_same_value(rewards, values, discount, lam):
+    """The TD error holds the same value twice: the value that is discounted is the next one's."""
+    return _decayed(rewards + discount * values - values, discount * lam)
+
+
+def _advantages_wrapped(rewards, values, discount, lam):
+    """After the last token the first value comes back: after the end there is nothing to come."""
+    return _decayed(rewards + discount * values.roll(-1) - values, discount * lam)
+
+
+def _advantages_whitened(rewards, values, discount, lam):
+    """These are whitened, which comes after GAE and in a batch: here reward units are kept."""
+    found = _decayed(_advantages_td(rewards, values, discount, lam), discount * lam)
+    centred = found - found.mean()
+    return centred / (centred.square().sum() / (len(found) - 1)).sqrt()
+
+
 def judge_clipped_loss(clipped_loss):
     """8.2: the plain loss, but no gain from going on beyond the edge of the clip."""
     for clip_eps in (0.1, 0.2, 0.35):
@@ -166,6 +188,40 @@ def _clipped_in_logs(logps, old_logps, advantages, clip_eps):
     log_ratios = logps - old_logps
     clipped = torch.exp(log_ratios.clamp(-clip_eps, clip_eps))
     return -torch.minimum(torch.exp(log_ratios) * advantages, clipped * advantages)
+
+
+def _ratios(logps, old_logps):
+    return torch.exp(logps - old_logps)
+
+
+def _clipped_around_zero(logps, old_logps, advantages, clip_eps):
+    """The ratio is clipped around 0: a policy that has not moved has ratio 1."""
+    ratios = _ratios(logps, old_logps)
+    return -torch.minimum(ratios * advantages, ratios.clamp(-clip_eps, clip_eps) * advantages)
+
+
+def _clipped_above_only(logps, old_logps, advantages, clip_eps):
+    """The clip has no lower edge: where the advantage is negative a ratio may fall too far."""
+    ratios = _ratios(logps, old_logps)
+    return -torch.minimum(ratios * advantages, ratios.clamp(max=1 + clip_eps) * advantages)
+
+
+def _clipped_log_ratio(logps, old_logps, advantages, clip_eps):
+    """The exponential is missing: this takes the difference of log-probabilities for a ratio."""
+    ratios = logps - old_logps
+    clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
+    return -torch.minimum(ratios * advantages, clipped * advantages)
+
+
+def _clipped_before_the_advantage(logps, old_logps, advantages, clip_eps):
+    """The smaller ratio is taken: the smaller objective is, with the advantage in it."""
+    ratios = _ratios(logps, old_logps)
+    return -torch.minimum(ratios, ratios.clamp(1 - clip_eps, 1 + clip_eps)) * advantages
+
+
+def _clipped_objective_always(logps, old_logps, advantages, clip_eps):
+    """Two things: the minimum is missing, and a loss has the other sign."""
+    return _ratios(logps, old_logps).clamp(1 - clip_eps, 1 + clip_eps) * advantages
 
 
 def judge_token_rewards(token_rewards):
@@ -235,6 +291,42 @@ def _rewards_without_kl(scores, logps, ref_logps, mask, beta):
     return scores[:, None] * _last_tokens(mask)
 
 
+def _rewards_kl_at_the_end(scores, logps, ref_logps, mask, beta):
+    """The whole penalty is on the last token: each token pays for its own log-ratio."""
+    total = scores - beta * ((logps - ref_logps) * mask).sum(1)
+    return total[:, None] * _last_tokens(mask)
+
+
+def _rewards_one_late(scores, logps, ref_logps, mask, beta):
+    """The score is one place too late: positions count from 0."""
+    after = torch.nn.functional.pad(_last_tokens(mask), (1, 0))[:, :-1]
+    return scores[:, None] * after - beta * (logps - ref_logps) * mask
+
+
+def _rewards_beta_on_all(scores, logps, ref_logps, mask, beta):
+    """Beta multiplies the score as well: that is in units of reward already."""
+    return beta * (scores[:, None] * _last_tokens(mask) - (logps - ref_logps) * mask)
+
+
+def _rewards_spread(scores, logps, ref_logps, mask, beta):
+    """The score is spread over the tokens: it is paid once, where the completion ends."""
+    return (scores / mask.sum(1))[:, None] * mask - beta * (logps - ref_logps) * mask
+
+
+def _rewards_k3(scores, logps, ref_logps, mask, beta):
+    """The penalty is k3: with k1 it is beta times the log-ratio itself."""
+    gaps = ref_logps - logps
+    return scores[:, None] * _last_tokens(mask) - beta * (gaps.exp() - 1 - gaps) * mask
+
+
+def _rewards_in_the_last_column_unmasked(scores, logps, ref_logps, mask, beta):
+    """Two things: the score is in the last column, which is padding in a short row, and padding
+    pays a penalty.
+    """
+    rewards = -beta * (logps - ref_logps)
+    return torch.cat([rewards[:, :-1], rewards[:, -1:] + scores[:, None]], dim=1)
+
+
 EXERCISES = (
     Exercise(
         "8.1",
@@ -247,6 +339,10 @@ EXERCISES = (
             _advantages_forwards,
             _advantages_as_returns,
             _advantages_value_after_the_end,
+            _advantages_td_not_discounted,
+            _advantages_of_the_same_value,
+            _advantages_wrapped,
+            _advantages_whitened,
         ),
         shape=lambda rewards, values, discount, lam: rewards.shape,
     ),
@@ -261,6 +357,11 @@ EXERCISES = (
             _clipped_ratio_inverted,
             _clipped_not,
             _clipped_in_logs,
+            _clipped_around_zero,
+            _clipped_above_only,
+            _clipped_log_ratio,
+            _clipped_before_the_advantage,
+            _clipped_objective_always,
         ),
         shape=lambda logps, old_logps, advantages, clip_eps: logps.shape,
     ),
@@ -275,6 +376,12 @@ EXERCISES = (
             _rewards_on_padding,
             _rewards_without_beta,
             _rewards_without_kl,
+            _rewards_kl_at_the_end,
+            _rewards_one_late,
+            _rewards_beta_on_all,
+            _rewards_spread,
+            _rewards_k3,
+            _rewards_in_the_last_column_unmasked,
         ),
         shape=lambda scores, logps, ref_logps, mask, beta: logps.shape,
     ),

@@ -82,6 +82,16 @@ def _absolute_entropy(rewards, logps, ref_logps, log_z, beta):
     return rewards - beta * logps - beta * log_z
 
 
+def _kl_without_beta(rewards, logps, ref_logps, log_z, beta):
+    """Beta is missing before the log-ratio: nats are subtracted from units of reward."""
+    return rewards - (logps - ref_logps) - beta * log_z
+
+
+def _times_logp(rewards, logps, ref_logps, log_z, beta):
+    """This is the surrogate loss: the weight alone, before the log-probability, is asked for."""
+    return (rewards - beta * (logps - ref_logps) - beta * log_z) * logps
+
+
 def judge_frontier_gap(frontier_gap):
     """9.2: lifted by the gap, a policy beats no known J*, and reaches one of them."""
     for n, ((ref_probs, _), (rewards, _), _) in enumerate(other_instances(seed=1), 1):
@@ -131,13 +141,23 @@ def _gap_without_kl(reward, kl, betas, best_values):
 
 
 def _gap_turned_round(reward, kl, betas, best_values):
-    """The sign is turned round: a policy below the frontier has a positive gap."""
+    """The sign is reversed: a policy below the frontier has a positive gap."""
     return reward - float((best_values + betas * kl).min())
 
 
 def _gap_of_the_first(reward, kl, betas, best_values):
     """This uses the first beta only: every beta is a line, and another may be lower."""
     return float(best_values[0] + betas[0] * kl) - reward
+
+
+def _gap_to_the_mean_line(reward, kl, betas, best_values):
+    """The lines are averaged: each of them is a ceiling, and the lowest tells the most."""
+    return float((best_values + betas * kl).mean()) - reward
+
+
+def _gap_at_the_root(reward, kl, betas, best_values):
+    """The root of the KL is taken: plots show it, and a line is straight in the KL itself."""
+    return float((best_values + betas * kl**0.5).min()) - reward
 
 
 def judge_best_of_n(best_of_n):
@@ -197,6 +217,26 @@ def _tilted(ref_probs, rewards, n):
     return (ref_probs.log() + n * rewards).softmax(0)
 
 
+def _density(ref_probs, rewards, n):
+    """This is the formula for a continuum, n p F^(n-1): here two draws may be the same answer."""
+    at_most = torch.stack([ref_probs[rewards <= r].sum() for r in rewards])
+    return n * ref_probs * at_most ** (n - 1)
+
+
+def _ties_by_position(ref_probs, rewards, n):
+    """Of equal rewards the later answer wins here: what was drawn first is kept."""
+    order = rewards.argsort(stable=True)
+    total = ref_probs[order].cumsum(0)
+    return (total**n - (total - ref_probs[order]) ** n)[order.argsort()]
+
+
+def _in_order_of_reward(ref_probs, rewards, n):
+    """The probabilities are right and sorted by reward: the order is that of the answers."""
+    at_most = torch.stack([ref_probs[rewards <= r].sum() for r in rewards])
+    below = torch.stack([ref_probs[rewards < r].sum() for r in rewards])
+    return ((at_most**n - below**n) * ref_probs / (at_most - below))[rewards.argsort(stable=True)]
+
+
 EXERCISES = (
     Exercise(
         "9.1",
@@ -211,12 +251,18 @@ EXERCISES = (
             _kl_rewarded,
             _baseline_in_nats,
             _absolute_entropy,
+            _kl_without_beta,
+            _times_logp,
         ),
         shape=lambda rewards, logps, ref_logps, log_z, beta: rewards.shape,
     ),
     Exercise(
         "9.2",
-        cases=((0.55, 0.2, BETAS, BEST_VALUES), (0.4, 0.9, BETAS, BEST_VALUES)),
+        cases=(
+            (0.55, 0.2, BETAS, BEST_VALUES),
+            (0.4, 0.9, BETAS, BEST_VALUES),
+            (0.3, 0.05, BETAS, BEST_VALUES),
+        ),
         judge=judge_frontier_gap,
         mistakes=(
             _gap_to_the_highest,
@@ -224,6 +270,8 @@ EXERCISES = (
             _gap_without_kl,
             _gap_turned_round,
             _gap_of_the_first,
+            _gap_to_the_mean_line,
+            _gap_at_the_root,
         ),
     ),
     Exercise(
@@ -236,6 +284,9 @@ EXERCISES = (
             _worst_of_n,
             _at_most,
             _tilted,
+            _density,
+            _ties_by_position,
+            _in_order_of_reward,
         ),
         shape=lambda ref_probs, rewards, n: ref_probs.shape,
     ),

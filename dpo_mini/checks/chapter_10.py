@@ -50,6 +50,27 @@ def _margin_as_probability(shown, flip_rate):
     return (shown - flip_rate) / (1 - 2 * flip_rate)
 
 
+def _margin_rescaled_once(shown, flip_rate):
+    """This undoes flips in one direction: losses are flipped into wins as well."""
+    left = (shown - flip_rate) / (1 - flip_rate)
+    return torch.log(left / (1 - left))
+
+
+def _margin_divided(shown, flip_rate):
+    """The margin of the labels is divided: it is the probability that the flips mixed."""
+    return torch.log(shown / (1 - shown)) / (1 - 2 * flip_rate)
+
+
+def _margin_of_log_p(shown, flip_rate):
+    """This is the log-probability before the flips: a margin is the log-odds."""
+    return torch.log((shown - flip_rate) / (1 - 2 * flip_rate))
+
+
+def _margin_as_difference(shown, flip_rate):
+    """This is how much more often the first answer wins: Bradley-Terry takes log-odds."""
+    return 2 * (shown - flip_rate) / (1 - 2 * flip_rate) - 1
+
+
 def judge_ipo_policy(ipo_policy):
     """10.2: a distribution at which the exact IPO loss over all pairs, convex, has no slope."""
     for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
@@ -101,6 +122,18 @@ def _policy_at_half(ref_probs, wins, beta):
     constant.
     """
     return torch.softmax(ref_probs.log() + wins.mean(1) / (2 * beta), 0)
+
+
+def _policy_against_reference(ref_probs, wins, beta):
+    """The opponents are weighted by the reference: here all pairs are compared equally often."""
+    return torch.softmax(ref_probs.log() + wins @ ref_probs / beta, 0)
+
+
+def _policy_of_mean_log_odds(ref_probs, wins, beta):
+    """These are means of log-odds, a Bradley-Terry reward: IPO's target is linear in the
+    probability of a win.
+    """
+    return torch.softmax(ref_probs.log() + wins.logit().mean(1) / beta, 0)
 
 
 def judge_nash_policy(nash_policy):
@@ -157,6 +190,16 @@ def _nash_of_probabilities(wins):
     return chances / chances.sum()
 
 
+def _nash_by_softmax(wins):
+    """A softmax is taken of the margins: divide them by their sum."""
+    return torch.softmax(torch.stack([wins[1, 2], wins[2, 0], wins[0, 1]]) - 0.5, 0)
+
+
+def _nash_as_uniform(wins):
+    """This plays all three alike, which is right only where the three margins are equal."""
+    return torch.full((3,), 1 / 3)
+
+
 EXERCISES = (
     Exercise(
         "10.1",
@@ -167,6 +210,10 @@ EXERCISES = (
             _margin_flipped_again,
             _margin_not_rescaled,
             _margin_as_probability,
+            _margin_rescaled_once,
+            _margin_divided,
+            _margin_of_log_p,
+            _margin_as_difference,
         ),
         shape=lambda shown, flip_rate: shown.shape,
     ),
@@ -181,6 +228,8 @@ EXERCISES = (
             _policy_without_itself,
             _policy_of_log_odds,
             _policy_at_half,
+            _policy_against_reference,
+            _policy_of_mean_log_odds,
         ),
         shape=lambda ref_probs, wins, beta: ref_probs.shape,
     ),
@@ -194,6 +243,8 @@ EXERCISES = (
             _nash_by_totals,
             _nash_as_one_action,
             _nash_of_probabilities,
+            _nash_by_softmax,
+            _nash_as_uniform,
         ),
         shape=lambda wins: [3],
     ),

@@ -52,6 +52,23 @@ def _ranks_without_a_logarithm(n, beta):
     return sum(math.exp(k / (n * beta)) for k in range(1, n + 1)) / n
 
 
+def _ranks_averaged_first(n, beta):
+    """This is the mean rank over beta: the logarithm of a mean is above the mean of the logarithm
+    (Jensen).
+    """
+    return (n + 1) / (2 * n * beta)
+
+
+def _ranks_not_divided(n, beta):
+    """The ranks run from 1 to n here: as scores they are divided by n."""
+    return math.log(sum(math.exp(k / beta) for k in range(1, n + 1)) / n)
+
+
+def _ranks_of_n_plus_one(n, beta):
+    """The ranks are divided by n + 1: the best of n has rank n / n."""
+    return math.log(sum(math.exp(k / ((n + 1) * beta)) for k in range(1, n + 1)) / n)
+
+
 def judge_expected_value(expected_value):
     """11.2: the mean over every outcome of n draws."""
     for p, beta, n in ((0.3, 0.5, 1), (0.6, 2.0, 3), (0.05, 0.25, 5), (0.9, 1.25, 8)):
@@ -91,6 +108,27 @@ def _value_of_single_draws(p, beta, n):
     itself.
     """
     return p
+
+
+def _value_orders_not_counted(p, beta, n):
+    """The number of orders is missing: k passes in n draws come in many."""
+    chances = [p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    boost = math.expm1(1 / beta)
+    return beta * sum(chance * math.log1p(k / n * boost) for k, chance in enumerate(chances))
+
+
+def _value_at_beta_one_inside(p, beta, n):
+    """Inside the exponential the reward is not divided by beta."""
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    terms = (math.log1p(k / n * math.expm1(1)) for k in range(n + 1))
+    return beta * sum(c * term for c, term in zip(chances, terms, strict=True))
+
+
+def _value_of_sums(p, beta, n):
+    """The draws are added up: V-hat is the logarithm of their mean."""
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    terms = (math.log(n + k * math.expm1(1 / beta)) for k in range(n + 1))
+    return beta * sum(c * term for c, term in zip(chances, terms, strict=True))
 
 
 def judge_tilt(tilt):
@@ -136,7 +174,7 @@ def _tilt_without_beta(best, writer, error, beta):
 
 
 def _tilt_turned_round(best, writer, error, beta):
-    """The sign is turned round: with V too high, mass moves to where best is large against
+    """The sign is reversed: with V too high, mass moves to where best is large against
     writer.
     """
     return error / beta * (best - _multiplied(best, writer))
@@ -159,6 +197,11 @@ def _tilt_relative(best, writer, error, beta):
     return error / beta * (_multiplied(best, writer) / best - 1)
 
 
+def _tilt_as_policy(best, writer, error, beta):
+    """This is the policy after the change: the change alone is asked for."""
+    return best + error / beta * (_multiplied(best, writer) - best)
+
+
 EXERCISES = (
     Exercise(
         "11.1",
@@ -170,6 +213,9 @@ EXERCISES = (
             _ranks_of_a_fresh_answer,
             _ranks_not_averaged,
             _ranks_without_a_logarithm,
+            _ranks_averaged_first,
+            _ranks_not_divided,
+            _ranks_of_n_plus_one,
         ),
     ),
     Exercise(
@@ -181,6 +227,9 @@ EXERCISES = (
             _value_by_the_delta_method,
             _value_in_nats,
             _value_of_single_draws,
+            _value_orders_not_counted,
+            _value_at_beta_one_inside,
+            _value_of_sums,
         ),
     ),
     Exercise(
@@ -193,6 +242,7 @@ EXERCISES = (
             _tilt_not_normalised,
             _tilt_as_a_constant,
             _tilt_relative,
+            _tilt_as_policy,
         ),
         shape=lambda best, writer, error, beta: best.shape,
     ),

@@ -60,6 +60,21 @@ def _gained_optimum(ref_probs, rewards, beta):
     return torch.log_softmax(ref_probs.log() + rewards / beta, 0)
 
 
+def _gained_in_probability(ref_probs, rewards, beta):
+    """This is the gain in probability: nats are a difference of logarithms."""
+    return torch.softmax(ref_probs.log() + rewards / beta, 0) - ref_probs
+
+
+def _gained_at_beta_one(ref_probs, rewards, beta):
+    """Inside Z the rewards are not divided by beta."""
+    return rewards / beta - torch.log((ref_probs * torch.exp(rewards)).sum())
+
+
+def _gained_with_z_added(ref_probs, rewards, beta):
+    """log Z is added: the larger Z is, the less each answer gains."""
+    return rewards / beta + torch.log((ref_probs * torch.exp(rewards / beta)).sum())
+
+
 def judge_chosen_rate(chosen_rate):
     """12.2: what autograd says of one step of gradient descent, through the whole policy."""
     for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
@@ -130,9 +145,15 @@ def _rate_plain_mean(ref_probs, features, chosen, rejected, beta):
 
 
 def _rate_turned_round(ref_probs, features, chosen, rejected, beta):
-    """The sign is turned round: descent on the loss moves theta along phi_w - phi_l."""
+    """The sign is reversed: descent on the loss moves theta along phi_w - phi_l."""
     slope = features[chosen] - ref_probs @ features
     return 0.5 * beta * (slope @ (features[rejected] - features[chosen]))
+
+
+def _rate_of_probability(ref_probs, features, chosen, rejected, beta):
+    """This is the rate of the probability: its logarithm's is asked for."""
+    slope = ref_probs[chosen] * (features[chosen] - ref_probs @ features)
+    return 0.5 * beta * (slope @ (features[chosen] - features[rejected]))
 
 
 def judge_mean_policy(mean_policy):
@@ -198,6 +219,9 @@ EXERCISES = (
             _gained_of_z,
             _gained_z_in_reward,
             _gained_optimum,
+            _gained_in_probability,
+            _gained_at_beta_one,
+            _gained_with_z_added,
         ),
         shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
@@ -213,6 +237,7 @@ EXERCISES = (
             _rate_of_rejected,
             _rate_plain_mean,
             _rate_turned_round,
+            _rate_of_probability,
         ),
     ),
     Exercise(

@@ -1,5 +1,7 @@
 """Chapter 13: see the same algebra elsewhere."""
 
+from functools import cache
+
 import torch
 
 from dpo_mini.checks import Exercise
@@ -46,7 +48,7 @@ def _gap_is_the_elbo(q, prior, likelihood):
 
 
 def _gap_turned_round(q, prior, likelihood):
-    """The sign is turned round: the ELBO is a lower bound, so the gap is not negative."""
+    """The sign is reversed: the ELBO is a lower bound, so the gap is not negative."""
     joint = prior * likelihood
     return (q * torch.log(joint / joint.sum() / q)).sum()
 
@@ -70,6 +72,27 @@ def _gap_without_kl(q, prior, likelihood):
 def _gap_without_prior(q, prior, likelihood):
     """The prior is missing from the evidence and from the ELBO: this is right for a flat one."""
     return (q * torch.log(q * likelihood.sum() / likelihood)).sum()
+
+
+def _gap_of_minus_elbo(q, prior, likelihood):
+    """This is minus the ELBO: the log evidence is missing."""
+    return (q * torch.log(q / (prior * likelihood))).sum()
+
+
+def _gap_evidence_not_log(q, prior, likelihood):
+    """The evidence stands where its logarithm is due."""
+    return (prior * likelihood).sum() - (q * torch.log(prior * likelihood / q)).sum()
+
+
+def _gap_likelihood_summed(q, prior, likelihood):
+    """The evidence has lost the prior: it weighs each likelihood."""
+    return torch.log(likelihood.sum()) - (q * torch.log(prior * likelihood / q)).sum()
+
+
+def _gap_without_entropy(q, prior, likelihood):
+    """The ELBO has lost the entropy of the guess: its KL to the prior holds log q too."""
+    joint = prior * likelihood
+    return torch.log(joint.sum()) - (q * torch.log(joint)).sum()
 
 
 def judge_token_credit(token_credit):
@@ -134,6 +157,16 @@ def _credit_of_the_whole_policy(ref_probs, q_values, beta):
     return beta * torch.log_softmax(ref_probs.log() + q_values / beta, 0)
 
 
+def _credit_as_ratio(ref_probs, q_values, beta):
+    """The logarithm is missing: this is beta times the ratio."""
+    return beta * torch.softmax(ref_probs.log() + q_values / beta, 0) / ref_probs
+
+
+def _credit_of_log_z(ref_probs, q_values, beta):
+    """V* has lost its beta: log Z is in nats."""
+    return q_values - torch.logsumexp(ref_probs.log() + q_values / beta, 0)
+
+
 def judge_tilted_gaussian(tilted_gaussian):
     """13.3: the moments of the density, times exp(reward / beta), on a fine grid."""
     for mean, variance, slope, curvature, beta in (
@@ -142,14 +175,21 @@ def judge_tilted_gaussian(tilted_gaussian):
         (-1.5, 2.0, 0.4, 0.3, 0.8),
         (2.0, 1.3, 1.0, 1.5, 0.25),
     ):
-        y = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)
-        log_weights = -((y - mean) ** 2) / (2 * variance)
-        log_weights = log_weights + (slope * y - curvature * y**2 / 2) / beta
-        weights = log_weights.softmax(0)
-        centre = weights @ y
         got = tilted_gaussian(mean, variance, slope, curvature, beta)
+        centre, spread = _moments(mean, variance, slope, curvature, beta)
         agree(got[0], centre, "the tilted density has another mean")
-        agree(got[1], weights @ (y - centre) ** 2, "the tilted density has another variance")
+        agree(got[1], spread, "the tilted density has another variance")
+
+
+@cache
+def _moments(mean, variance, slope, curvature, beta):
+    """Mean and variance of the tilted density, on a grid."""
+    y = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)
+    log_weights = -((y - mean) ** 2) / (2 * variance)
+    log_weights = log_weights + (slope * y - curvature * y**2 / 2) / beta
+    weights = log_weights.softmax(0)
+    centre = weights @ y
+    return centre, weights @ (y - centre) ** 2
 
 
 def _tilted_precision(variance, curvature, beta):
@@ -195,6 +235,29 @@ def _gaussian_twice_as_sharp(mean, variance, slope, curvature, beta):
     return _pair((mean / variance + slope / beta) / precision, 1 / precision)
 
 
+def _gaussian_mean_not_divided(mean, variance, slope, curvature, beta):
+    """The mean is not divided by the new precision."""
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair(mean / variance + slope / beta, 1 / precision)
+
+
+def _gaussian_shifted_by_the_slope(mean, variance, slope, curvature, beta):
+    """The slope moves the mean by itself here: how far it moves depends on the variance."""
+    return _pair(mean + slope / beta, 1 / _tilted_precision(variance, curvature, beta))
+
+
+def _gaussian_half_as_sharp(mean, variance, slope, curvature, beta):
+    """The curvature counts half: log N has the factor one half too, and it cancels."""
+    precision = _tilted_precision(variance, curvature / 2, beta)
+    return _pair((mean / variance + slope / beta) / precision, 1 / precision)
+
+
+def _gaussian_mean_and_variance_swapped(mean, variance, slope, curvature, beta):
+    """The mean comes first, then the variance."""
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair(1 / precision, (mean / variance + slope / beta) / precision)
+
+
 EXERCISES = (
     Exercise(
         "13.1",
@@ -207,6 +270,10 @@ EXERCISES = (
             _gap_the_other_way,
             _gap_without_kl,
             _gap_without_prior,
+            _gap_of_minus_elbo,
+            _gap_evidence_not_log,
+            _gap_likelihood_summed,
+            _gap_without_entropy,
         ),
     ),
     Exercise(
@@ -221,6 +288,8 @@ EXERCISES = (
             _credit_without_kl,
             _credit_without_reference,
             _credit_of_the_whole_policy,
+            _credit_as_ratio,
+            _credit_of_log_z,
         ),
         shape=lambda ref_probs, q_values, beta: q_values.shape,
     ),
@@ -235,6 +304,10 @@ EXERCISES = (
             _gaussian_that_spreads,
             _gaussian_with_a_deviation,
             _gaussian_twice_as_sharp,
+            _gaussian_mean_not_divided,
+            _gaussian_shifted_by_the_slope,
+            _gaussian_half_as_sharp,
+            _gaussian_mean_and_variance_swapped,
         ),
         shape=lambda mean, variance, slope, curvature, beta: [2],
     ),

@@ -62,6 +62,29 @@ def _one_too_early(tokens, n_prompt, end):
     return (after & _up_to_the_first_end(tokens, n_prompt, end)).double()
 
 
+def _end_of_the_prompt(tokens, n_prompt, end):
+    """You stop at the first end token of the row: a prompt may hold one too."""
+    at = torch.arange(len(tokens))
+    return ((at >= n_prompt) & (at <= int((tokens == end).nonzero()[0]))).double()
+
+
+def _one_padding_counts(tokens, n_prompt, end):
+    """One place too many counts: the token after the end token is padding."""
+    after = torch.arange(len(tokens)) >= n_prompt
+    shifted = torch.cat([torch.tensor([True]), _up_to_the_first_end(tokens, n_prompt, end)[:-1]])
+    return (after & shifted).double()
+
+
+def _all_but_ends(tokens, n_prompt, end):
+    """Two things: the prompt counts, and the answer's end token does not."""
+    return (tokens != end).double()
+
+
+def _everything(tokens, n_prompt, end):
+    """Everything counts here: the prompt was given, and the padding was not written."""
+    return torch.ones(len(tokens))
+
+
 def judge_accuracy_of(accuracy_of):
     """14.2: of pairs made with margins of every combination of signs, the share above 0."""
     for n in (1, 2, 3, 4):
@@ -93,7 +116,7 @@ def _ties_are_right(chosen, rejected, ref_chosen, ref_rejected):
 
 
 def _other_way_round(chosen, rejected, ref_chosen, ref_rejected):
-    """The sign is turned round: this is the share of pairs that the policy gets wrong."""
+    """The sign is reversed: this is the share of pairs that the policy gets wrong."""
     return (chosen - ref_chosen < rejected - ref_rejected).double().mean()
 
 
@@ -102,6 +125,32 @@ def _each_alone(chosen, rejected, ref_chosen, ref_rejected):
     and still be right: compare the two gains with each other.
     """
     return (chosen > ref_chosen).double().mean()
+
+
+def _reference_added(chosen, rejected, ref_chosen, ref_rejected):
+    """The reference has the wrong sign: it is subtracted from each log-probability."""
+    return (chosen + ref_chosen > rejected + ref_rejected).double().mean()
+
+
+def _ties_count_half(chosen, rejected, ref_chosen, ref_rejected):
+    """A tie counts one half here: it counts as wrong."""
+    margins = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (margins.sign() + 1).mean() / 2
+
+
+def _rejected_alone(chosen, rejected, ref_chosen, ref_rejected):
+    """This asks whether rejected became less probable: compare the two gains with each other."""
+    return (rejected < ref_rejected).double().mean()
+
+
+def _mean_margin(chosen, rejected, ref_chosen, ref_rejected):
+    """This is the mean margin: accuracy counts the pairs where it is above 0."""
+    return ((chosen - ref_chosen) - (rejected - ref_rejected)).mean()
+
+
+def _percent(chosen, rejected, ref_chosen, ref_rejected):
+    """This is in percent: a share is asked for."""
+    return 100 * ((chosen - ref_chosen) > (rejected - ref_rejected)).double().mean()
 
 
 def judge_join(join):
@@ -156,7 +205,14 @@ def _unstable(prompts, answers):
     return _sorted_stably(tokens, torch.where(tokens == -1, tokens.max() + 1, tokens))
 
 
+def _padded_with_zeros(prompts, answers):
+    """The padding is 0, which is a token: it is -1 here."""
+    tokens = torch.cat([prompts, answers], dim=1)
+    return _sorted_stably(tokens, tokens == -1).clamp(min=0)
+
+
 TOKENS = torch.tensor([5, 7, 3, 4, 9, 0, 0, 0])
+PROMPT_WITH_END = torch.tensor([5, 0, 3, 4, 0, 0])
 FULL = torch.tensor([5, 3, 4, 0])
 BEFORE = (torch.tensor([-3.0, *[-9.0] * 6]), torch.tensor([-9.0, *[-3.0] * 6]))
 GAINS = (
@@ -164,13 +220,14 @@ GAINS = (
     torch.tensor([-1.0, -2.0, -1.0, 0.5, -1.0, 0.5, 0.75]),
 )
 AFTER = (BEFORE[0] + GAINS[0], BEFORE[1] + GAINS[1])
+MIXED = tuple(-draws(4, 40, seed=14).abs())  # chosen, rejected, and both under the reference
 PROMPTS = torch.tensor([[5, 3, -1, -1], [6, 2, 8, 4], [7, -1, -1, -1]])
 ANSWERS = torch.tensor([[9, 1, 0], [3, 0, -1], [0, -1, -1]])
 
 EXERCISES = (
     Exercise(
         "14.1",
-        cases=((TOKENS, 2, 0), (FULL, 1, 0), (TOKENS, 3, 0)),
+        cases=((TOKENS, 2, 0), (FULL, 1, 0), (TOKENS, 3, 0), (PROMPT_WITH_END, 3, 0)),
         judge=judge_answer_mask,
         mistakes=(
             _end_token_left_out,
@@ -178,20 +235,40 @@ EXERCISES = (
             _prompt_counts,
             _one_too_late,
             _one_too_early,
+            _end_of_the_prompt,
+            _one_padding_counts,
+            _all_but_ends,
+            _everything,
         ),
         shape=lambda tokens, n_prompt, end: tokens.shape,
     ),
     Exercise(
         "14.2",
-        cases=((*AFTER, *BEFORE), (*BEFORE, *BEFORE)),
+        cases=((*AFTER, *BEFORE), (*BEFORE, *BEFORE), MIXED),
         judge=judge_accuracy_of,
-        mistakes=(_without_reference, _ties_are_right, _other_way_round, _each_alone),
+        mistakes=(
+            _without_reference,
+            _ties_are_right,
+            _other_way_round,
+            _each_alone,
+            _reference_added,
+            _ties_count_half,
+            _rejected_alone,
+            _mean_margin,
+            _percent,
+        ),
     ),
     Exercise(
         "14.3",
         cases=((PROMPTS, ANSWERS),),
         judge=judge_join,
-        mistakes=(_gap, _on_the_left, _answer_first, _unstable),
+        mistakes=(
+            _gap,
+            _on_the_left,
+            _answer_first,
+            _unstable,
+            _padded_with_zeros,
+        ),
         shape=lambda prompts, answers: (len(prompts), prompts.shape[1] + answers.shape[1]),
     ),
 )

@@ -97,6 +97,25 @@ def _fault_without_margin(*seen):
     return _first_sign((2, 1, 3, 4, 5), *seen)
 
 
+_RIGHT_ORDER = (2, 1, 3, 4, 7, 5)
+
+
+def _fault_counted_from_zero(*seen):
+    """These are the right faults, counted from 0: question 6 counts from 1."""
+    return _first_sign(_RIGHT_ORDER, *seen) - 1
+
+
+def _fault_shared_for_anew(*seen):
+    """Shared weights and a reference that is read anew have changed places."""
+    found = _first_sign(_RIGHT_ORDER, *seen)
+    return {5: 6, 6: 5}.get(found, found)
+
+
+def _fault_movement_first(*seen):
+    """You ask for the movement first: where nothing moves, the forward pass tells more."""
+    return _first_sign((4, 2, 1, 3, 7, 5), *seen)
+
+
 def judge_whole_batch_loss(whole_batch_loss):
     """15.2: however the tokens of a batch are split, the loss is the mean over all of them."""
     for seed, sizes in enumerate(((4,), (3, 9), (1, 7, 2), (5, 5, 1, 12))):
@@ -136,6 +155,16 @@ def _loss_over_steps(mean_losses, n_tokens):
 def _loss_weighted_inversely(mean_losses, n_tokens):
     """The weights are upside down: a mean of many tokens has to count more."""
     return (mean_losses / n_tokens).sum() / (1 / n_tokens).sum()
+
+
+def _loss_means_over_tokens(mean_losses, n_tokens):
+    """The means are divided by the number of tokens: they are divided already, each by its own."""
+    return mean_losses.sum() / n_tokens.sum()
+
+
+def _loss_mean_batch(mean_losses, n_tokens):
+    """This is a mean loss times a mean number of tokens: sum over tokens, and divide once."""
+    return mean_losses.mean() * n_tokens.mean()
 
 
 def judge_z0_of_batch(z0_of_batch):
@@ -198,6 +227,30 @@ def _z0_exact(logps, ref_logps, prompts, answers):
     return (logps.exp() * (logps - ref_logps)).sum(1)[prompts].mean()
 
 
+def _mismatched(logps, ref_logps, prompts, answers):
+    return (logps - ref_logps)[prompts, torch.cat([answers[1:], answers[:1]])]
+
+
+def _z0_distance(logps, ref_logps, prompts, answers):
+    """The sign is dropped: a mean below 0 gives 0."""
+    return _mismatched(logps, ref_logps, prompts, answers).mean().abs()
+
+
+def _z0_summed(logps, ref_logps, prompts, answers):
+    """The log-ratios are added up: z0 is their mean."""
+    return torch.relu(_mismatched(logps, ref_logps, prompts, answers).sum())
+
+
+def _z0_of_all_pairs(logps, ref_logps, prompts, answers):
+    """Every prompt meets every answer of the batch: it meets that of the next row alone."""
+    return torch.relu((logps - ref_logps)[prompts][:, answers].mean())
+
+
+def _z0_without_the_last(logps, ref_logps, prompts, answers):
+    """The last row is left out: it takes the answer of the first."""
+    return torch.relu((logps - ref_logps)[prompts[:-1], answers[1:]].mean())
+
+
 EXERCISES = (
     Exercise(
         "15.1",
@@ -217,6 +270,9 @@ EXERCISES = (
             _fault_rate_for_frozen,
             _fault_without_sharing,
             _fault_without_margin,
+            _fault_counted_from_zero,
+            _fault_shared_for_anew,
+            _fault_movement_first,
         ),
     ),
     Exercise(
@@ -227,8 +283,8 @@ EXERCISES = (
                 torch.tensor([2.0, 8.0], dtype=torch.float64),
             ),
             (
-                torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64),
-                torch.tensor([7.0, 1.0, 4.0], dtype=torch.float64),
+                torch.tensor([0.5, 1.5, 2.0], dtype=torch.float64),
+                torch.tensor([7.0, 4.0, 1.0], dtype=torch.float64),
             ),
         ),
         judge=judge_whole_batch_loss,
@@ -238,6 +294,8 @@ EXERCISES = (
             _loss_not_divided,
             _loss_over_steps,
             _loss_weighted_inversely,
+            _loss_means_over_tokens,
+            _loss_mean_batch,
         ),
     ),
     Exercise(
@@ -246,6 +304,7 @@ EXERCISES = (
             (LOGPS, REF_LOGPS, torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1])),
             (LOGPS, REF_LOGPS, torch.tensor([2, 1, 1, 0]), torch.tensor([0, 2, 2, 3])),
             (LOGPS, REF_LOGPS, torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])),
+            (LOGPS, REF_LOGPS, torch.tensor([2, 2, 2, 1, 1]), torch.tensor([2, 3, 3, 3, 0])),
         ),
         judge=judge_z0_of_batch,
         mistakes=(
@@ -255,6 +314,10 @@ EXERCISES = (
             _z0_backwards,
             _z0_reversed,
             _z0_exact,
+            _z0_distance,
+            _z0_summed,
+            _z0_of_all_pairs,
+            _z0_without_the_last,
         ),
     ),
 )

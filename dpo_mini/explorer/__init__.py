@@ -9,12 +9,14 @@ import json
 import re
 from dataclasses import dataclass, field
 from importlib.resources import files
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from dpo_mini import closed_form
 from dpo_mini.arguments import check_positive
+from dpo_mini.progress import in_notebook
 from dpo_mini.tasks import Task, bandit, four_answers, random_bandit, three_answers
 
 __all__ = ["DIVERGENCES", "LOSSES", "Explorer", "course_instances"]
@@ -72,21 +74,25 @@ class Explorer:
         if not 2 <= size <= _MOST_ANSWERS:
             raise ValueError(f"task: got {size} completions, takes 2 to {_MOST_ANSWERS}")
         check_positive("beta", self.beta)
-        if not 0 <= self.towards_optimum <= 2:
-            raise ValueError(f"towards_optimum: got {self.towards_optimum}, takes 0 to 2")
+        way = self.towards_optimum
+        if isinstance(way, bool) or not isinstance(way, Real) or not 0 <= way <= 2:
+            raise ValueError(f"towards_optimum: got {way}, takes 0 to 2")
         for name, names in {"divergence": DIVERGENCES, "loss": LOSSES}.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes {', '.join(names)}")
         limits = {"prompt": len(self.task.prompt_texts), "chosen": size, "rejected": size}
         for name, limit in limits.items():
             got = getattr(self, name)
-            if not isinstance(got, int) or not 0 <= got < limit:
+            if isinstance(got, bool) or not isinstance(got, int) or not 0 <= got < limit:
                 raise ValueError(f"{name}: got {got!r}, takes 0..{limit - 1}")
         if self.chosen == self.rejected:
             raise ValueError(f"rejected: got {self.rejected}, the chosen one, takes another")
 
     def show(self) -> None:
-        """Show it in a notebook; where scripts do not run, as a table."""
+        """Show it in a notebook, as a table where scripts do not run; elsewhere print `text()`."""
+        if not in_notebook():
+            print(self.text())
+            return
         from IPython.display import display  # heavy, and only notebooks have it
 
         display(self._repr_mimebundle_(), raw=True)
@@ -124,14 +130,14 @@ class Explorer:
 
     def _rows(self) -> list[tuple[str, ...]]:
         ref_logps, rewards = self._tables()
-        best = closed_form.optimal_logps(ref_logps, rewards, self.beta)
-        implied = closed_form.implied_rewards(best, ref_logps, self.beta)
+        best = closed_form.optimal_logps(ref_logps, rewards, float(self.beta))
+        implied = closed_form.implied_rewards(best, ref_logps, float(self.beta))
         columns = torch.cat([ref_logps.exp(), rewards, best.exp(), implied])  # [4, Y]
         numbers = [[_decimals(value) for value in row] for row in columns.T.tolist()]
         return [(name, *row) for name, row in zip(_answers(self.task), numbers, strict=True)]
 
     def _caption(self) -> str:
-        log_z = closed_form.log_partition(*self._tables(), self.beta).item()
+        log_z = closed_form.log_partition(*self._tables(), float(self.beta)).item()
         worth = f"log Z = {_decimals(log_z)} nats, J(π*) = {_decimals(self.beta * log_z)}"
         return f"{self.task.prompt_texts[self.prompt]} at β = {self.beta:g}, reverse KL: {worth}"
 

@@ -15,7 +15,7 @@ from dpo_mini.real.preferences import AnyPath
 from dpo_mini.train import History
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """All that decides how a run goes on.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo_mini.arguments import check_count, check_generator, check_rows
+from dpo_mini.arguments import check_at_most_0, check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
 from dpo_mini.real.models import CausalLMPolicy
@@ -35,22 +35,26 @@ def preference_margins(
     Returns:
       `[n]`, nats, without gradient; 0 where the two answers are the same.
     Raises:
-      ValueError: no pairs, rows that differ in number, or `batch_size < 1`.
+      ValueError: no pairs, rows that differ in number, `batch_size < 1`, or a log-probability that
+        is above 0.
     """
     prompts, chosen, rejected = pairs
     check_rows("prompts", prompts, chosen=chosen, rejected=rejected)
     check_count("batch_size", batch_size)
 
-    def score(model: Scorer, rows: Tensor, completions: Tensor) -> Tensor:
-        scored = model.token_logps(prompts[rows], completions[rows])
-        return sum_over_tokens(scored, completions[rows] != PAD)
+    def log_ratios(rows: Tensor, completions: Tensor) -> Tensor:
+        logps = []
+        for name, model in (("policy", policy), ("reference", reference)):
+            scored = model.token_logps(prompts[rows], completions[rows])
+            logps.append(sum_over_tokens(scored, completions[rows] != PAD))
+            check_at_most_0(f"{name}.token_logps", logps[-1], n_tokens=completions.shape[1])
+        return logps[0] - logps[1]
 
     passes = torch.arange(len(prompts), device=prompts.device).split(batch_size)
     with torch.no_grad():
         return torch.cat(
             [
-                (score(policy, passes[n], chosen) - score(reference, passes[n], chosen))
-                - (score(policy, passes[n], rejected) - score(reference, passes[n], rejected))
+                log_ratios(passes[n], chosen) - log_ratios(passes[n], rejected)
                 for n in progress(range(len(passes)))
             ]
         )

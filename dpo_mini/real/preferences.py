@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from dpo_mini.files import write_whole
 
@@ -230,8 +230,8 @@ def _begins_a_list(file: BinaryIO) -> bool:
 def _list_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     lines = enumerate(file.read().split(b"\n"), 1)
     text = "\n".join(_decode(path, line, n) for n, line in lines)
-    entries, decode = _json(path, text, 1), json.JSONDecoder().raw_decode
-    assert isinstance(entries, list)  # the text begins with a bracket
+    entries = cast(list[object], _json(path, text, 1))  # the text begins with a bracket
+    decode = json.JSONDecoder().raw_decode
     line, counted, at = 1, 0, text.index("[") + 1
     for n, entry in enumerate(entries, 1):
         while text[at] in _BETWEEN_ENTRIES:

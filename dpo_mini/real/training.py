@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from dpo_mini.arguments import (
+    check_at_most_0,
     check_count,
     check_fraction,
     check_generator,
@@ -199,9 +200,9 @@ def train_preferences(
       beta log(pi / pi_ref); an accuracy counts a margin above 0; the norm is that before clipping.
     Raises:
       ValueError: a setting out of range; rows that differ in number; a reference that shares
-        weights with the policy; an optimizer of other parameters; a batch that the processes do not
-        divide; a precision that is not the accelerator's; a checkpoint of another run; a loss or
-        gradient that is not finite.
+        weights with the policy or has a log-probability above 0; an optimizer of other parameters;
+        a batch that the processes do not divide; a precision that is not the accelerator's; a
+        checkpoint of another run; a loss or gradient that is not finite, before its step is taken.
     """
     accelerator = accelerator or OneProcess()
     _check_run(policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints)
@@ -411,7 +412,8 @@ def reference_logps(
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient.
     Raises:
-      ValueError: no pairs, rows that differ in number, or `micro_batch_size < 1`.
+      ValueError: no pairs, rows that differ in number, `micro_batch_size < 1`, or log-probabilities
+        above 0.
     """
     check_pairs(pairs)
     check_count("micro_batch_size", micro_batch_size)
@@ -523,7 +525,10 @@ def _reader(
         if isinstance(reference, tuple):
             return reference[0][rows], reference[1][rows]
         with torch.no_grad():
-            return _pair_logps(reference, pairs, rows, reduce, precision)
+            scores = _pair_logps(reference, pairs, rows, reduce, precision)
+        for one in scores:
+            check_at_most_0("reference.token_logps", one, n_tokens=pairs[1].shape[1])
+        return scores
 
     return read
 
@@ -589,6 +594,8 @@ def _check_run(
         check_rows(
             "pairs", pairs[0], **dict(zip(("reference", "rejected"), reference, strict=True))
         )
+        for scores in reference:
+            check_at_most_0("reference", scores, n_tokens=pairs[1].shape[1])
     elif isinstance(reference, nn.Module) and shares_storage(policy, reference):
         raise ValueError(
             "reference: got weights that it shares with the policy, takes reference_logps, "

@@ -9,7 +9,7 @@ completions begin alike.
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_rows
+from dpo_mini.arguments import check_at_most_0, check_rows
 from dpo_mini.logps import PAD
 from dpo_mini.policies.base import Policy, PrefixTree, Scorer, check_completions
 from dpo_mini.policies.transformer import TinyTransformer
@@ -17,7 +17,9 @@ from dpo_mini.policies.values import RewardModel, SeparateNetworks, SharedTrunk
 from dpo_mini.rollout.trees import prefix_tree, read_tree
 
 
-def token_logps(policy: Scorer, prompts: Tensor, *completions: Tensor) -> Tensor:
+def token_logps(
+    policy: Scorer, prompts: Tensor, *completions: Tensor, name: str = "policy"
+) -> Tensor:
     """Log-probability of each token of one or more completions per prompt.
 
     Values and gradients are those of `policy.token_logps`; a `Policy` is read in the faster of two
@@ -28,15 +30,22 @@ def token_logps(policy: Scorer, prompts: Tensor, *completions: Tensor) -> Tensor
       prompts: `[B]` int64, or what a policy of another library takes.
       *completions: K tensors `[B, T]` int64, padded with `PAD`, such as the chosen answers and the
         rejected ones.
+      name: what an error calls the policy.
     Returns:
       `[K B, T]`, nats, the first completions of all prompts first; 0 on padding.
     Raises:
-      ValueError: as `policy.token_logps`.
+      ValueError: as `policy.token_logps`; another shape, or a value above 0, from a policy of
+        another library: most often it is a negative log-likelihood.
     """
     answers = torch.cat(completions)
     asked = prompts.repeat(len(completions), *[1] * (prompts.dim() - 1))
     if not isinstance(policy, Policy):
-        return policy.token_logps(asked, answers)
+        scored = policy.token_logps(asked, answers)
+        if scored.shape != answers.shape:
+            want, got = list(answers.shape), list(scored.shape)
+            raise ValueError(f"`{name}.token_logps` must have shape [B, T] = {want}, got {got}")
+        check_at_most_0(f"{name}.token_logps", scored.masked_fill(answers == PAD, 0.0))
+        return scored
     mask = check_completions(policy, asked, answers)
     tree = batch_tree(policy, asked, answers)
     if isinstance(policy, TinyTransformer) and _rows_are_faster(policy, tree, completions):

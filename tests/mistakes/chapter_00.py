@@ -36,17 +36,33 @@ def margin_without_a_logarithm(probs, ref_probs, beta):
     return beta * (ratios[0] - ratios[1])
 
 
+def reference_divides(ref_probs, rewards, beta):
+    weights = (rewards / beta).exp() / ref_probs
+    return weights / weights.sum()
+
+
+def margin_with_reference_added(probs, ref_probs, beta):
+    return beta * (probs[0] * ref_probs[0] / probs[1] / ref_probs[1]).log()
+
+
+def margin_of_one_answer(probs, ref_probs, beta):
+    return beta * (probs[0] / ref_probs[0]).log()
+
+
 MISTAKES = {
     "0.1": {
         "multiplied by beta": tilt_with_beta_upside_down,
         "reference is missing": tilt_that_forgets_the_reference,
         "do not sum to 1": tilt_without_z,
         "takes its logarithm": tilt_that_adds_probabilities_to_logits,
+        "The reference divides": reference_divides,
     },
     "0.2": {
         "reference is missing": margin_that_forgets_the_reference,
         "Beta is missing": margin_in_nats,
-        "turned round": margin_of_the_second_over_the_first,
+        "reversed": margin_of_the_second_over_the_first,
         "logarithm is missing": margin_without_a_logarithm,
+        "The reference multiplies where it should divide": margin_with_reference_added,
+        "This reads off answer 0 alone, so Z is still in it": margin_of_one_answer,
     },
 }

@@ -68,13 +68,51 @@ def gaussian_with_its_second_moment(points, probs):
     return torch.stack([probs @ points, (probs @ points.square()).sqrt()])
 
 
+def nats(probs, ref_probs):
+    return torch.xlogy(probs, probs / ref_probs).sum()
+
+
+def kl_missing(probs, ref_probs, rewards, beta):
+    return probs @ rewards
+
+
+def rewards_summed(probs, ref_probs, rewards, beta):
+    return rewards.sum() - beta * nats(probs, ref_probs)
+
+
+def reward_of_the_reference(probs, ref_probs, rewards, beta):
+    return ref_probs @ rewards - beta * nats(probs, ref_probs)
+
+
+def cross_entropy(probs, ref_probs, rewards, beta):
+    return probs @ (rewards + beta * ref_probs.log())
+
+
+def kl_not_weighted(probs, ref_probs, rewards, beta):
+    return probs @ rewards - beta * (probs / ref_probs).log().sum()
+
+
+def spread_without_weights(points, probs):
+    return torch.stack([probs @ points, ((points - probs @ points) ** 2).mean().sqrt()])
+
+
+def corrected_for_a_sample(points, probs):
+    mean, n = probs @ points, len(points)
+    return torch.stack([mean, (probs @ (points - mean).square() * n / (n - 1)).sqrt()])
+
+
 MISTAKES = {
     "1.1": {
-        "turned round": objective_with_forward_kl,
+        "reversed": objective_with_forward_kl,
         "wrong sign": objective_that_pays_for_leaving,
         "0 log 0 counts as 0": objective_that_is_not_a_number,
         "price of a nat": objective_with_a_priced_reward,
         "reference is missing": objective_with_an_entropy_bonus,
+        "The KL term is missing": kl_missing,
+        "The rewards are added up": rewards_summed,
+        "This is the reference's mean reward": reward_of_the_reference,
+        "This charges a cross-entropy": cross_entropy,
+        "The log-ratios are added up": kl_not_weighted,
     },
     "1.2": {
         "range is needed": beta_from_the_best_reward,
@@ -88,5 +126,7 @@ MISTAKES = {
         "highest point": gaussian_on_the_mode,
         "not weighted": gaussian_of_the_points,
         "measured from 0": gaussian_with_its_second_moment,
+        "The mean is weighted and the spread is not": spread_without_weights,
+        "The spread has the factor K / (K - 1) of a sample": corrected_for_a_sample,
     },
 }

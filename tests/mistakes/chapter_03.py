@@ -65,18 +65,62 @@ def count_that_weighs_a_solution_in_full(log_z, beta, n_bits):
     return 2**n_bits * math.expm1(log_z) * math.exp(-1 / beta)
 
 
+def log_z(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).logsumexp(-1)
+
+
+def sum_for_power(token_probs, token_rewards, beta, n_tokens):
+    return (n_tokens * log_z(token_probs, token_rewards, beta).exp()).log()
+
+
+def beta_outside(token_probs, token_rewards, beta, n_tokens):
+    return n_tokens * log_z(token_probs, token_rewards, 1.0) / beta
+
+
+def divided_by_z(ref_probs, rewards, beta, error):
+    tilts = (rewards / beta).exp()
+    z = ref_probs @ tilts
+    return ref_probs @ (tilts - z) ** 2 / z / error**2
+
+
+def reverse_chi(ref_probs, rewards, beta, error):
+    optimum = (ref_probs.log() + rewards / beta).softmax(0)
+    return ((ref_probs**2 / optimum).sum() - 1) / error**2
+
+
+def rounded_up(ref_probs, rewards, beta, error):
+    return (chi_squared(ref_probs, rewards, beta) / error**2).ceil()
+
+
+def z_as_a_count(log_z, beta, n_bits):
+    return (math.exp(log_z) - 2**n_bits) / math.expm1(1 / beta)
+
+
+def one_taken_below_only(log_z, beta, n_bits):
+    return math.exp(log_z) / math.expm1(1 / beta) * 2**n_bits
+
+
+def powers_of_two(log_z, beta, n_bits):
+    return (2**log_z - 1) / (2 ** (1 / beta) - 1) * 2**n_bits
+
+
 MISTAKES = {
     "3.1": {
         "one token said n times over": log_z_of_one_token_repeated,
         "a single token": log_z_without_the_length,
         "Jensen": log_z_by_the_mean_reward,
         "token probabilities are missing": log_z_of_a_uniform_count,
+        "The factors of the places are added up": sum_for_power,
+        "Beta divides the logarithm": beta_outside,
     },
     "3.2": {
         "four times the draws": draws_by_the_plain_error,
         "divide it by Z squared": draws_for_an_absolute_error,
         "mean is not taken off": draws_by_the_second_moment,
         "KL stands where": draws_by_the_kl,
+        "The variance is divided by Z": divided_by_z,
+        "The chi-squared is reversed": reverse_chi,
+        "This is rounded": rounded_up,
     },
     "3.3": {
         "reward 0 are forgotten": count_that_gives_failures_nothing,
@@ -84,5 +128,8 @@ MISTAKES = {
         "used where Z belongs": count_from_the_logarithm,
         "upside down": count_with_beta_upside_down,
         "their difference only": count_that_weighs_a_solution_in_full,
+        "Z is taken for a sum over completions": z_as_a_count,
+        "Z holds the failures too": one_taken_below_only,
+        "These are powers of 2": powers_of_two,
     },
 }

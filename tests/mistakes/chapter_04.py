@@ -54,24 +54,70 @@ def optimum_the_other_way(probs, old_ref_probs, new_ref_probs):
     return (probs * old_ref_probs / new_ref_probs).log().softmax(0)
 
 
+def log_z(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).logsumexp(-1)
+
+
+def implied(probs, ref_probs, beta):
+    return beta * (probs / ref_probs).log()
+
+
+def beta_one_inside(rewards, ref_probs, beta):
+    return rewards - beta * log_z(ref_probs, rewards, 1.0)
+
+
+def z_for_log_z(rewards, ref_probs, beta):
+    return rewards - beta * log_z(ref_probs, rewards, beta).exp()
+
+
+def reference_left_in(rewards, ref_probs, beta):
+    return beta * (ref_probs.log() + rewards / beta).log_softmax(0)
+
+
+def logarithm_forgotten(probs, ref_probs, beta, reward_of_first):
+    return reward_of_first + beta * (probs / ref_probs - probs[0] / ref_probs[0])
+
+
+def scaled(probs, ref_probs, beta, reward_of_first):
+    found = implied(probs, ref_probs, beta)
+    return found * (reward_of_first / found[0])
+
+
+def overwritten(probs, ref_probs, beta, reward_of_first):
+    found = implied(probs, ref_probs, beta)
+    found[0] = reward_of_first
+    return found
+
+
+def moved_by_the_difference(probs, old_ref_probs, new_ref_probs):
+    return probs + new_ref_probs - old_ref_probs
+
+
 MISTAKES = {
     "4.1": {
         "is in nats": representative_in_nats,
         "mean 0": representative_with_mean_zero,
         "maximum 0": representative_with_maximum_zero,
         "lacks the reference": representative_without_the_reference,
-        "turned round": representative_that_adds,
+        "reversed": representative_that_adds,
+        "Inside Z the rewards are not divided by beta": beta_one_inside,
+        "beta Z is taken off": z_for_log_z,
+        "This is beta log pi*": reference_left_in,
     },
     "4.2": {
         "still to add": rewards_that_ignore_the_anchor,
         "on top": rewards_with_the_anchor_on_top,
         "reference is missing": rewards_of_plain_odds,
         "Beta is missing": rewards_without_beta,
+        "a difference of ratios": logarithm_forgotten,
+        "The implied rewards are multiplied to fit": scaled,
+        "Only answer 0 has been moved": overwritten,
     },
     "4.3": {
         "still inside": optimum_with_both_references,
         "has not come in": optimum_without_a_reference,
         "do not sum to 1": optimum_that_keeps_z,
         "changed places": optimum_the_other_way,
+        "The references' difference is added": moved_by_the_difference,
     },
 }

@@ -75,20 +75,66 @@ def error_times_beta(share, n, beta):
     return beta / math.sqrt(n * share * (1 - share))
 
 
+def dpo_margin(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected)
+
+
+def dpo_beta_outside(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -beta * logsigmoid(chosen - ref_chosen - rejected + ref_rejected)
+
+
+def dpo_each_alone(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -logsigmoid(beta * (chosen - ref_chosen)) - logsigmoid(-beta * (rejected - ref_rejected))
+
+
+def counted(tokens, end_token):
+    is_end = (tokens == end_token).long()
+    return is_end.cumsum(1) - is_end == 0
+
+
+def logp_without_first(token_logps, tokens, end_token):
+    return (token_logps * counted(tokens, end_token))[:, 1:].sum(1)
+
+
+def logp_of_padding(token_logps, tokens, end_token):
+    return (token_logps * ~counted(tokens, end_token)).sum(1)
+
+
+def error_over_n(share, n, beta):
+    return 1 / (n * beta * math.sqrt(share * (1 - share)))
+
+
+def error_slope_forgotten(share, n, beta):
+    return math.sqrt(share * (1 - share) / n) / beta
+
+
+def error_slope_upside_down(share, n, beta):
+    return share * (1 - share) * math.sqrt(share * (1 - share) / n) / beta
+
+
+def error_without_root(share, n, beta):
+    return 1 / (beta * n * share * (1 - share))
+
+
 MISTAKES = {
     "6.1": {
         "reference is missing": dpo_on_probabilities_alone,
         "Beta is missing": dpo_in_nats,
-        "turned round": dpo_that_prefers_the_loser,
+        "have changed places": dpo_that_prefers_the_loser,
         "negative logarithm": dpo_without_a_logarithm,
         "logsigmoid or softplus": dpo_by_the_formula,
         "wrong sign": dpo_with_the_reference_added,
+        "This is the margin": dpo_margin,
+        "Beta multiplies the loss": dpo_beta_outside,
+        "Each answer has a sigmoid of its own": dpo_each_alone,
     },
     "6.2": {
         "never learns to stop": sum_up_to_the_end,
         "padding is counted": sum_of_everything,
         "mean over tokens": mean_of_what_counts,
         "one place too far": sum_of_one_too_many,
+        "The first token is left out": logp_without_first,
+        "The mask is inverted": logp_of_padding,
     },
     "6.3": {
         "share of wins": error_of_a_proportion,
@@ -96,5 +142,9 @@ MISTAKES = {
         "variance": variance_of_the_margin,
         "number of labels": error_of_a_single_label,
         "wrong side": error_times_beta,
+        "The number of labels has no root": error_over_n,
+        "This is the share's standard error over beta": error_slope_forgotten,
+        "The slope is upside down": error_slope_upside_down,
+        "The root is missing": error_without_root,
     },
 }

@@ -81,19 +81,65 @@ def ratio_of_inverse_deviations(p, size):
     return (chances[inside] * size / (n * (size - n)).sqrt()[inside]).sum()
 
 
+def normalised_by_k_minus_1(rewards):
+    return (rewards - rewards.mean()) / rewards.std()
+
+
+def sum_of_others(rewards):
+    return rewards - (rewards.sum() - rewards)
+
+
+def all_over_k_minus_1(rewards):
+    return rewards - rewards.sum() / (len(rewards) - 1)
+
+
+def no_baseline(rewards):
+    return rewards
+
+
+def outcomes_not_weighted(theta, c):
+    p = coin(theta)
+    return (2 * (1 - c) + 2 * (0 - c)) * p * (1 - p)
+
+
+def theta_as_probability(theta, c):
+    return 2 * (theta - c) * theta * (1 - theta)
+
+
+def expected_cost(theta, c):
+    p = coin(theta)
+    return p * (1 - c) ** 2 + (1 - p) * c**2
+
+
+def without_silent_groups(p, size):
+    drawn = 1 - p**size - (1 - p) ** size
+    return ratio_that_is_a_deviation(p, size) / (p * (1 - p)) / drawn
+
+
+def over_the_deviation(p, size):
+    return ratio_that_is_a_deviation(p, size) / (p * (1 - p)) ** 0.5
+
+
 MISTAKES = {
     "7.1": {
         "own reward": advantages_from_the_mean_of_all,
         "there are K - 1 of them": advantages_with_the_wrong_count,
         "the baseline itself": advantages_that_are_baselines,
-        "turned round": advantages_of_the_others,
+        "reversed": advantages_of_the_others,
         "which is GRPO": advantages_of_grpo,
+        "This is GRPO with the deviation of a sample": normalised_by_k_minus_1,
+        "The baseline is the sum of the others' rewards": sum_of_others,
+        "The baseline divides the sum of all K rewards by K - 1": all_over_k_minus_1,
+        "These are the rewards": no_baseline,
     },
     "7.2": {
         "the true gradient": slope_of_the_expected_cost,
         "chain rule": slope_without_the_chain_rule,
         "Only heads": slope_of_heads_alone,
-        "turned round": slope_downhill,
+        "reversed": slope_downhill,
+        "The two outcomes are added up": outcomes_not_weighted,
+        "Theta is used as the probability": theta_as_probability,
+        "This is the expected cost": expected_cost,
     },
     "7.3": {
         "divides by K - 1": ratio_with_bessel,
@@ -101,5 +147,7 @@ MISTAKES = {
         "the mean deviation": ratio_that_is_a_deviation,
         "square root is missing": ratio_of_variances,
         "A mean of 1/std": ratio_of_inverse_deviations,
+        "Groups that all succeed or all fail are left out": without_silent_groups,
+        "This divides by the deviation of a reward": over_the_deviation,
     },
 }

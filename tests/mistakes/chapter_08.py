@@ -107,6 +107,79 @@ def score_alone(scores, logps, ref_logps, mask, beta):
     return at_the_last_token(scores, mask)
 
 
+def advantages_td_not_discounted(rewards, values, discount, lam):
+    return backwards(rewards + next_values(values) - values, discount * lam)
+
+
+def advantages_of_the_same_value(rewards, values, discount, lam):
+    return backwards(rewards + discount * values - values, discount * lam)
+
+
+def advantages_wrapped(rewards, values, discount, lam):
+    return backwards(rewards + discount * values.roll(-1) - values, discount * lam)
+
+
+def advantages_whitened(rewards, values, discount, lam):
+    td_errors = rewards + discount * next_values(values) - values
+    found = backwards(td_errors, discount * lam)
+    # One token has no deviation, and torch would warn.
+    return (found - found.mean()) / (found.std() + 1e-8) if len(found) > 1 else 0 * found
+
+
+def clipped_around_zero(logps, old_logps, advantages, clip_eps):
+    ratios = logps.exp() / old_logps.exp()
+    return -torch.minimum(ratios * advantages, ratios.clamp(-clip_eps, clip_eps) * advantages)
+
+
+def clipped_above_only(logps, old_logps, advantages, clip_eps):
+    ratios = logps.exp() / old_logps.exp()
+    return -torch.minimum(ratios * advantages, ratios.clamp(max=1 + clip_eps) * advantages)
+
+
+def clipped_log_ratio(logps, old_logps, advantages, clip_eps):
+    change = logps - old_logps
+    clipped = change.clip(1 - clip_eps, 1 + clip_eps)
+    return torch.stack([-change * advantages, -clipped * advantages]).amax(0)
+
+
+def clipped_before_the_advantage(logps, old_logps, advantages, clip_eps):
+    ratios = logps.exp() / old_logps.exp()
+    return -advantages * torch.minimum(ratios, ratios.clip(1 - clip_eps, 1 + clip_eps))
+
+
+def clipped_objective_always(logps, old_logps, advantages, clip_eps):
+    return advantages * (logps.exp() / old_logps.exp()).clip(1 - clip_eps, 1 + clip_eps)
+
+
+def rewards_kl_at_the_end(scores, logps, ref_logps, mask, beta):
+    return at_the_last_token(scores - beta * ((logps - ref_logps) * mask).sum(1), mask)
+
+
+def rewards_one_late(scores, logps, ref_logps, mask, beta):
+    late = torch.zeros_like(logps)
+    late[:, 1:] = at_the_last_token(scores, mask)[:, :-1]
+    return late - beta * (logps - ref_logps) * mask
+
+
+def rewards_beta_on_all(scores, logps, ref_logps, mask, beta):
+    return beta * (at_the_last_token(scores, mask) - (logps - ref_logps) * mask)
+
+
+def rewards_spread(scores, logps, ref_logps, mask, beta):
+    return (scores / mask.sum(1))[:, None] * mask - beta * (logps - ref_logps) * mask
+
+
+def rewards_k3(scores, logps, ref_logps, mask, beta):
+    k3 = torch.expm1(ref_logps - logps) - (ref_logps - logps)
+    return at_the_last_token(scores, mask) - beta * k3 * mask
+
+
+def rewards_in_the_last_column_unmasked(scores, logps, ref_logps, mask, beta):
+    rewards = beta * (ref_logps - logps)
+    rewards[:, -1] += scores
+    return rewards
+
+
 MISTAKES = {
     "8.1": {
         "TD error alone": td_errors_only,
@@ -115,6 +188,10 @@ MISTAKES = {
         "over the past": looking_back,
         "targets of the value function": targets_of_the_value,
         "past the last token": a_value_after_the_end,
+        "In the TD error the next value is not discounted": advantages_td_not_discounted,
+        "The TD error holds the same value twice": advantages_of_the_same_value,
+        "After the last token the first value comes back": advantages_wrapped,
+        "These are whitened, which comes after GAE and in a batch": advantages_whitened,
     },
     "8.2": {
         "minimum is missing": clip_without_minimum,
@@ -123,6 +200,11 @@ MISTAKES = {
         "upside down": old_over_new,
         "Nothing is clipped": no_clip,
         "logarithm of the ratio": clip_of_logs,
+        "The ratio is clipped around 0": clipped_around_zero,
+        "The clip has no lower edge": clipped_above_only,
+        "The exponential is missing": clipped_log_ratio,
+        "The smaller ratio is taken": clipped_before_the_advantage,
+        "the minimum is missing, and a loss has the": clipped_objective_always,
     },
     "8.3": {
         "last column": score_at_the_end_of_the_row,
@@ -131,5 +213,11 @@ MISTAKES = {
         "on padding too": padding_pays,
         "Beta is missing": nats_for_reward,
         "KL term is missing": score_alone,
+        "The whole penalty is on the last token": rewards_kl_at_the_end,
+        "The score is one place too late": rewards_one_late,
+        "Beta multiplies the score as well": rewards_beta_on_all,
+        "The score is spread over the tokens": rewards_spread,
+        "The penalty is k3": rewards_k3,
+        "the score is in the last column, which is": rewards_in_the_last_column_unmasked,
     },
 }

@@ -71,6 +71,48 @@ def boltzmann(ref_probs, rewards, n):
     return weights / weights.sum()
 
 
+def at_most(ref_probs, rewards):
+    return torch.stack([ref_probs[rewards <= x].sum() for x in rewards])
+
+
+def below(ref_probs, rewards):
+    return torch.stack([ref_probs[rewards < x].sum() for x in rewards])
+
+
+def kl_without_beta(rewards, logps, ref_logps, log_z, beta):
+    return rewards - (logps - ref_logps) - beta * log_z
+
+
+def times_logp(rewards, logps, ref_logps, log_z, beta):
+    return (rewards - beta * (logps - ref_logps) - beta * log_z) * logps
+
+
+def gap_to_the_mean_line(reward, kl, betas, best_values):
+    return (best_values + betas * kl).mean() - reward
+
+
+def gap_at_the_root(reward, kl, betas, best_values):
+    return (best_values + betas * kl**0.5).min() - reward
+
+
+def density(ref_probs, rewards, n):
+    return n * ref_probs * at_most(ref_probs, rewards) ** (n - 1)
+
+
+def ties_by_position(ref_probs, rewards, n):
+    order = rewards.argsort(stable=True)
+    up_to = ref_probs[order].cumsum(0)
+    found = torch.zeros_like(ref_probs)
+    found[order] = up_to**n - (up_to - ref_probs[order]) ** n
+    return found
+
+
+def in_order_of_reward(ref_probs, rewards, n):
+    high, low = at_most(ref_probs, rewards), below(ref_probs, rewards)
+    found = (high**n - low**n) / (high - low) * ref_probs
+    return found[rewards.argsort(stable=True)]
+
+
 MISTAKES = {
     "9.1": {
         "KL term is missing": advantage_of_the_reward_alone,
@@ -78,13 +120,17 @@ MISTAKES = {
         "wrong sign": advantage_that_likes_kl,
         "in nats": advantage_with_log_z_as_value,
         "reference is missing": advantage_with_entropy,
+        "Beta is missing before the log-ratio": kl_without_beta,
+        "This is the surrogate loss": times_logp,
     },
     "9.2": {
         "highest line": gap_by_max,
         "wrong sign": gap_minus_kl,
         "KL is missing": gap_of_objectives,
-        "turned round": gap_above,
+        "reversed": gap_above,
         "first beta only": gap_of_one_line,
+        "The lines are averaged": gap_to_the_mean_line,
+        "The root of the KL is taken": gap_at_the_root,
     },
     "9.3": {
         "above 1": best_with_ties_twice,
@@ -92,5 +138,8 @@ MISTAKES = {
         "worst of n": worst,
         "all n draws": power_of_the_cdf,
         "ranks alone": boltzmann,
+        "This is the formula for a continuum, n p F^(n-1)": density,
+        "Of equal rewards the later answer wins here": ties_by_position,
+        "The probabilities are right and sorted by reward": in_order_of_reward,
     },
 }

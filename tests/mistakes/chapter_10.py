@@ -70,12 +70,48 @@ def nash_without_a_half(wins):
     return torch.tensor([wins[1, 2], wins[2, 0], wins[0, 1]]) / total
 
 
+def margin_rescaled_once(shown, flip_rate):
+    return torch.logit((shown - flip_rate) / (1 - flip_rate))
+
+
+def margin_divided(shown, flip_rate):
+    return torch.logit(shown) / (1 - 2 * flip_rate)
+
+
+def margin_of_log_p(shown, flip_rate):
+    return ((shown - flip_rate) / (1 - 2 * flip_rate)).log()
+
+
+def margin_as_difference(shown, flip_rate):
+    return (2 * shown - 1) / (1 - 2 * flip_rate)
+
+
+def policy_against_reference(ref_probs, wins, beta):
+    return (ref_probs.log() + wins @ ref_probs / beta).softmax(0)
+
+
+def policy_of_mean_log_odds(ref_probs, wins, beta):
+    return (ref_probs.log() + wins.logit().mean(1) / beta).softmax(0)
+
+
+def nash_by_softmax(wins):
+    return torch.stack([wins[1, 2], wins[2, 0], wins[0, 1]]).softmax(0)
+
+
+def nash_as_uniform(wins):
+    return torch.full((3,), 1 / 3)
+
+
 MISTAKES = {
     "10.1": {
         "labels as shown": margin_that_trusts_the_labels,
         "once more": margin_with_label_smoothing,
         "must again be a probability": margin_less_the_flips,
         "log-odds": margin_that_is_a_probability,
+        "This undoes flips in one direction": margin_rescaled_once,
+        "The margin of the labels is divided": margin_divided,
+        "This is the log-probability before the flips": margin_of_log_p,
+        "This is how much more often the first answer wins": margin_as_difference,
     },
     "10.2": {
         "reference is missing": policy_from_uniform,
@@ -84,6 +120,8 @@ MISTAKES = {
         "itself included": policy_against_others,
         "linear in the probability": policy_of_logits,
         "factor 2": policy_with_two_beta,
+        "The opponents are weighted by the reference": policy_against_reference,
+        "These are means of log-odds, a Bradley-Terry reward": policy_of_mean_log_odds,
     },
     "10.3": {
         "with which it wins": nash_of_the_strong,
@@ -91,5 +129,7 @@ MISTAKES = {
         "shares of all wins": nash_of_win_rates,
         "something beats it": nash_of_the_winner,
         "one half are needed": nash_without_a_half,
+        "A softmax is taken of the margins": nash_by_softmax,
+        "plays all three alike": nash_as_uniform,
     },
 }

@@ -80,6 +80,38 @@ def tilt_as_a_share(best, writer, error, beta):
     return error / beta * (weight / (best @ weight) - 1)
 
 
+def ranks_averaged_first(n, beta):
+    return ranks(n, 1).mean() / beta
+
+
+def ranks_not_divided(n, beta):
+    return (n * ranks(n, 1) / beta).exp().mean().log()
+
+
+def ranks_of_n_plus_one(n, beta):
+    return (ranks(n, 1) * n / (n + 1) / beta).exp().mean().log()
+
+
+def value_orders_not_counted(p, beta, n):
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    chances = p**counts * (1 - p) ** (n - counts)
+    return beta * (chances @ torch.log1p(counts / n * math.expm1(1 / beta)))
+
+
+def value_at_beta_one_inside(p, beta, n):
+    return beta * value_in_nats(p, 1.0, n)
+
+
+def value_of_sums(p, beta, n):
+    counts, chances = passes(p, n)
+    return beta * (chances @ (n - counts + counts * math.exp(1 / beta)).log())
+
+
+def tilt_as_policy(best, writer, error, beta):
+    weights = best**2 / writer
+    return best + error / beta * (weights / weights.sum() - best)
+
+
 MISTAKES = {
     "11.1": {
         "integral": ranks_by_the_integral,
@@ -87,18 +119,25 @@ MISTAKES = {
         "fresh answer": ranks_among_others,
         "not averaged": ranks_summed,
         "logarithm is missing": ranks_as_z,
+        "This is the mean rank over beta": ranks_averaged_first,
+        "The ranks run from 1 to n here": ranks_not_divided,
+        "The ranks are divided by n + 1": ranks_of_n_plus_one,
     },
     "11.2": {
         "V itself": value_of_the_expected_z,
         "delta method": value_less_the_first_correction,
         "in nats": value_in_nats,
         "mean reward": value_as_mean_reward,
+        "The number of orders is missing": value_orders_not_counted,
+        "Inside the exponential the reward is not divided by beta": value_at_beta_one_inside,
+        "The draws are added up": value_of_sums,
     },
     "11.3": {
         "Beta is missing": tilt_in_nats,
-        "turned round": tilt_the_other_way,
+        "reversed": tilt_the_other_way,
         "do not sum to zero": tilt_by_bare_weights,
         "no longer sum to 1": tilt_of_every_answer_alike,
         "relative change": tilt_as_a_share,
+        "This is the policy after the change": tilt_as_policy,
     },
 }

@@ -83,6 +83,41 @@ def policy_left_alone(ref_probs, rewards, lengths, beta):
     return (ref_probs.log() + lengths * rewards / beta).exp()
 
 
+def searched(ref_probs, rewards, lengths, beta, halvings):
+    low, high = -100.0, 100.0
+    for _ in range(halvings):
+        c = (low + high) / 2
+        probs = ref_probs * (lengths * (rewards + c) / beta).exp()
+        low, high = (low, c) if probs.sum() > 1 else (c, high)
+    return probs
+
+
+def gained_in_probability(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).softmax(0) - ref_probs
+
+
+def gained_at_beta_one(ref_probs, rewards, beta):
+    return rewards / beta - log_partition(ref_probs, rewards, 1.0)
+
+
+def gained_with_z_added(ref_probs, rewards, beta):
+    return rewards / beta + log_partition(ref_probs, rewards, beta)
+
+
+def rate_of_probability(ref_probs, features, chosen, rejected, beta):
+    slope = ref_probs[chosen] * (features[chosen] - ref_probs @ features)
+    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
+
+
+def mean_without_reference(ref_probs, rewards, lengths, beta):
+    uniform = torch.full_like(ref_probs, 1 / len(ref_probs))
+    return searched(uniform, rewards, lengths, beta, 100)
+
+
+def mean_searched_too_briefly(ref_probs, rewards, lengths, beta):
+    return searched(ref_probs, rewards, lengths, beta, 25)
+
+
 MISTAKES = {
     "12.1": {
         "Log Z is missing": gained_by_reward_alone,
@@ -91,6 +126,9 @@ MISTAKES = {
         "logarithm of Z": gained_less_z,
         "One beta too many": gained_with_beta_twice,
         "log pi* itself": log_of_the_optimum,
+        "This is the gain in probability": gained_in_probability,
+        "Inside Z the rewards are not divided by beta": gained_at_beta_one,
+        "log Z is added": gained_with_z_added,
     },
     "12.2": {
         "mean feature is missing": rate_that_forgets_the_normaliser,
@@ -99,12 +137,15 @@ MISTAKES = {
         "Beta is missing": rate_without_strength,
         "rejected answer's rate": rate_of_the_loser,
         "weigh each answer": rate_about_the_unweighted_mean,
-        "turned round": rate_of_ascent,
+        "reversed": rate_of_ascent,
+        "This is the rate of the probability": rate_of_probability,
     },
     "12.3": {
         "divides by a sum": policy_divided_by_its_sum,
         "DPO on sums": policy_of_sums,
         "wrong side": policy_of_rewards_a_token,
         "do not sum to 1": policy_left_alone,
+        "The reference is missing": mean_without_reference,
+        "nearly right": mean_searched_too_briefly,
     },
 }

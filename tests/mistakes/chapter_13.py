@@ -94,14 +94,60 @@ def without_the_half(mean, variance, slope, curvature, beta):
     return shrunk(mean, variance, slope, curvature + curvature, beta)
 
 
+def gap_of_minus_elbo(q, prior, likelihood):
+    return -elbo_instead_of_its_gap(q, prior, likelihood)
+
+
+def gap_evidence_not_log(q, prior, likelihood):
+    return prior @ likelihood - elbo_instead_of_its_gap(q, prior, likelihood)
+
+
+def gap_likelihood_summed(q, prior, likelihood):
+    return likelihood.sum().log() - elbo_instead_of_its_gap(q, prior, likelihood)
+
+
+def gap_without_entropy(q, prior, likelihood):
+    return (prior @ likelihood).log() - q @ (prior * likelihood).log()
+
+
+def credit_as_ratio(ref_probs, q_values, beta):
+    return beta * (ref_probs.log() + q_values / beta).softmax(0) / ref_probs
+
+
+def credit_of_log_z(ref_probs, q_values, beta):
+    return q_values - (ref_probs.log() + q_values / beta).logsumexp(0)
+
+
+def gaussian_mean_not_divided(mean, variance, slope, curvature, beta):
+    _, new_variance = shrunk(mean, variance, slope, curvature, beta)
+    return mean / variance + slope / beta, new_variance
+
+
+def gaussian_shifted_by_the_slope(mean, variance, slope, curvature, beta):
+    _, new_variance = shrunk(mean, variance, slope, curvature, beta)
+    return mean + slope / beta, new_variance
+
+
+def gaussian_half_as_sharp(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature / 2, beta)
+
+
+def gaussian_mean_and_variance_swapped(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature, beta)[::-1]
+
+
 MISTAKES = {
     "13.1": {
         "This is the ELBO itself": elbo_instead_of_its_gap,
-        "turned round": elbo_less_evidence,
+        "reversed": elbo_less_evidence,
         "KL(q || prior)": distance_from_the_prior,
         "forward KL": forward_kl,
         "KL to the prior is missing": fit_without_penalty,
         "flat one": flat_prior,
+        "This is minus the ELBO": gap_of_minus_elbo,
+        "The evidence stands where its logarithm is due": gap_evidence_not_log,
+        "The evidence has lost the prior": gap_likelihood_summed,
+        "The ELBO has lost the entropy of the guess": gap_without_entropy,
     },
     "13.2": {
         "soft maximum": advantage_over_the_reference,
@@ -111,6 +157,8 @@ MISTAKES = {
         "KL that it pays": advantage_over_the_optimum,
         "reference is missing": entropy_regularised,
         "beta log pi*": log_policy,
+        "The logarithm is missing": credit_as_ratio,
+        "V* has lost its beta": credit_of_log_z,
     },
     "13.3": {
         "Beta is missing": at_beta_one,
@@ -119,5 +167,9 @@ MISTAKES = {
         "wrong sign": bent_the_other_way,
         "standard deviation": mean_and_deviation,
         "counts twice": without_the_half,
+        "The mean is not divided by the new precision": gaussian_mean_not_divided,
+        "The slope moves the mean by itself here": gaussian_shifted_by_the_slope,
+        "The curvature counts half": gaussian_half_as_sharp,
+        "The mean comes first, then the variance": gaussian_mean_and_variance_swapped,
     },
 }

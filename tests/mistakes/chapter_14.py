@@ -73,6 +73,50 @@ def join_by_value(prompts, answers):
     return both
 
 
+def end_of_the_prompt(tokens, n_prompt, end):
+    at = torch.arange(len(tokens))
+    return ((at >= n_prompt) & (at <= tokens.tolist().index(end))).double()
+
+
+def one_padding_counts(tokens, n_prompt, end):
+    at = torch.arange(len(tokens))
+    return ((at >= n_prompt) & (at <= first_end(tokens, n_prompt, end) + 1)).double()
+
+
+def all_but_ends(tokens, n_prompt, end):
+    return (tokens != end).double()
+
+
+def everything(tokens, n_prompt, end):
+    return torch.ones(len(tokens))
+
+
+def reference_added(chosen, rejected, ref_chosen, ref_rejected):
+    return (chosen + ref_chosen > rejected + ref_rejected).double().mean()
+
+
+def ties_count_half(chosen, rejected, ref_chosen, ref_rejected):
+    margins = chosen - rejected - ref_chosen + ref_rejected
+    return ((margins > 0).double() + (margins >= 0).double()).mean() / 2
+
+
+def rejected_alone(chosen, rejected, ref_chosen, ref_rejected):
+    return (rejected < ref_rejected).double().mean()
+
+
+def mean_margin(chosen, rejected, ref_chosen, ref_rejected):
+    return (chosen - rejected - ref_chosen + ref_rejected).mean()
+
+
+def percent(chosen, rejected, ref_chosen, ref_rejected):
+    return 100 * (chosen - rejected - ref_chosen + ref_rejected > 0).double().mean()
+
+
+def padded_with_zeros(prompts, answers):
+    both = torch.hstack([prompts, answers])
+    return both.gather(1, (both == -1).int().argsort(dim=1, stable=True)).clamp(min=0)
+
+
 MISTAKES = {
     "14.1": {
         "never learn to stop": mask_that_drops_every_end,
@@ -80,17 +124,27 @@ MISTAKES = {
         "The prompt counts": mask_with_the_prompt,
         "begins one token late": mask_after_n_prompt,
         "begins one token early": mask_from_the_prompts_last_token,
+        "You stop at the first end token of the row": end_of_the_prompt,
+        "One place too many counts": one_padding_counts,
+        "the prompt counts, and the answer's end token": all_but_ends,
+        "Everything counts here": everything,
     },
     "14.2": {
         "reference is missing": accuracy_of_probabilities,
         "tie counts as right": accuracy_with_ties,
-        "turned round": accuracy_of_the_rejected,
+        "reversed": accuracy_of_the_rejected,
         "may push both answers down": accuracy_of_the_chosen_alone,
+        "The reference has the wrong sign": reference_added,
+        "A tie counts one half here": ties_count_half,
+        "This asks whether rejected became less probable": rejected_alone,
+        "This is the mean margin": mean_margin,
+        "This is in percent": percent,
     },
     "14.3": {
         "padding between": join_side_by_side,
         "on the left": join_on_the_left,
         "before the prompt": join_answer_first,
         "sorted by value": join_by_value,
+        "The padding is 0, which is a token": padded_with_zeros,
     },
 }

@@ -88,6 +88,42 @@ def exact_kl(logps, ref_logps, prompts, answers):
     return kls[prompts].mean()
 
 
+def fault_counted_from_zero(*seen):
+    return triage(*seen) - 1
+
+
+def fault_shared_for_anew(*seen):
+    return triage(*seen, numbers={5: 6, 6: 5})
+
+
+def fault_movement_first(*seen):
+    return triage(*seen, order="421375")
+
+
+def loss_means_over_tokens(mean_losses, n_tokens):
+    return mean_losses.sum() / n_tokens.sum()
+
+
+def loss_mean_batch(mean_losses, n_tokens):
+    return mean_losses.mean() * n_tokens.mean()
+
+
+def z0_distance(logps, ref_logps, prompts, answers):
+    return ratios(logps, ref_logps, prompts, answers.roll(-1)).mean().abs()
+
+
+def z0_summed(logps, ref_logps, prompts, answers):
+    return ratios(logps, ref_logps, prompts, answers.roll(-1)).sum().clamp(min=0)
+
+
+def z0_of_all_pairs(logps, ref_logps, prompts, answers):
+    return (logps - ref_logps)[prompts][:, answers].mean().relu()
+
+
+def z0_without_the_last(logps, ref_logps, prompts, answers):
+    return (logps - ref_logps)[prompts[:-1], answers[1:]].mean().relu()
+
+
 MISTAKES = {
     "15.1": {
         "are equal too": same_before_masked,
@@ -95,6 +131,9 @@ MISTAKES = {
         "no gradient arrived": no_gradient_is_a_rate_of_zero,
         "who shares weights": never_asks_who_shares,
         "look at beta": never_asks_for_the_margin,
+        "These are the right faults, counted from 0": fault_counted_from_zero,
+        "have changed places": fault_shared_for_anew,
+        "You ask for the movement first": fault_movement_first,
     },
     "15.2": {
         "mean of the means": plain_mean,
@@ -102,6 +141,8 @@ MISTAKES = {
         "not divided by their number": total,
         "number of micro-batches": total_per_step,
         "upside down": short_ones_first,
+        "The means are divided by the number of tokens": loss_means_over_tokens,
+        "This is a mean loss times a mean number of tokens": loss_mean_batch,
     },
     "15.3": {
         "own answer here": own_answers,
@@ -110,5 +151,9 @@ MISTAKES = {
         "the other way": other_direction,
         "reversed here": turned_round,
         "exact KL": exact_kl,
+        "The sign is dropped": z0_distance,
+        "The log-ratios are added up": z0_summed,
+        "Every prompt meets every answer of the batch": z0_of_all_pairs,
+        "The last row is left out": z0_without_the_last,
     },
 }

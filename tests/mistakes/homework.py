@@ -372,7 +372,7 @@ MISTAKES = {
         "add 1 to every reward": slope_times_p,
         "is it in yours": slope_of_entropy,
         "leaving the reference pays": slope_with_the_sign_wrong,
-        "the KL is turned round": slope_of_the_kl_turned_round,
+        "the KL is reversed": slope_of_the_kl_turned_round,
         "product rule": slope_without_the_one,
     },
     "h1-multiplier-test": {
@@ -389,7 +389,7 @@ MISTAKES = {
         "use logarithms": policy_that_overflows,
     },
     "h1-shortfall-test": {
-        "The KL is turned round": shortfall_turned_round,
+        "The KL is reversed": shortfall_turned_round,
         "Beta is missing": shortfall_in_nats,
         "the distance from the reference": shortfall_from_the_reference,
     },
@@ -401,7 +401,7 @@ MISTAKES = {
     },
     "h2-margin-test": {
         "in nats": margin_in_nats,
-        "turned round": margin_turned_round,
+        "The sign is reversed": margin_turned_round,
         "Jensen": margin_of_means,
     },
     "h2-ranking-test": {
