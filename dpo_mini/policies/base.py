@@ -1,4 +1,4 @@
-"""What every policy answers, and the simplest one: a table of logits for a bandit."""
+"""What every policy answers, and the simplest policy: a table of logits for a bandit."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,20 +19,22 @@ from dpo_mini.arguments import (
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 
 KVCache = list[tuple[Tensor, Tensor]]
-"""Keys and values of every token read so far, one pair `[P, H, S, D/H]` per layer."""
+"""Keys and values of all S tokens of N texts, one pair `[N, H, S, D/H]` per layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixTree:
-    """The N distinct prefixes of a batch, one per node, to be read in one pass.
+    """The N distinct prefixes of a batch, one node each; `rollout.prefix_tree` makes it.
+
+    A prefix is a prompt and the first 0, 1, ... tokens of a completion.
 
     Args:
       tokens: `[N]` int64, the last token of each prefix; of a prompt alone, its number. The nodes
         of prompts come first.
       depths: `[N]`, how many tokens follow the prompt, in 0..S-1.
-      ancestors: `[N, S]`, the nodes on the way to each node, prompt first, itself at its depth;
-        what stands behind that does not matter.
-      nodes: `[B, S]`, the node of each row of the batch after 0, 1, ... tokens; 0 where it has
+      ancestors: `[N, S]`, the nodes on the way to each node: the prompt's first, the node itself at
+        its depth. What stands behind that is not used.
+      nodes: `[B, S]`, the node of each row of the batch after 0, 1, ... tokens; 0 where the row has
         ended.
     """
 
@@ -66,7 +68,7 @@ class Scorer(Protocol):
     """Anything that scores completions: a `Policy`, or a wrapper around any other model."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Its weights; where the first is, tokens are read."""
+        """Its weights; tokens are sent to the device of the first."""
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """Log-probability of each token of `completions` `[B, T]`, `[B, T]` nats, 0 on padding.
@@ -77,9 +79,9 @@ class Scorer(Protocol):
 
 
 class Policy(nn.Module):
-    """What every policy shares: scoring completions that are already there.
+    """What every policy shares: its sizes, and log-probabilities of given completions.
 
-    A subclass sets the four sizes and says in `forward` what it thinks of the next token.
+    A subclass sets the four sizes and computes the logits of the next token in `forward`.
     """
 
     n_prompts: int
@@ -96,7 +98,7 @@ class Policy(nn.Module):
         """Logits of the token after each of `tokens`.
 
         Args:
-          tokens: `[B, S]` int64, the number of the prompt, then S - 1 tokens of a completion.
+          tokens: `[B, S]` int64, the number of a prompt, then S - 1 tokens of a completion.
         Returns:
           `[B, S, V]`.
         Raises:
@@ -129,13 +131,13 @@ class Policy(nn.Module):
     def check_completions(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """The mask `[B, T]` of `completions`, or the ValueError that `token_logps` promises.
 
-        Args are those of `token_logps`.
+        Arguments are those of `token_logps`.
         """
         return check_completions(self, prompts, completions)
 
 
 class HasSizes(Protocol):
-    """A policy or a reward model, as a check of completions sees it."""
+    """A policy or a reward model: all that a check of completions asks of it."""
 
     n_prompts: int
     vocab_size: int
@@ -197,7 +199,7 @@ class TabularPolicy(Policy):
         self.logits = nn.Parameter(logits.detach().clone())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, 1, V]` of the only token of a completion, from the prompts `[B, 1]`."""
+        """Logits `[B, 1, V]` of a completion's only token; `tokens` `[B, 1]` are prompts."""
         return self.logits[tokens]
 
 

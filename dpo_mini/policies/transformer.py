@@ -15,7 +15,7 @@ from dpo_mini.policies.base import Policy, Sizes, check_sizes
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with GPT-2's weights: each token mixes in what stands before it."""
+    """Multi-head attention: each token mixes in the values of the tokens that it is shown."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -23,21 +23,25 @@ class SelfAttention(nn.Module):
         self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Attention of `x` `[B, S, D]` to itself; `mask` `[S, S]` is true where it may look."""
-        q, k, v = self.queries_keys_values(x)  # [B, H, S, D/H] each
+        """Attention of `x` `[B, S, D]` to itself: `[B, S, D]`.
+
+        `mask` `[S, S]` is true where the token of a row is shown the token of a column.
+        """
+        q, k, v = self.queries_keys_values(x)  # each [B, H, S, D/H]
         scores = q @ k.mT * q.shape[-1] ** -0.5  # [B, H, S, S]
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, H, S, S]
-        return self.c_proj((weights @ v).transpose(1, 2).flatten(2))  # [B, S, D]
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, H, S, S], rows sum to 1
+        mixed = weights @ v  # [B, H, S, D/H]
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))  # [B, S, D], heads side by side
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three times `[..., H, S, D/H]` from `x` `[..., S, D]`."""
-        heads = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # [..., S, 3, H, D/H]
-        q, k, v = heads.movedim(-3, 0).transpose(-2, -3)
+        """Three times `[B, H, S, D/H]` from `x` `[B, S, D]`."""
+        heads = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # [B, S, 3, H, D/H]
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [B, H, S, D/H]
         return q, k, v
 
 
 class Block(nn.Module):
-    """Attention, then a network of two layers; each reads normalised input and is added to it."""
+    """Attention, then a network of two layers; each reads a normalised `x` and adds to `x`."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -46,20 +50,21 @@ class Block(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The next hidden states of `x` `[B, S, D]`; `mask` as in `SelfAttention.forward`."""
+        """New states `[B, S, D]` from `x` `[B, S, D]`; `mask` as in `SelfAttention.forward`."""
         x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The network of two layers, from `[..., D]` to `[..., D]`."""
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        """The network of two layers, which reads each token alone: `x` `[..., D]` to `[..., D]`."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # 4 D wide inside
 
 
 class TinyTransformer(Policy):
     """A GPT-2 that reads a prompt of P tokens and writes completions of at most T tokens.
 
-    Completions and prompts share the tokens 0..V-1; tokens that only prompts use come after them.
-    The output weights are the embeddings of the tokens 0..V-1.
+    Prompts are named by their number; `prompt_tokens` says which tokens stand for each. Tokens
+    0..V-1 may occur in prompts and completions; those that only prompts use come after them. The
+    output weights are the embeddings of the tokens 0..V-1.
 
     Args:
       n_prompts, vocab_size, max_tokens: X, V and T of the task.
@@ -116,27 +121,25 @@ class TinyTransformer(Policy):
     def for_task(
         cls, task: Sizes, *, generator: torch.Generator, **shape: int
     ) -> "TinyTransformer":
-        """An untrained transformer of the sizes of `task`, of the default dtype.
+        """An untrained transformer of the sizes and prompts of `task`, of the default dtype.
 
-        Args:
-          task: a `Task`, or anything with its prompts and sizes.
-          generator: draws the initial weights.
-          **shape: `n_layers`, `n_heads` and `width`.
+        `task` is a `Task`, or anything with its sizes; `shape` is `n_layers`, `n_heads` and `width`
+        as above, and `generator` draws the weights.
         """
         sizes = (len(task.prompts), task.vocab_size, task.max_tokens)
-        read = getattr(task, "prompt_tokens", None)
-        end = task.end_token
+        read, end = getattr(task, "prompt_tokens", None), task.end_token
         return cls(*sizes, end_token=end, prompt_tokens=read, generator=generator, **shape)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, S, V]` after each of `tokens` `[B, S]`, as in `Policy.forward`."""
-        read = torch.cat([self.prompt_tokens[tokens[:, 0]], tokens[:, 1:]], 1)  # [B, P - 1 + S]
-        steps = torch.arange(read.shape[1], device=tokens.device)
-        hidden = self.hidden(read, steps, steps <= steps[:, None])
-        return self.unembed(hidden[:, self.prompt_tokens.shape[1] - 1 :])
+        prompts, written = tokens[:, 0], tokens[:, 1:]
+        read = torch.cat([self.prompt_tokens[prompts], written], dim=1)  # [B, P + S - 1]
+        positions = torch.arange(read.shape[1], device=tokens.device)
+        hidden = self.hidden(read, positions, positions <= positions[:, None])
+        return self.unembed(hidden[:, -tokens.shape[1] :])  # after the prompt and what follows it
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """The last layer's states `[B, S, D]` of `tokens`; `mask` as in `Block.forward`."""
+        """States `[B, S, D]` after `tokens` `[B, S]` at `positions` `[S]`; `mask` as in `Block`."""
         x = self.wte(tokens) + self.wpe(positions)  # [B, S, D]
         for block in self.blocks:
             x = block(x, mask)

@@ -1,6 +1,7 @@
 """Every completion of a task: tables of log-probabilities and of rewards, and exact gradients."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,19 +10,19 @@ from torch import Tensor
 from dpo_mini.arguments import check_count
 from dpo_mini.policies.base import HasSizes, KVCache, Policy
 from dpo_mini.policies.values import RewardModel
-from dpo_mini.rollout.kv_cache import begin, extend, lengthen
+from dpo_mini.rollout.kv_cache import begin, extend, lengthen, split
 from dpo_mini.tasks import Task, subtree_sizes
 
 Progress = Callable[[range], Iterable[int]]
 Loss = Callable[[int, Tensor, Tensor], Tensor]
-"""`(prompt, logps [n], columns [n]) -> []`: a sum over n completions of one prompt."""
+"""`(prompt, logps [n], columns [n]) -> []`: the part of a sum that n completions have in it."""
 
 
 class Prefixes(NamedTuple):
-    """P prefixes of one length."""
+    """N prefixes of one length."""
 
     next_logps: Tensor
-    """`[P, V]`, log-probability of the prefix and each next token, nats."""
+    """`[N, V]`, log-probability of the prefix followed by each token, nats."""
     cache: KVCache
 
 
@@ -30,16 +31,16 @@ def enumerate_logps(
 ) -> Tensor:
     """log pi(y|x) of every completion of every prompt, each distinct prefix read once.
 
-    The walk is depth first over chunks of `n_parents` prefixes of one length, whose children go
-    through the policy together; keys and values are kept along the current path only, so the
-    memory beside the result is bounded. With gradients it is not: what each prefix computed is kept
-    for the backward pass. `exact_gradient` keeps less.
+    The walk is depth first. It reads the children of `n_parents` prefixes of one length together,
+    and keeps keys and values along the current path only. Without gradients the memory beside the
+    result is therefore bounded. With gradients it is not: what each prefix computed is kept for the
+    backward pass. `exact_gradient` keeps less.
 
     Args:
       policy: a `Policy` of the sizes of `task`.
       task: its `completions` `[Y, T]` name the columns of the result.
-      n_parents: prefixes in a chunk; more is more memory and, up to a point, more speed. Changes
-        the result by rounding alone.
+      n_parents: prefixes whose children are read together. A larger number takes more memory and,
+        up to a point, less time; the result changes by rounding alone.
       progress: wraps the range of prompts, such as `notebook_progress("every completion")`.
     Returns:
       `[X, Y]`, nats, of the policy's dtype; differentiable.
@@ -51,17 +52,17 @@ def enumerate_logps(
     going_on = _tokens_that_go_on(task)
 
     def below(prefixes: Prefixes, depth: int) -> Tensor:
-        if depth == task.max_tokens - 1:
+        """`[completions of the prefixes]`, which have `depth` tokens."""
+        if depth + 1 == task.max_tokens:
             return prefixes.next_logps
-        longer = depth + 2 < task.max_tokens  # else nothing follows: no need for more caches
+        longer = depth + 2 < task.max_tokens  # else no token will be read after the children
         children = _children(policy, prefixes, going_on, longer=longer)
-        blocks = [below(part, depth + 1) for part in _chunks(children, n_parents)]
-        return _in_order(task.end_token, prefixes.next_logps, torch.cat(blocks), len(going_on))
+        blocks = _blocks(children, n_parents) if longer else [children]
+        rest = torch.cat([below(block, depth + 1) for block in blocks])
+        return _in_order(task.end_token, prefixes.next_logps, rest, len(going_on))
 
-    tables = []
-    for x in progress(range(len(task.prompts))):
-        tables.append(below(_first(policy, task.prompts[x : x + 1]), 0))
-    return torch.cat(tables)
+    prompts = (task.prompts[x : x + 1] for x in progress(range(len(task.prompts))))
+    return torch.cat([below(_first(policy, prompt), 0) for prompt in prompts])
 
 
 def enumerate_rewards(
@@ -81,17 +82,17 @@ def enumerate_rewards(
     """
     check_count("n_parents", n_parents)
     check_same_sizes("model", model, task)
-    every, going_on = torch.arange(task.vocab_size), _tokens_that_go_on(task)
-    every = every.to(going_on.device)
+    going_on = _tokens_that_go_on(task)
+    every = torch.arange(task.vocab_size, device=going_on.device)
 
     def below(cache: KVCache, depth: int) -> Tensor:
+        """`[completions of the prefixes]`, which have `depth` tokens."""
         rewards, own = extend(model, every[None], cache)
-        rewards = rewards.squeeze(-1)  # [P, V], each token as the last one
+        rewards = rewards.squeeze(-1)  # [N, V], of each token were it the last
         if depth + 1 == task.max_tokens:
             return rewards
         own = [(keys[:, :, going_on], values[:, :, going_on]) for keys, values in own]
-        children = Prefixes(rewards[:, going_on].reshape(-1, 1), lengthen(cache, own))
-        blocks = [below(part.cache, depth + 1) for part in _chunks(children, n_parents)]
+        blocks = [below(block, depth + 1) for block in split(lengthen(cache, own), n_parents)]
         return _in_order(task.end_token, rewards, torch.cat(blocks), len(going_on))
 
     with torch.no_grad():
@@ -102,30 +103,32 @@ def enumerate_rewards(
 def exact_gradient(
     policy: Policy, task: Task, loss: Loss, *, n_parents: int = 64, progress: Progress = iter
 ) -> Tensor:
-    r"""Add the gradient of a sum over all completions to `.grad` of each weight.
+    r"""Add the gradient of a sum over all completions to `.grad` of each weight of `policy`.
 
-    The gradient of $\sum_y f(\log\pi(y|x))$ through `enumerate_logps` keeps what every prefix
-    computed. Here only the prefixes of at most T - 2 tokens keep it. The rest is read in chunks;
-    each chunk is differentiated at once, up to the keys and values that it was given, and one last
-    backward pass carries these gradients through the shorter prefixes. Nothing is computed twice.
+    The gradient of $\sum_x \sum_y f_{xy}(\log\pi(y|x))$ is that of `enumerate_logps` and one
+    `backward()`, which keeps what every prefix computed. Here only prefixes of at most T - 2 tokens
+    keep it. Their children are read in blocks, and each block is differentiated before the next one
+    is read, up to the keys and values that it was given. One last backward pass carries these
+    gradients on through the shorter prefixes. Each prefix is read once.
 
     Args:
-      policy: a `Policy` of the sizes of `task`; its `.grad` is added to.
-      task: names the columns.
-      loss: called with a prompt's number, log-probabilities of n of its completions and their
-        columns in the task's tables; returns their part of the sum, a scalar. Every completion is
-        in one call.
-      n_parents: prefixes in a chunk.
+      policy: a `Policy` of the sizes of `task`.
+      task: its `completions` `[Y, T]` name the columns.
+      loss: called with the number of a prompt, the log-probabilities `[n]` of some of its
+        completions, and their columns `[n]`. Returns the part of the sum that these have in it, a
+        scalar. Over all calls each completion of each prompt comes once.
+      n_parents: prefixes whose children are read together.
       progress: as in `enumerate_logps`.
     Returns:
-      `[]`, the sum, without gradient.
+      `[]`, the sum, float64, without gradient.
     Raises:
-      ValueError: the sizes of policy and task differ, or `loss` returns no scalar.
+      ValueError: the sizes of policy and task differ, no weight of the policy requires a gradient,
+        or `loss` returns no scalar.
     """
     check_count("n_parents", n_parents)
     check_same_sizes("policy", policy, task)
-    going_on, end = _tokens_that_go_on(task), task.end_token
-    sizes = subtree_sizes(task.vocab_size, task.max_tokens, end)
+    if not any(weight.requires_grad for weight in policy.parameters()):
+        raise ValueError("`policy` must have a weight that requires a gradient, got none")
     total = torch.zeros((), dtype=torch.float64)
 
     def part(x: int, logps: Tensor, columns: Tensor) -> Tensor:
@@ -136,36 +139,41 @@ def exact_gradient(
         return value
 
     for x in progress(range(len(task.prompts))):
-        prefixes = _first(policy, task.prompts[x : x + 1])
-        columns = torch.zeros(1, dtype=torch.int64, device=going_on.device)  # first of each prefix
-        roots: list[tuple[Tensor, Tensor | None]] = []  # what to differentiate, and its gradient
-        for depth in range(task.max_tokens):
-            after = _columns(columns, task.vocab_size, end, sizes[depth + 1])  # [P, V]
-            if depth == task.max_tokens - 1:
-                roots.append((part(x, prefixes.next_logps, after), None))
-            elif end is not None:
-                roots.append((part(x, prefixes.next_logps[:, end], after[:, end]), None))
-            if depth + 2 >= task.max_tokens:
-                break
-            prefixes = _children(policy, prefixes, going_on, longer=True)
-            columns = after[:, going_on].flatten()
-        if task.max_tokens > 1:
-            flat = [prefixes.next_logps, *(tensor for layer in prefixes.cache for tensor in layer)]
-            cut = [[piece.requires_grad_() for piece in t.detach().split(n_parents)] for t in flat]
-            starts = after[:, going_on].split(n_parents)
-            for first, next_logps, *layers in zip(starts, *cut, strict=True):
-                cache = list(zip(layers[::2], layers[1::2], strict=True))
-                leaves = _children(policy, Prefixes(next_logps, cache), going_on, longer=False)
-                last = _columns(first.flatten(), task.vocab_size, end, 1)
-                part(x, leaves.next_logps, last).backward()
-            roots += [
-                (tensor, torch.cat([_grad(piece) for piece in pieces]))
-                for tensor, pieces in zip(flat, cut, strict=True)
-                if tensor.requires_grad
-            ]
-        tensors, gradients = zip(*roots, strict=True)
-        torch.autograd.backward(tensors, gradients)
+        _differentiate(policy, task, task.prompts[x : x + 1], partial(part, x), n_parents)
     return total
+
+
+def _differentiate(
+    policy: Policy,
+    task: Task,
+    prompt: Tensor,
+    part: Callable[[Tensor, Tensor], Tensor],
+    n_parents: int,
+) -> None:
+    """`exact_gradient` for one prompt `[1]`; `part` takes log-probabilities and columns."""
+    going_on, end, last = _tokens_that_go_on(task), task.end_token, task.max_tokens - 1
+    prefixes = _first(policy, prompt)
+    columns = _columns(task, torch.zeros_like(prompt), 0)  # [1, V]
+    if last == 0:
+        part(prefixes.next_logps, columns).backward()
+        return
+    roots: list[tuple[Tensor, Tensor | None]] = []  # what to differentiate, and its own gradient
+    for depth in range(last):  # keeping the graph of all prefixes of at most T - 2 tokens
+        if depth > 0:
+            columns = _columns(task, columns[:, going_on].flatten(), depth)  # [N, V]
+            prefixes = _children(policy, prefixes, going_on, longer=True)
+        if end is not None:
+            roots.append((part(prefixes.next_logps[:, end], columns[:, end]), None))
+    parents = columns[:, going_on].split(n_parents)
+    for children, block in zip(parents, _blocks(prefixes, n_parents), strict=True):
+        kept = [block.next_logps, *(tensor for layer in block.cache for tensor in layer)]
+        next_logps, *layers = cut = [tensor.detach().requires_grad_() for tensor in kept]
+        given = Prefixes(next_logps, list(zip(layers[::2], layers[1::2], strict=True)))
+        longest = _children(policy, given, going_on, longer=False).next_logps
+        part(longest, _columns(task, children.flatten(), last)).backward()
+        roots += [(tensor, leaf.grad) for tensor, leaf in zip(kept, cut, strict=True)]
+    tensors, gradients = zip(*(root for root in roots if root[0].requires_grad), strict=True)
+    torch.autograd.backward(tensors, gradients)
 
 
 def check_same_sizes(argument: str, model: HasSizes, task: Task) -> None:
@@ -180,27 +188,26 @@ def check_same_sizes(argument: str, model: HasSizes, task: Task) -> None:
 
 
 def _first(policy: Policy, prompts: Tensor) -> Prefixes:
+    """The prefixes without a token: prompts `[N]` alone."""
     logits, cache = begin(policy, prompts)
     return Prefixes(logits.log_softmax(-1), cache)
 
 
 def _children(policy: Policy, prefixes: Prefixes, going_on: Tensor, *, longer: bool) -> Prefixes:
-    """The prefixes that are one token longer, P C of them; with caches where `longer`."""
+    """The N C prefixes that have one of C tokens more; with a cache if they will be `longer`."""
     logits, own = extend(policy, going_on[None], prefixes.cache)
     so_far = prefixes.next_logps[:, going_on].flatten()
     cache = lengthen(prefixes.cache, own) if longer else []
     return Prefixes(so_far[:, None] + logits.flatten(0, 1).log_softmax(-1), cache)
 
 
-def _chunks(prefixes: Prefixes, size: int) -> Iterator[Prefixes]:
-    # `split`, not slices: the gradient of a slice is a whole tensor, nearly all of it zeros.
-    layers = [zip(k.split(size), v.split(size), strict=True) for k, v in prefixes.cache]
-    for rows, *layer_rows in zip(prefixes.next_logps.split(size), *layers, strict=True):
-        yield Prefixes(rows, layer_rows)
+def _blocks(prefixes: Prefixes, size: int) -> Iterator[Prefixes]:
+    """The prefixes, `size` at a time."""
+    return map(Prefixes, prefixes.next_logps.split(size), split(prefixes.cache, size))
 
 
 def _in_order(end: int | None, ended: Tensor, rest: Tensor, n_children: int) -> Tensor:
-    """Columns of P prefixes in dictionary order: `rest`, and `ended[:, end]` where it belongs."""
+    """Columns of N prefixes in dictionary order: `rest`, and `ended[:, end]` where it belongs."""
     rest = rest.view(len(ended), -1)
     if end is None:
         return rest
@@ -208,20 +215,21 @@ def _in_order(end: int | None, ended: Tensor, rest: Tensor, n_children: int) -> 
     return torch.cat([rest[:, :at], ended[:, end : end + 1], rest[:, at:]], dim=1)
 
 
-def _columns(first: Tensor, vocab_size: int, end: int | None, size: int) -> Tensor:
-    """`[P, V]`: where the completions of each next token begin, if those of a prefix do at `first`.
+def _columns(task: Task, first: Tensor, depth: int) -> Tensor:
+    """The first column `[N, V]` of each next token of prefixes of `depth` tokens.
 
-    Each token but the end token leads to `size` completions.
+    `first` `[N]` are the first columns of the prefixes themselves.
     """
-    tokens = torch.arange(vocab_size, device=first.device)
-    before = tokens * size if end is None else tokens * size - (tokens > end) * (size - 1)
+    end = task.end_token
+    size = subtree_sizes(task.vocab_size, task.max_tokens, end)[depth + 1]
+    tokens = torch.arange(task.vocab_size, device=first.device)
+    before = tokens * size  # completions that come before: `size` for each smaller token
+    if end is not None:
+        before -= (tokens > end) * (size - 1)  # but one for the end token
     return first[:, None] + before
 
 
 def _tokens_that_go_on(task: Task) -> Tensor:
+    """`[C]`, the tokens that another one may follow: all but the end token."""
     tokens = torch.arange(task.vocab_size, device=task.prompts.device)
     return tokens if task.end_token is None else tokens[tokens != task.end_token]
-
-
-def _grad(piece: Tensor) -> Tensor:
-    return torch.zeros_like(piece) if piece.grad is None else piece.grad

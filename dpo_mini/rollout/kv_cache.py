@@ -1,4 +1,9 @@
-"""Reading one token at a time, with the keys and values of all that was read before."""
+"""How a transformer reads one token after another, with keys and values of the earlier ones kept.
+
+The weights are those of `policies.TinyTransformer`, and the results agree with it up to rounding.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +14,11 @@ from dpo_mini.rollout.trees import body_of, outputs
 
 
 def begin(model: nn.Module, prompts: Tensor) -> tuple[Tensor, KVCache]:
-    """Read `prompts` `[P]`: what `model` says after each, `[P, K]`, and the cache so far."""
+    """Read the prompts with numbers `prompts` `[N]`.
+
+    Returns:
+      `(outputs [N, K], cache)`: the outputs of `model` after each prompt, and the cache so far.
+    """
     if isinstance(model, TabularPolicy):
         return model.logits[prompts], []
     body = body_of(model)
@@ -17,27 +26,27 @@ def begin(model: nn.Module, prompts: Tensor) -> tuple[Tensor, KVCache]:
     nothing = body.wte.weight.new_empty(len(prompts), n_heads, 0, width // n_heads)
     cache: KVCache = [(nothing, nothing)] * len(body.blocks)
     for tokens in body.prompt_tokens[prompts].T:
-        said, own = extend(model, tokens[:, None], cache)
+        read, own = extend(model, tokens[:, None], cache)
         cache = lengthen(cache, own)
-    return said[:, 0], cache
+    return read[:, 0], cache
 
 
 def extend(model: nn.Module, tokens: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-    """Read C sibling tokens, each as the next one after the P texts of a cache.
+    """Read C tokens, each of them as the next one after each of N texts.
 
-    Tokens `[1, C]` are siblings that all P texts share: up to the first layer's attention nothing
-    depends on the text, and is computed once.
+    The C tokens do not see each other. Tokens `[1, C]` are the same for all texts: up to the first
+    layer's attention nothing depends on the text, and it is computed once.
 
     Args:
-      model: a policy or a model with a scalar head.
-      tokens: `[P, C]` or `[1, C]` int64.
-      cache: of the P texts, all of one length.
+      model: a transformer, or a model that reads its hidden states.
+      tokens: `[N, C]` or `[1, C]` int64.
+      cache: of the N texts, all of one length.
     Returns:
-      `(outputs [P, C, K], own)`: what the model says after each token, and the tokens' own keys and
-      values, for `lengthen`.
+      `(outputs [N, C, K], own)`: the outputs of `model` after each token, and each token's own keys
+      and values, for `lengthen`.
     """
     body = body_of(model)
-    x = body.wte(tokens) + body.wpe.weight[cache[0][0].shape[2]]  # [P, C, D]
+    x = body.wte(tokens) + body.wpe.weight[cache[0][0].shape[2]]  # [N or 1, C, D]
     own: KVCache = []
     for block, (keys, values) in zip(body.blocks, cache, strict=True):
         attended, k, v = _attend_to_cache(block.attn, block.ln_1(x), keys, values)
@@ -50,20 +59,24 @@ def extend(model: nn.Module, tokens: Tensor, cache: KVCache) -> tuple[Tensor, KV
 def _attend_to_cache(
     attn: SelfAttention, x: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of C siblings `x` `[P, C, D]`, each to the text before it and to itself alone."""
-    q, k, v = attn.queries_keys_values(x)  # [P, H, C, D/H], or 1 for P where all share x
-    own = (q * k).sum(-1).unsqueeze(2).expand(len(keys), -1, -1, -1)  # [P, H, 1, C]
-    scores = torch.cat([keys @ q.mT, own], 2) * q.shape[-1] ** -0.5  # [P, H, S + 1, C]
-    weights = scores.softmax(2).mT  # [P, H, C, S + 1]; C innermost is what keeps softmax fast
-    mixed = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v)  # [P, H, C, D/H]
+    """Attention of C tokens `x` `[N, C, D]`, each to the text before it and to itself.
+
+    `keys` and `values` `[N, H, S, D/H]` are those of the text. Returned are the result `[N, C, D]`
+    and the tokens' own keys and values `[N, H, C, D/H]`; N may be 1 in `x` and in these two.
+    """
+    q, k, v = attn.queries_keys_values(x)  # each [N or 1, H, C, D/H]
+    own = (q * k).sum(-1).unsqueeze(2).expand(len(keys), -1, -1, -1)  # [N, H, 1, C]
+    scores = torch.cat([keys @ q.mT, own], 2) * q.shape[-1] ** -0.5  # [N, H, S + 1, C]
+    weights = scores.softmax(2).mT  # [N, H, C, S + 1]; with C innermost softmax is fast
+    mixed = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v)  # [N, H, C, D/H]
     return attn.c_proj(mixed.transpose(1, 2).flatten(2)), k, v
 
 
-def follow(model: Policy, cache: KVCache, edges: Tensor) -> tuple[Tensor, KVCache]:
-    """Outputs `[N, K]` and caches after N edges: token v after text p is edge p V + v."""
-    cache = take(cache, edges // model.vocab_size)
-    said, own = extend(model, (edges % model.vocab_size)[:, None], cache)
-    return said[:, 0], lengthen(cache, own)
+def follow(policy: Policy, cache: KVCache, edges: Tensor) -> tuple[Tensor, KVCache]:
+    """Logits `[E, V]` and caches after E edges `[E]`: token v after text n is edge n V + v."""
+    cache = take(cache, edges // policy.vocab_size)
+    logits, own = extend(policy, (edges % policy.vocab_size)[:, None], cache)
+    return logits[:, 0], lengthen(cache, own)
 
 
 def take(cache: KVCache, rows: Tensor) -> KVCache:
@@ -73,23 +86,31 @@ def take(cache: KVCache, rows: Tensor) -> KVCache:
     return [(keys[rows], values[rows]) for keys, values in cache]
 
 
-def lengthen(path: KVCache, own: KVCache) -> KVCache:
-    """Caches of P texts with their C children's own keys and values: P * C longer texts.
+def split(cache: KVCache, size: int) -> Iterator[KVCache]:
+    """The caches of the texts, `size` of them at a time."""
+    # `split`, not slices: the gradient of a slice is a whole tensor, nearly all of it zeros.
+    layers = [zip(keys.split(size), values.split(size), strict=True) for keys, values in cache]
+    return map(list, zip(*layers, strict=True))
+
+
+def lengthen(cache: KVCache, own: KVCache) -> KVCache:
+    """The caches of N C texts: each of N texts, followed by each of C tokens.
 
     Args:
-      path: of the texts, `[P, H, S, D/H]` per layer.
-      own: of the children, `[P, H, C, D/H]`, or `[1, H, C, D/H]` where all texts share them.
+      cache: of the N texts, `[N, H, S, D/H]` per layer.
+      own: of the tokens, `[N, H, C, D/H]` per layer, or `[1, H, C, D/H]` where they are the same
+        for all texts.
     Returns:
-      `[P C, H, S + 1, D/H]` per layer.
+      `[N C, H, S + 1, D/H]` per layer, the C texts of each text side by side.
     """
 
-    def join(shared: Tensor, mine: Tensor) -> Tensor:  # [P, H, S, d], [P or 1, H, C, d]
-        n_children = mine.shape[2]
-        mine = mine.transpose(1, 2).unsqueeze(3).expand(len(shared), -1, -1, -1, -1)
-        shared = shared.unsqueeze(1).expand(-1, n_children, -1, -1, -1)
-        return torch.cat([shared, mine], dim=3).flatten(0, 1)  # [P * C, H, S + 1, d]
+    def join(text: Tensor, token: Tensor) -> Tensor:  # [N, H, S, d], [N or 1, H, C, d]
+        n_texts, n_tokens = len(text), token.shape[2]
+        token = token.transpose(1, 2).unsqueeze(3).expand(n_texts, -1, -1, -1, -1)
+        text = text.unsqueeze(1).expand(-1, n_tokens, -1, -1, -1)
+        return torch.cat([text, token], dim=3).flatten(0, 1)  # [N C, H, S + 1, d]
 
     return [
         (join(keys, own_keys), join(values, own_values))
-        for (keys, values), (own_keys, own_values) in zip(path, own, strict=True)
+        for (keys, values), (own_keys, own_values) in zip(cache, own, strict=True)
     ]

@@ -1,9 +1,9 @@
-"""Each distinct prefix of a batch once: the tree of prefixes, and how a transformer reads it.
+"""The tree of the distinct prefixes of a batch, and how a transformer reads it in one pass.
 
-Completions drawn from one policy begin alike: a batch of 1,000 micro-reviews has some 500 distinct
-prefixes, where reading each row on its own reads 5,000 tokens. The tree has one node per prefix,
-and attention looks from each node at its ancestors. Weights are those of the plain model in
-`policies.transformer`; results agree with it up to rounding.
+Completions drawn from one policy begin alike: 1,000 micro-reviews have some 500 distinct prefixes,
+where reading each row on its own means reading 5,000 tokens. The tree has one node per prefix. All
+nodes are read together, and each attends to its ancestors. The weights are those of
+`policies.TinyTransformer`, and the results agree with it up to rounding.
 """
 
 import torch
@@ -26,46 +26,43 @@ def prefix_tree(prompts: Tensor, tokens: Tensor, vocab_size: int) -> PrefixTree:
     Returns:
       The tree; its `nodes` say which prefix each row of the batch is at each step.
     """
-    first, node = prompts.unique(return_inverse=True)  # node: the prefix of each row going on
-    rows = torch.arange(len(prompts), device=prompts.device)
-    level = torch.arange(len(first), device=prompts.device).unsqueeze(
-        1
-    )  # ancestors of this depth's
-    own, levels, nodes = [first], [level], [node]
-    n_nodes = len(first)
-    for column in tokens.T:
+    device = prompts.device
+    own, place = prompts.unique(return_inverse=True)  # of depth 0; each row's place among them
+    level = torch.arange(len(own), device=device)[:, None]  # the ancestors of each, itself last
+    rows = torch.arange(len(prompts), device=device)  # the rows that have not ended
+    lasts, levels, nodes, n_nodes = [own], [level], [place], len(own)
+    for column in tokens.T:  # the prefixes of one depth after those of another
         going_on = column[rows] != PAD
-        rows, node = rows[going_on], node[going_on]
-        edges, node = (node * vocab_size + column[rows]).unique(return_inverse=True)
-        fresh = n_nodes + torch.arange(len(edges), device=prompts.device)
-        level = torch.cat([level[edges // vocab_size], fresh.unsqueeze(1)], dim=1)
-        own.append(edges % vocab_size)
+        rows, place = rows[going_on], place[going_on]
+        edges, place = (place * vocab_size + column[rows]).unique(return_inverse=True)
+        own = n_nodes + torch.arange(len(edges), device=device)
+        level = torch.cat([level[edges // vocab_size], own[:, None]], dim=1)
+        lasts.append(edges % vocab_size)
         levels.append(level)
-        nodes.append(torch.zeros_like(prompts).index_put((rows,), n_nodes + node))
+        nodes.append(torch.zeros_like(prompts).index_put((rows,), n_nodes + place))
         n_nodes += len(edges)
-    n_steps = len(levels)
-    depths = [torch.full_like(mine, depth) for depth, mine in enumerate(own)]
-    ancestors = [F.pad(level, (0, n_steps - level.shape[1])) for level in levels]
+    depths = [torch.full_like(last, depth) for depth, last in enumerate(lasts)]
+    ancestors = [F.pad(level, (0, len(levels) - level.shape[1])) for level in levels]
     return PrefixTree(
-        torch.cat(own), torch.cat(depths), torch.cat(ancestors), torch.stack(nodes, 1)
+        torch.cat(lasts), torch.cat(depths), torch.cat(ancestors), torch.stack(nodes, dim=1)
     )
 
 
 def read_tree(model: nn.Module, tree: PrefixTree) -> Tensor:
-    """What `model` says after each prefix of a tree, `[N, K]`.
+    """The outputs of `model` after each prefix of a tree, `[N, K]`.
 
-    A policy says V logits, a reward model or a value function one number, and a policy with a value
-    function V logits and the value.
+    K is V logits of a policy, one number of a reward model or a value function, and V + 1 of a
+    policy with a value function, the value last.
     """
     if isinstance(model, SeparateNetworks):
         return torch.cat([read_tree(model.policy, tree), read_tree(model.critic, tree)], -1)
     if isinstance(model, TabularPolicy):
-        return model.logits[tree.tokens]  # a bandit has one token to say: all nodes are prompts
+        return model.logits[tree.tokens]  # completions of one token: all nodes are prompts
     return outputs(model, _hidden(body_of(model), tree))
 
 
 def body_of(model: nn.Module) -> TinyTransformer:
-    """The transformer that reads for `model`."""
+    """The transformer whose hidden states `model` reads."""
     if isinstance(model, TinyTransformer):
         return model
     if isinstance(model, SharedTrunk):
@@ -77,7 +74,7 @@ def body_of(model: nn.Module) -> TinyTransformer:
 
 
 def outputs(model: nn.Module, hidden: Tensor) -> Tensor:
-    """What the heads of `model` read off hidden states `[..., D]`: `[..., K]`."""
+    """The outputs `[..., K]` of the heads of `model` on hidden states `[..., D]`."""
     if isinstance(model, SharedTrunk | ScalarTransformer):
         return model.outputs(hidden)
     return body_of(model).unembed(hidden)
@@ -87,49 +84,50 @@ def _hidden(body: TinyTransformer, tree: PrefixTree) -> Tensor:
     """The hidden state after each prefix of a tree, `[N, D]`."""
     tokens, positions, ancestors = _with_prompts(body.prompt_tokens, tree)
     steps = torch.arange(ancestors.shape[1], device=tokens.device)
-    unseen = steps > positions[:, None]
+    behind = steps > positions[:, None]  # [N, S]
     x = F.embedding(tokens, body.wte.weight) + F.embedding(positions, body.wpe.weight)  # [N, D]
     for block in body.blocks:
-        x = x + _attend_to_ancestors(block.attn, block.ln_1(x), ancestors, unseen)
+        x = x + _attend_to_ancestors(block.attn, block.ln_1(x), ancestors, behind)
         x = x + block.mlp(block.ln_2(x))
-    return body.ln_f(x[-len(tree.tokens) :])
+    return body.ln_f(x[-len(tree.tokens) :])  # without what came before the last of a prompt
 
 
 def _with_prompts(prompt_tokens: Tensor, tree: PrefixTree) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and ancestors of the nodes, with those of long prompts put before them.
+    """Tokens, positions and ancestors of all that is read, with prompts of P tokens spelt out.
 
-    A node of depth 0 is the last of its prompt's P tokens; the P - 1 before it become nodes too.
+    The tree has one node per prompt, which becomes its last token. The P - 1 tokens before it are
+    put before the nodes of the tree, prompt by prompt.
     """
-    is_prompt = tree.depths == 0
-    read = prompt_tokens[tree.tokens[is_prompt]]  # [F, P]
-    n_first, n_before = read.shape[0], read.shape[1] - 1
-    tokens = tree.tokens.masked_scatter(is_prompt, read[:, -1])
+    n_prompts = int((tree.depths == 0).sum())
+    read = prompt_tokens[tree.tokens[:n_prompts]]  # [n_prompts, P]
+    tokens = torch.cat([read[:, -1], tree.tokens[n_prompts:]])
+    n_before = read.shape[1] - 1
     if n_before == 0:
         return tokens, tree.depths, tree.ancestors
-    before = torch.arange(n_first * n_before, device=tokens.device).view(n_first, n_before)
-    own = F.pad(before.repeat_interleave(n_before, 0), (0, tree.ancestors.shape[1]))
-    later = torch.cat([before[tree.ancestors[:, 0]], before.numel() + tree.ancestors], 1)
-    places = torch.arange(n_before, device=tokens.device).repeat(n_first)
+    place = torch.arange(n_prompts * n_before, device=tokens.device)
+    before = place.view(n_prompts, n_before)  # the new nodes of each prompt
+    ancestors_before = F.pad(before.repeat_interleave(n_before, 0), (0, tree.ancestors.shape[1]))
+    ancestors = torch.cat([before[tree.ancestors[:, 0]], len(place) + tree.ancestors], dim=1)
     return (
         torch.cat([read[:, :-1].flatten(), tokens]),
-        torch.cat([places, n_before + tree.depths]),
-        torch.cat([own, later]),
+        torch.cat([place % n_before, n_before + tree.depths]),
+        torch.cat([ancestors_before, ancestors]),
     )
 
 
 def _attend_to_ancestors(
-    attn: SelfAttention, x: Tensor, ancestors: Tensor, unseen: Tensor
+    attn: SelfAttention, x: Tensor, ancestors: Tensor, behind: Tensor
 ) -> Tensor:
-    """Attention of each node `x` `[N, D]` to those on the way to it, and to itself.
+    """Attention of each node `x` `[N, D]` to its ancestors, itself among them: `[N, D]`.
 
-    `ancestors` `[N, S]` are a tree's; `unseen` `[N, S]` is true behind the node itself.
+    `ancestors` `[N, S]` are those of a tree; `behind` `[N, S]` is true behind the node itself.
     """
     width = x.shape[1]
-    q, kv = attn.c_attn(x).split([width, 2 * width], -1)
-    q = q.view(-1, attn.n_heads, 1, width // attn.n_heads)
+    q, kv = attn.c_attn(x).split([width, 2 * width], -1)  # [N, D], [N, 2 D]
+    q = q.view(-1, attn.n_heads, 1, width // attn.n_heads)  # [N, H, 1, D/H]
     # `F.embedding`, not an index: its gradient is far cheaper where rows repeat.
-    path = F.embedding(ancestors, kv).unflatten(-1, (2, attn.n_heads, -1))
-    k, v = path.permute(2, 0, 3, 1, 4)  # each [N, H, S, D/H]
+    gathered = F.embedding(ancestors, kv).unflatten(-1, (2, attn.n_heads, -1))  # [N, S, 2, H, D/H]
+    k, v = gathered.permute(2, 0, 3, 1, 4)  # each [N, H, S, D/H]
     scores = (q * k).sum(-1) * q.shape[-1] ** -0.5  # [N, H, S]
-    weights = scores.masked_fill(unseen[:, None], -torch.inf).softmax(-1)
+    weights = scores.masked_fill(behind[:, None], -torch.inf).softmax(-1)  # [N, H, S]
     return attn.c_proj((weights.unsqueeze(-1) * v).sum(2).flatten(1))  # [N, D]
