@@ -52,7 +52,7 @@ def enumerate_logps(
     going_on = _tokens_that_go_on(task)
 
     def below(prefixes: Prefixes, depth: int) -> Tensor:
-        """`[completions of the prefixes]`, which have `depth` tokens."""
+        """One row per prefix of `depth` tokens, one column per completion of a prefix."""
         if depth + 1 == task.max_tokens:
             return prefixes.next_logps
         longer = depth + 2 < task.max_tokens  # else no token will be read after the children
@@ -86,7 +86,7 @@ def enumerate_rewards(
     every = torch.arange(task.vocab_size, device=going_on.device)
 
     def below(cache: KVCache, depth: int) -> Tensor:
-        """`[completions of the prefixes]`, which have `depth` tokens."""
+        """One row per prefix of `depth` tokens, one column per completion of a prefix."""
         rewards, own = extend(model, every[None], cache)
         rewards = rewards.squeeze(-1)  # [N, V], of each token were it the last
         if depth + 1 == task.max_tokens:
