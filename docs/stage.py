@@ -148,7 +148,8 @@ def api_pages() -> list[str]:
         index += toctree(part, modules).replace(":hidden:\n", "")
         for name in modules:
             title = f"dpo_mini.{name}"
-            options = "   :imported-members:\n" if name == "real" else ""
+            folders = ("policies", "real", "rollout")  # whose names are written in files of theirs
+            options = "   :imported-members:\n" if name in folders else ""
             write(
                 f"api/{name}.rst",
                 f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n{options}",

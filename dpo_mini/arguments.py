@@ -191,6 +191,27 @@ def check_logps(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: got {got}, takes log-probabilities < inf")
 
 
+def check_at_most_0(name: str, logps: Tensor, *, n_tokens: int = 1) -> None:
+    """Refuse log-probabilities above 0, most often negative log-likelihoods; allow for rounding.
+
+    A logit minus the `logsumexp` of all may come out above 0 by the rounding of a logit, which is
+    below 100 times the dtype's epsilon while logits stay below 100. What is float64 now may have
+    been float32 before.
+
+    Args:
+      name: what the message calls them.
+      logps: of tokens, or sums over at most `n_tokens` tokens, nats.
+      n_tokens: how many such roundings may add up.
+    """
+    check_floats("[...]", **{name: logps})
+    epsilon = max(torch.finfo(dtype).eps for dtype in (logps.dtype, torch.float32))
+    if (logps > 100 * epsilon * n_tokens).any():
+        raise ValueError(
+            f"`{name}` must be log-probabilities <= 0, got {logps.max().item():.4g}: is it a "
+            "negative log-likelihood?"
+        )
+
+
 def check_finite(**tensors: Tensor) -> None:
     """Refuse NaN and both infinities."""
     for name, tensor in tensors.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dpo_mini.arguments import (
     as_bool_mask,
     check_alike,
+    check_at_most_0,
     check_between,
     check_count,
     check_finite,
@@ -35,8 +36,8 @@ from dpo_mini.policies import (
     Scorer,
     SeparateNetworks,
     SharedTrunk,
-    shares_storage,
 )
+from dpo_mini.policies.base import shares_storage
 from dpo_mini.policy_gradient import (
     AdaptiveKLController,
     clipped_surrogate_loss,
@@ -51,11 +52,10 @@ from dpo_mini.policy_gradient import (
 )
 from dpo_mini.preferences import bradley_terry_prob, sample_bradley_terry
 from dpo_mini.rollout import (
-    faster_reader,
     read_actor_critic,
     sample,
     shared_prefix_rewards,
-    shared_prefix_token_logps,
+    token_logps,
 )
 
 __all__ = [
@@ -125,7 +125,7 @@ def fit_sft(
     _check_settings(steps, batch_size, learning_rate, generator)
 
     def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scored = _token_logps("policy", policy, prompts[rows], completions[rows])
+        scored = token_logps(policy, prompts[rows], completions[rows])
         return -sum_over_tokens(scored, completions[rows] != PAD).mean(), {}
 
     return _descend(
@@ -170,25 +170,20 @@ def fit_preferences(
     _check_settings(steps, batch_size, learning_rate, generator)
     _check_frozen(policy, reference)
 
-    def score(read: PairReader, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def score(name: str, model: Scorer, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
-        scored = read(prompts[rows], chosen[rows], rejected[rows])
+        scored = token_logps(model, prompts[rows], chosen[rows], rejected[rows], name=name)
         mask = torch.cat([chosen[rows], rejected[rows]]) != PAD
         chosen_scores, rejected_scores = reduce(scored, mask).chunk(2)
         return chosen_scores, rejected_scores
 
-    first = [column[:batch_size] for column in (prompts, chosen, rejected)]
-    read_policy, read_reference = (
-        _pair_reader(name, model, *first)
-        for name, model in (("policy", policy), ("reference", reference))
-    )
     every = torch.arange(len(prompts), device=prompts.device)
     with torch.no_grad():
-        blocks = [score(read_reference, rows) for rows in every.split(batch_size)]
+        blocks = [score("reference", reference, rows) for rows in every.split(batch_size)]
     ref_chosen, ref_rejected = (torch.cat(parts) for parts in zip(*blocks, strict=True))
 
     def batch_loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen_logps, rejected_logps = score(read_policy, rows)
+        chosen_logps, rejected_logps = score("policy", policy, rows)
         per_pair = loss(chosen_logps, rejected_logps, ref_chosen[rows], ref_rejected[rows])
         margins = (chosen_logps - ref_chosen[rows]) - (rejected_logps - ref_rejected[rows])
         margins = margins.detach()
@@ -343,9 +338,9 @@ def fit_online_preferences(
         answers = sample(policy, asked, generator=generator)
         rewards = _score(score, asked, answers)
         mask = answers != PAD
-        scored = _token_logps("policy", policy, asked, answers)
+        scored = token_logps(policy, asked, answers)
         with torch.no_grad():
-            ref_scored = _token_logps("reference", reference, asked, answers)
+            ref_scored = token_logps(reference, asked, answers, name="reference")
         logps, ref_logps = reduce(scored, mask), reduce(ref_scored, mask)
         first_wins = sample_bradley_terry(*rewards.chunk(2), generator=generator)
         chosen, rejected = (
@@ -503,7 +498,7 @@ def fit_ppo(
         scores = _score(score, asked, answers)
         with torch.no_grad():
             old_logps, old_values, entropies = read_actor_critic(actor_critic, asked, answers)
-            ref_logps = _token_logps("reference", reference, asked, answers)
+            ref_logps = token_logps(reference, asked, answers, name="reference")
             penalties = weight * reward_penalty(old_logps, ref_logps)
         rewards = assign(scores.to(old_logps), penalties, mask)
         advantages, returns = gae(rewards, old_values, mask, discount=discount, lam=lam)
@@ -776,27 +771,6 @@ def check_pairs(pairs: Pairs) -> Pairs:
     return prompts, chosen, rejected
 
 
-def check_at_most_0(name: str, logps: Tensor, *, n_tokens: int = 1) -> None:
-    """Refuse log-probabilities above 0, most often negative log-likelihoods; allow for rounding.
-
-    A logit minus the `logsumexp` of all may come out above 0 by the rounding of a logit, which is
-    below 100 times the dtype's epsilon while logits stay below 100. What is float64 now may have
-    been float32 before.
-
-    Args:
-      name: what the message calls them.
-      logps: of tokens, or sums over at most `n_tokens` tokens, nats.
-      n_tokens: how many such roundings may add up.
-    """
-    check_floats("[...]", **{name: logps})
-    epsilon = max(torch.finfo(dtype).eps for dtype in (logps.dtype, torch.float32))
-    if (logps > 100 * epsilon * n_tokens).any():
-        raise ValueError(
-            f"`{name}` must be log-probabilities <= 0, got {logps.max().item():.4g}: is it a "
-            "negative log-likelihood?"
-        )
-
-
 def _descend(
     policy: nn.Module | Scorer,
     batch_loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
@@ -869,29 +843,6 @@ def _check_settings(
     check_generator(generator)
 
 
-def _token_logps(name: str, model: Scorer, prompts: Tensor, completions: Tensor) -> Tensor:
-    """`[B, T]`: policies that can be walked as a tree read each distinct prefix once."""
-    if isinstance(model, Policy):
-        return shared_prefix_token_logps(model, prompts, completions)
-    scored = model.token_logps(prompts, completions)
-    if scored.shape != completions.shape:
-        want, got = list(completions.shape), list(scored.shape)
-        raise ValueError(f"`{name}.token_logps` must have shape [B, T] = {want}, got {got}")
-    check_at_most_0(f"{name}.token_logps", scored.masked_fill(completions == PAD, 0.0))
-    return scored
-
-
-def _pair_reader(
-    name: str, model: Scorer, prompts: Tensor, chosen: Tensor, rejected: Tensor
-) -> PairReader:
-    """`model.token_logps` of both answers, `[2 B, T]`, in the way that is fast on such pairs."""
-    if isinstance(model, Policy):
-        return partial(faster_reader(model, prompts, chosen, rejected), model)
-    return lambda prompts, *answers: _token_logps(
-        name, model, torch.cat([prompts] * 2), torch.cat(answers)
-    )
-
-
 def _check_frozen(policy: nn.Module | Scorer, reference: nn.Module | Scorer) -> None:
     if shares_storage(policy, reference):
         raise ValueError(
@@ -925,7 +876,7 @@ def _score(score: Score, prompts: Tensor, completions: Tensor) -> Tensor:
 
 def _logps(name: str, model: Scorer, prompts: Tensor, completions: Tensor) -> Tensor:
     """log pi(y|x), `[B]` nats."""
-    scored = _token_logps(name, model, prompts, completions)
+    scored = token_logps(model, prompts, completions, name=name)
     return sum_over_tokens(scored, completions != PAD)
 
 

@@ -1,15 +1,12 @@
 """The policies against `transformers`' GPT-2 with the same weights, and against bad input."""
 
-from functools import partial
-
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
-from dpo_mini import policies
 from dpo_mini.logps import PAD
 from dpo_mini.policies import (
-    OneDNNLinear,
     PrefixTree,
     RewardModel,
     ScalarTransformer,
@@ -17,10 +14,10 @@ from dpo_mini.policies import (
     SharedTrunk,
     TabularPolicy,
     TinyTransformer,
-    gelu,
-    linear_of_rows,
-    shares_storage,
 )
+from dpo_mini.policies.base import shares_storage
+from dpo_mini.rollout.kv_cache import begin, extend, lengthen
+from dpo_mini.rollout.trees import read_tree
 
 SHAPES = [
     # X, V, T, end token, layers, heads, width
@@ -30,9 +27,16 @@ SHAPES = [
     (4, 12, 1, 3, 3, 2, 12),
 ]
 DTYPES = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
+N_READ = [None, 1, 3, 4]  # tokens of a prompt; None: the one that stands for it by default
 
 
-def transformer(shape, dtype, generator):
+def spelled(shape, n_read, generator):
+    """The tokens of each prompt, `[X, n_read]`; some occur in completions, some do not."""
+    n_prompts, vocab_size = shape[:2]
+    return torch.randint(vocab_size + 3, (n_prompts, n_read), generator=generator)
+
+
+def transformer(shape, dtype, generator, prompt_tokens=None):
     """A policy whose weights are far from their small initial values, so that mistakes show."""
     n_prompts, vocab_size, max_tokens, end_token, n_layers, n_heads, width = shape
     policy = TinyTransformer(
@@ -40,6 +44,7 @@ def transformer(shape, dtype, generator):
         vocab_size,
         max_tokens,
         end_token=end_token,
+        prompt_tokens=prompt_tokens,
         generator=generator,
         n_layers=n_layers,
         n_heads=n_heads,
@@ -67,8 +72,8 @@ def gpt2_with_weights_of(policy):
     """`transformers`' GPT-2 with the same weights: its Conv1D keeps them transposed."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=policy.vocab_size + policy.n_prompts,
-        n_positions=policy.max_tokens,
+        vocab_size=policy.wte.num_embeddings,
+        n_positions=policy.wpe.num_embeddings,
         n_embd=policy.wte.embedding_dim,
         n_layer=len(policy.blocks),
         n_head=policy.blocks[0].attn.n_heads,
@@ -91,167 +96,147 @@ def gpt2_with_weights_of(policy):
     return model
 
 
+def policy_and_oracle(shape, n_read, dtype, generator):
+    """A policy, `transformers`' GPT-2 with its weights, and the tokens of each prompt."""
+    read = None if n_read is None else spelled(shape, n_read, generator)
+    policy = transformer(shape, dtype, generator, read)
+    if read is None:
+        read = shape[1] + torch.arange(shape[0])[:, None]
+    return policy, gpt2_with_weights_of(policy), read
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("n_read", N_READ)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transformer_is_gpt2(shape, dtype, tolerance, generator):
-    policy = transformer(shape, dtype, generator)
-    oracle = gpt2_with_weights_of(policy)
+def test_transformer_is_gpt2(shape, n_read, dtype, tolerance, generator):
+    policy, oracle, read = policy_and_oracle(shape, n_read, dtype, generator)
     prompts = torch.randint(policy.n_prompts, (9,), generator=generator)
     inner = (9, policy.max_tokens - 1)
     completions = torch.randint(policy.vocab_size, inner, generator=generator)
     with torch.no_grad():
         logits = policy(torch.cat([prompts[:, None], completions], 1))
-        read = torch.cat([prompts[:, None] + policy.vocab_size, completions], 1)
-        want = oracle(read).logits[..., : policy.vocab_size]
+        whole = oracle(torch.cat([read[prompts], completions], 1)).logits
+    want = whole[:, read.shape[1] - 1 :, : policy.vocab_size]
     assert logits.shape == (9, policy.max_tokens, policy.vocab_size)
     assert logits.std() > 0.1
     assert (logits - want).abs().max() < tolerance
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("n_read", N_READ)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_token_logps_are_those_of_gpt2(shape, dtype, tolerance, generator):
-    policy = transformer(shape, dtype, generator)
-    oracle = gpt2_with_weights_of(policy)
+def test_token_logps_are_those_of_gpt2(shape, n_read, dtype, tolerance, generator):
+    policy, oracle, read = policy_and_oracle(shape, n_read, dtype, generator)
     prompts, completions = random_rows(policy, 40, generator)
     with torch.no_grad():
         got = policy.token_logps(prompts, completions)
         totals = policy.logps(prompts, completions)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             tokens = completion[completion != PAD]  # one row at a time: no padding to get wrong
-            read = torch.cat([prompt[None] + policy.vocab_size, tokens[:-1]])
-            logits = oracle(read[None]).logits[0, :, : policy.vocab_size]
-            want = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+            logits = oracle(torch.cat([read[prompt], tokens[:-1]])[None]).logits[0]
+            logps = logits[read.shape[1] - 1 :, : policy.vocab_size].log_softmax(-1)
+            want = logps.gather(1, tokens[:, None]).squeeze(1)
             assert (got[row, : len(tokens)] - want).abs().max() < tolerance
             assert (got[row, len(tokens) :] == 0).all()
             assert (totals[row] - want.sum()).abs() < policy.max_tokens * tolerance
 
 
-def test_gelu_and_its_gradient_are_those_of_torch():
-    x = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
-    weights = torch.linspace(-1, 2, 2001, dtype=torch.float64)
-    got, want = gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
-    assert_close(got, want, rtol=0, atol=1e-14)
-    slope, other = (torch.autograd.grad((weights * y).sum(), x)[0] for y in (got, want))
-    assert_close(slope, other, rtol=0, atol=1e-14)
-    # 0.5 (1 + tanh u) + 0.5 x (1 - tanh^2 u) u' at x = 1, by hand
-    one = torch.ones((), dtype=torch.float64, requires_grad=True)
-    gelu(one).backward()
-    assert one.grad.item() == pytest.approx(1.0829640838457826, abs=1e-14)
+# --- a prompt of several tokens ----------------------------------------------------------------
 
 
-needs_onednn = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN"
-)
+def test_a_prompt_is_read_token_by_token(generator):
+    """Two prompts that differ in one token: what they say differs after it."""
+    shape, read = (3, 7, 5, None, 2, 4, 32), torch.tensor([[0, 1, 2], [0, 5, 2], [0, 1, 2]])
+    policy = transformer(shape, torch.float64, generator, read)
+    first, second, same = policy(torch.tensor([[0, 3, 4], [1, 3, 4], [2, 3, 4]]))
+    assert_close(first, same, rtol=0, atol=1e-13)
+    assert (first - second).abs().min() > 0
 
 
-def by_onednn_and_torch(generator, *shape):
-    """A layer and rows, and what both ways make of them."""
-    layer = torch.nn.Linear(shape[-1], 12)
-    x = torch.randn(shape, generator=generator, requires_grad=True)
-    ways = (OneDNNLinear.apply(x, layer.weight, layer.bias), layer(x))
-    return (x, *layer.parameters()), ways
+def test_the_tokens_of_a_prompt_are_those_of_completions(generator):
+    """[3, 1, 4] as a prompt, and 3 as a prompt that has been answered with 1 and 4."""
+    shape, weights = (1, 7, 5, None, 2, 4, 32), torch.Generator().manual_seed(5)
+    long = transformer(shape, torch.float64, weights, torch.tensor([[3, 1, 4]]))
+    short = TinyTransformer(
+        *(1, 7, 7), end_token=None, prompt_tokens=torch.tensor([[3]]), generator=generator
+    ).double()
+    short.load_state_dict(long.state_dict())
+    after_long = long(torch.tensor([[0, 2, 6]]))
+    after_short = short(torch.tensor([[0, 1, 4, 2, 6]]))
+    assert_close(after_long, after_short[:, 2:], rtol=0, atol=1e-13)
 
 
-@needs_onednn
-@pytest.mark.parametrize("shape", [(5, 7, 8), (1, 1, 4), (64, 18, 64)])
-def test_onednn_and_its_gradient_are_those_of_torch(shape, generator):
-    inputs, ways = by_onednn_and_torch(generator, *shape)
-    assert_close(*ways, rtol=0, atol=1e-5)
-    grad = torch.randn(ways[0].shape, generator=generator)
-    for got, want in zip(*(torch.autograd.grad(y, inputs, grad) for y in ways), strict=True):
-        assert_close(got, want, rtol=1e-5, atol=1e-4)
+def test_there_is_an_embedding_for_each_token_that_is_read(generator):
+    for highest, n_embeddings in ((3, 7), (6, 7), (7, 8), (11, 12)):
+        read = torch.tensor([[0, 1], [2, highest]])
+        policy = transformer((2, 7, 5, 6, 2, 4, 32), torch.float64, generator, read)
+        assert policy.wte.num_embeddings == n_embeddings
+        assert policy.wpe.num_embeddings == 2 + 4  # the last token of a completion is not read
+        assert policy(torch.tensor([[1, 0]])).shape == (1, 2, 7)
 
 
-@needs_onednn
-def test_onednn_has_a_second_derivative(generator):
-    inputs, ways = by_onednn_and_torch(generator, 5, 7, 8)
-
-    def twice(y):
-        slopes = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(sum(slope.pow(2).sum() for slope in slopes), inputs)
-
-    for got, want in zip(*map(twice, ways), strict=True):
-        assert_close(got, want, rtol=1e-4, atol=1e-2)
-
-
-def taken(layer, x):
-    return type(linear_of_rows(layer, x).grad_fn).__name__ == "OneDNNLinearBackward"
+def test_the_tokens_of_prompts_are_no_weights(generator):
+    """A state dict has weights alone, and what is read is copied, so nobody can change it."""
+    read = torch.tensor([[0, 1], [2, 3]])
+    policy = transformer((2, 7, 5, 6, 1, 2, 8), torch.float64, generator, read)
+    before = policy(torch.tensor([[1, 0]]))
+    read[1] = 6
+    assert torch.equal(policy(torch.tensor([[1, 0]])), before)
+    assert set(policy.state_dict()) == {name for name, _ in policy.named_parameters()}
+    assert policy.float().prompt_tokens.dtype == torch.int64
 
 
-@needs_onednn
-@pytest.mark.parametrize(
-    ("maker", "capability", "wanted"),
-    [("AMD", "AVX512", True), ("AMD", "AVX2", False), ("another", "AVX512", False)],
-)
-def test_onednn_is_taken_where_torch_leaves_half_of_a_vector(
-    maker, capability, wanted, monkeypatch
-):
-    monkeypatch.setattr(policies, "_cpu_maker", lambda: maker)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    layer, x = torch.nn.Linear(4, 3), torch.ones(2, 5, 4)
-    assert taken(layer, x) == wanted
-    assert not taken(layer.double(), x.double())  # the chapters' precision is torch's own
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not taken(layer.float(), x)
+# --- torch.func --------------------------------------------------------------------------------
 
 
-@needs_onednn
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_policy_says_the_same_by_onednn(shape, generator, monkeypatch):
-    policy = transformer(shape, torch.float32, generator)
-    rows = random_rows(policy, 9, generator)
-    said = []
-    for faster in (True, False):
-        monkeypatch.setattr(policies, "_onednn_is_faster", lambda faster=faster: faster)
-        said.append(policy.token_logps(*rows))
-    assert "OneDNN" in names_of_graph(said[0])
-    assert "OneDNN" not in names_of_graph(said[1])
-    assert_close(*said, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("n_read", N_READ)
+def test_gradients_of_each_sample_are_those_of_autograd(n_read, generator):
+    """`grad`, `functional_call` and `vmap` over rows, beside one backward pass per row."""
+    shape = (3, 7, 5, None, 2, 4, 32)
+    read = None if n_read is None else spelled(shape, n_read, generator)
+    policy = transformer(shape, torch.float64, generator, read)
+    weights = dict(policy.named_parameters())
+    prompts, completions = random_rows(policy, 6, generator)
+    rows = torch.cat([prompts[:, None], completions], dim=1)
+
+    def score(weights, row):
+        logps = functional_call(policy, weights, (row[None, :-1],)).log_softmax(-1)
+        return logps[0].gather(1, row[1:, None]).sum()
+
+    values = vmap(score, in_dims=(None, 0))(weights, rows)
+    together = vmap(grad(score), in_dims=(None, 0))(weights, rows)
+    assert_close(values, policy.logps(prompts, completions), rtol=0, atol=1e-12)
+    for row in range(6):
+        alone = grad(score)(weights, rows[row])
+        logps = policy.logps(prompts[[row]], completions[[row]])
+        want = torch.autograd.grad(logps.squeeze(), list(weights.values()))
+        assert max(slope.abs().max() for slope in want) > 0.1
+        for name, slope in zip(weights, want, strict=True):
+            assert_close(together[name][row], slope, rtol=0, atol=1e-12)
+            assert_close(alone[name], slope, rtol=0, atol=1e-12)
 
 
-def names_of_graph(y):
-    """The names of all steps that lead to `y`, joined."""
-    nodes, waiting = set(), [y.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return " ".join(type(node).__name__ for node in nodes)
+def test_logps_of_a_policy_can_be_differentiated_by_its_weights_as_a_dictionary(generator):
+    policy = transformer((3, 7, 5, 6, 2, 4, 32), torch.float64, generator)
+    prompts, completions = random_rows(policy, 6, generator)
+
+    class Logps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self):
+            return self.policy.logps(prompts, completions).sum()
+
+    module = Logps()
+    weights = dict(module.named_parameters())
+    slopes = grad(lambda weights: functional_call(module, weights, ()))(weights)
+    want = torch.autograd.grad(policy.logps(prompts, completions).sum(), list(weights.values()))
+    for slope, other in zip(slopes.values(), want, strict=True):
+        assert_close(slope, other, rtol=0, atol=1e-12)
 
 
-def test_gelu_has_a_second_derivative():
-    x = torch.linspace(-4, 4, 30, dtype=torch.float64, requires_grad=True)
-
-    def twice(function):
-        (slope,) = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
-        return torch.autograd.grad((slope * x).sum(), x)[0]
-
-    want = twice(partial(torch.nn.functional.gelu, approximate="tanh"))
-    assert_close(twice(gelu), want, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_extend_agrees_with_forward(shape, generator):
-    policy = transformer(shape, torch.float64, generator)
-    prompts, _ = random_rows(policy, 6, generator)
-    read = prompts[:, None]
-    logits, path = policy.begin(prompts)
-    assert_close(logits, policy(read)[:, -1], rtol=1e-12, atol=1e-12)
-    for depth in range(policy.max_tokens - 1):
-        siblings = torch.randint(policy.vocab_size, (6, 3), generator=generator)
-        logits, own = policy.extend(siblings, path)
-        for c in range(3):
-            alone = policy(torch.cat([read, siblings[:, c : c + 1]], 1))[:, -1]
-            assert_close(logits[:, c], alone, rtol=1e-12, atol=1e-12)
-        assert own[0][0].shape == (6, path[0][0].shape[1], 3, path[0][0].shape[3])
-        assert path[0][0].shape[2] == depth + 1
-        read = torch.cat([read, siblings[:, :1]], 1)
-        path = [
-            tuple(torch.cat([old, new[:, :, :1]], 2) for old, new in zip(kept, mine, strict=True))
-            for kept, mine in zip(path, own, strict=True)
-        ]
+# --- rows ----------------------------------------------------------------------------------------
 
 
 def test_more_padding_changes_nothing(generator):
@@ -469,15 +454,12 @@ def head_after_each_token(body, head, prompts, completions):
 
 
 def one_by_one(model, prompts, completions):
-    """Outputs after the prompt and after each token, `[B, T + 1, K]`, read along one path a row."""
-    outputs, path = model.begin(prompts)
+    """Outputs after the prompt and after each token, `[B, T + 1, K]`, with a cache per row."""
+    outputs, cache = begin(model, prompts)
     read = [outputs]
     for tokens in completions.T:
-        outputs, own = model.extend(tokens[:, None], path)
-        path = [
-            (torch.cat([k, own_k], 2), torch.cat([v, own_v], 2))
-            for (k, v), (own_k, own_v) in zip(path, own, strict=True)
-        ]
+        outputs, own = extend(model, tokens[:, None], cache)
+        cache = lengthen(cache, own)
         read.append(outputs[:, 0])
     return torch.stack(read, dim=1)
 
@@ -485,14 +467,14 @@ def one_by_one(model, prompts, completions):
 def in_one_pass(model, prompts, completions):
     """The same from a tree that is given as it is: a row's prefixes shared with no other row."""
     n_rows, n_steps = len(prompts), completions.shape[1] + 1
-    nodes = torch.arange(n_rows * n_steps).view(n_rows, n_steps)  # row by row
+    nodes = torch.arange(n_rows * n_steps).view(n_steps, n_rows).T  # prompts first
     tree = PrefixTree(
-        tokens=torch.cat([prompts[:, None], completions], dim=1).flatten(),
-        depths=torch.arange(n_steps).repeat(n_rows),
-        lineage=nodes.repeat_interleave(n_steps, dim=0),  # beyond its depth: later nodes, unread
+        tokens=torch.cat([prompts[:, None], completions], dim=1).T.flatten(),
+        depths=torch.arange(n_steps).repeat_interleave(n_rows),
+        ancestors=nodes.repeat(n_steps, 1),  # behind its depth: later nodes, unread
         nodes=nodes,
     )
-    return model.read_tree(tree)[nodes]
+    return read_tree(model, tree)[nodes]
 
 
 def test_a_scalar_is_read_off_the_last_layer_norm(generator):

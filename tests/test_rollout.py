@@ -17,16 +17,15 @@ from dpo_mini.policies import (
 )
 from dpo_mini.policy_gradient import entropy
 from dpo_mini.rollout import (
-    branched_token_logps,
     enumerate_logps,
     enumerate_rewards,
-    faster_reader,
-    forked_token_logps,
     prefix_tree,
     read_actor_critic,
     sample,
+    scoring,
     shared_prefix_rewards,
     shared_prefix_token_logps,
+    token_logps,
 )
 from dpo_mini.tasks import Task, enumerate_completions
 
@@ -408,63 +407,65 @@ def test_shared_prefixes_refuse_what_scoring_refuses(prompts, completions, messa
         shared_prefix_token_logps(policy, torch.tensor(prompts), torch.tensor(completions))
 
 
-# --- forked_token_logps ----------------------------------------------------------------------
+# --- token_logps: rows or a tree ----------------------------------------------------------------
 
 
-def random_pairs(task, n, n_shared, generator):
-    """Prompts and two answers, whose first `n_shared` tokens are the same."""
+def random_answers(task, n, n_shared, n_answers, generator):
+    """Prompts and some answers to each, whose first `n_shared` tokens are the same in all rows."""
     prompts = torch.randint(len(task.prompts), (n,), generator=generator)
-    rows = torch.randint(len(task.completions), (2, n), generator=generator)
-    chosen, rejected = task.completions[rows].clone()
-    rejected[:, :n_shared] = chosen[:, :n_shared]
+    rows = torch.randint(len(task.completions), (n_answers, n), generator=generator)
+    answers = task.completions[rows].clone()
+    answers[:, :, :n_shared] = answers[0, 0, :n_shared]
     if task.end_token is not None:
-        ended = (rejected == task.end_token) | (rejected == PAD)
-        after = (ended.long().cumsum(1) - ended.long()) > 0
-        rejected = rejected.masked_fill(after, PAD)
-    return prompts, chosen, rejected
+        ended = (answers == task.end_token) | (answers == PAD)
+        after = (ended.long().cumsum(2) - ended.long()) > 0
+        answers = answers.masked_fill(after, PAD)
+    return prompts, list(answers)
 
 
-@pytest.mark.parametrize("n_shared", [0, 1, 2, 9])
+@pytest.mark.parametrize("n_answers", [1, 2, 3])
+@pytest.mark.parametrize("n_shared", [0, 2, 9])
 @pytest.mark.parametrize("tree", TREES)
-def test_forked_rows_agree_with_separate_scoring_and_the_tree(tree, n_shared, generator):
+def test_rows_and_trees_agree_with_separate_scoring(
+    tree, n_shared, n_answers, generator, monkeypatch
+):
     task = toy(*tree)
     policy = transformer(task, generator)
-    prompts, chosen, rejected = random_pairs(task, 30, n_shared, generator)
-    answers = torch.cat([chosen, rejected])
-    reads = count_reads(policy)
-    got = forked_token_logps(policy, prompts, chosen, rejected)
-    n_tokens = task.max_tokens
-    same = [torch.equal(chosen[:, t], rejected[:, t]) for t in range(n_tokens - 1)]
-    n_same = [*same, False].index(False)
-    assert n_same >= min(n_shared, n_tokens - 1)
-    assert sum(outputs.numel() for outputs in reads) == 30 * (2 * n_tokens - 1 - n_same)
-    assert (got[answers == PAD] == 0).all()
-    weights = torch.randn(got.shape, dtype=torch.float64, generator=generator)
-    mine = gradient(policy, (weights * got).mean())
-    for other in (
-        policy.token_logps(prompts.repeat(2), answers),
-        branched_token_logps(policy, prompts, chosen, rejected),
-    ):
-        assert got.shape == other.shape
-        assert (got - other).abs().max() < 1e-12
-        assert (mine - gradient(policy, (weights * other).mean())).abs().max() < 1e-12
+    prompts, answers = random_answers(task, 30, n_shared, n_answers, generator)
+    together = torch.cat(answers)
+    want = policy.token_logps(prompts.repeat(n_answers), together)
+    weights = torch.randn(want.shape, dtype=torch.float64, generator=generator)
+    slope = gradient(policy, (weights * want).mean())
+    for rows in (True, False):
+        monkeypatch.setattr(scoring, "_rows_are_faster", lambda *_, rows=rows: rows)
+        reads = count_reads(policy)
+        got = token_logps(policy, prompts, *answers)
+        n_read = sum(outputs.numel() for outputs in reads)
+        in_rows = 30 * (1 + n_answers * (task.max_tokens - 1))
+        distinct = len(distinct_prefixes(prompts.repeat(n_answers), together))
+        assert n_read == (in_rows if rows else distinct)
+        assert (got[together == PAD] == 0).all()
+        assert (got - want).abs().max() < 1e-12
+        assert (gradient(policy, (weights * got).mean()) - slope).abs().max() < 1e-12
 
 
-def test_an_answer_does_not_see_the_other(generator):
-    policy = transformer(toy(3, 5, 4, None), generator)
-    prompts, chosen, rejected = random_pairs(toy(3, 5, 4, None), 8, 1, generator)
-    before = forked_token_logps(policy, prompts, chosen, rejected)
+def test_an_answer_does_not_see_the_other(generator, monkeypatch):
+    monkeypatch.setattr(scoring, "_rows_are_faster", lambda *_: True)
+    task = toy(3, 5, 4, None)
+    policy = transformer(task, generator)
+    prompts, (chosen, rejected) = random_answers(task, 8, 1, 2, generator)
+    before = token_logps(policy, prompts, chosen, rejected)
     changed = chosen.clone()
     changed[:, 1:] = (changed[:, 1:] + 1) % 5
-    after = forked_token_logps(policy, prompts, changed, rejected)
+    after = token_logps(policy, prompts, changed, rejected)
     assert_close(after[8:], before[8:], rtol=0, atol=1e-13)
     assert (after[:8, 1:] != before[:8, 1:]).all()
 
 
-def test_a_bandit_forks_at_its_prompt(generator):
+def test_a_bandit_is_scored_from_its_table(generator):
     policy = TabularPolicy(torch.randn(3, 4, dtype=torch.float64, generator=generator))
     prompts, chosen, rejected = torch.tensor([2, 0]), torch.tensor([[1], [3]]), torch.ones(2, 1)
-    got = forked_token_logps(policy, prompts, chosen, rejected.long())
+    got = token_logps(policy, prompts, chosen, rejected.long())
     logps = policy.logits.log_softmax(-1)
     want = torch.stack([logps[2, 1], logps[0, 3], logps[2, 1], logps[0, 1]])[:, None]
     assert_close(got, want, rtol=0, atol=1e-14)
@@ -473,13 +474,23 @@ def test_a_bandit_forks_at_its_prompt(generator):
 def test_pairs_that_begin_alike_are_read_as_a_tree_and_others_in_rows(generator):
     task = toy(3, 9, 4, None)
     policy = transformer(task, generator)
-    prompts, chosen, rejected = random_pairs(task, 40, 1, generator)
-    assert faster_reader(policy, prompts, chosen, rejected) is forked_token_logps
-    chosen[:, :3], rejected[:, :3] = chosen[0, :3], rejected[0, :3]
-    assert faster_reader(policy, prompts, chosen, rejected) is branched_token_logps
+    for n_shared, rows in ((0, True), (3, False)):
+        prompts, answers = random_answers(task, 40, n_shared, 2, generator)
+        tree = scoring.batch_tree(policy, prompts.repeat(2), torch.cat(answers))
+        assert scoring._rows_are_faster(policy, tree, answers) == rows
 
 
-@pytest.mark.parametrize("read", [forked_token_logps, branched_token_logps, faster_reader])
+def test_a_policy_of_another_kind_scores_by_itself():
+    class Shy:
+        def token_logps(self, prompts, completions):
+            return -prompts[:, None].double() - completions
+
+    answers = torch.tensor([[3], [4]]), torch.tensor([[5], [6]])
+    got = token_logps(Shy(), torch.tensor([1, 2]), *answers)
+    assert got.flatten().tolist() == [-4, -6, -6, -8]
+
+
+@pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize(
     ("prompts", "chosen", "rejected", "message"),
     [
@@ -491,10 +502,13 @@ def test_pairs_that_begin_alike_are_read_as_a_tree_and_others_in_rows(generator)
         ([0], [[1, 2, 3, 4]], [[1, 2, 3, 1]], "completions: got 4 tokens"),
     ],
 )
-def test_pairs_are_refused_as_scoring_does(read, prompts, chosen, rejected, message, generator):
+def test_pairs_are_refused_as_scoring_does(
+    rows, prompts, chosen, rejected, message, generator, monkeypatch
+):
+    monkeypatch.setattr(scoring, "_rows_are_faster", lambda *_: rows)
     policy = transformer(toy(2, 5, 3, 0), generator)
     with pytest.raises(ValueError, match=f"^{message}"):
-        read(policy, *map(torch.tensor, (prompts, chosen, rejected)))
+        token_logps(policy, *map(torch.tensor, (prompts, chosen, rejected)))
 
 
 # --- values and rewards ----------------------------------------------------------------------
@@ -549,10 +563,10 @@ def test_a_tree_holds_each_distinct_prefix_once(tree, generator):
     tree = prefix_tree(prompts, completions, task.vocab_size)
     words = []
     for node, depth in enumerate(tree.depths.tolist()):
-        lineage = tree.lineage[node, : depth + 1]
-        assert lineage[-1] == node
-        assert tree.depths[lineage].tolist() == list(range(depth + 1))
-        words.append(tuple(tree.tokens[lineage].tolist()))  # the prefix spelt out
+        ancestors = tree.ancestors[node, : depth + 1]
+        assert ancestors[-1] == node
+        assert tree.depths[ancestors].tolist() == list(range(depth + 1))
+        words.append(tuple(tree.tokens[ancestors].tolist()))  # the prefix spelt out
     assert len(set(words)) == len(words)
     used = set()
     for row, tokens in enumerate(completions.tolist()):

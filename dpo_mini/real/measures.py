@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo_mini.arguments import check_count, check_generator, check_rows
+from dpo_mini.arguments import check_at_most_0, check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
 from dpo_mini.real.models import CausalLMPolicy
 from dpo_mini.real.tokens import TEMPLATE, check_template, encode_prompt, end_token
-from dpo_mini.train import Pairs, check_at_most_0
+from dpo_mini.train import Pairs
 
 
 def preference_margins(

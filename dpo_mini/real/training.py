@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from dpo_mini.arguments import (
+    check_at_most_0,
     check_count,
     check_fraction,
     check_generator,
@@ -27,12 +28,13 @@ from dpo_mini.arguments import (
     check_rows,
 )
 from dpo_mini.logps import PAD, sum_over_tokens
-from dpo_mini.policies import Scorer, shares_storage
+from dpo_mini.policies import Scorer
+from dpo_mini.policies.base import shares_storage
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
-from dpo_mini.train import History, Pairs, check_at_most_0, check_pair_loss, check_pairs
+from dpo_mini.train import History, Pairs, check_pair_loss, check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
