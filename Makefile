@@ -1,5 +1,5 @@
 # make lab: open the course. make test: what CI runs. make run: execute every chapter anew.
-# make test-alone: each of chapters 00 to 13 alone in an empty folder, as Colab has it.
+# make test-alone: each of chapters 00 to 15 alone in an empty folder, as Colab has it.
 # make test-oldest, make test-newest: every chapter on the lowest, the highest versions allowed, in an
 # environment in _build. PyPI's torch for Linux weighs some 6 GB there.
 # make homework SEED=7: the sheets of that instance, for nbgrader (INSTRUCTORS.md).

@@ -1,7 +1,7 @@
 """Lay out the site's source in _build/source from README, the committed notebooks and docs/.
 
 Paths stay as they are in the repository, so that every link between them holds. Three pages are
-made from what stands elsewhere: the losses from docstrings, the questions from chapter 15, and who
+made from what stands elsewhere: the losses from docstrings, the questions from chapter 17, and who
 cites what from the chapters.
 """
 
@@ -112,10 +112,10 @@ def questions_page(chapter: Path) -> str:
             anchor = title.replace(" ", "-").replace("`", "")
             link = f"[{title}](<notebooks/{chapter.name}#{anchor}>)"
         else:
-            link = f"[{target}](notebooks/12_break_it.ipynb)"
+            link = f"[{target}](notebooks/13_break_it.ipynb)"
         table.append(f"| {symptom} | {link} |")
     if not set(titles) <= {target for _, target in rows}:
-        raise SystemExit("a question of chapter 15 has no symptom")
+        raise SystemExit("a question of chapter 17 has no symptom")
     lines = "\n".join(table)
     return f"# Questions by symptom\n\n| what you see | what answers it |\n|---|---|\n{lines}\n"
 
@@ -183,7 +183,7 @@ def main() -> None:
     notation = re.search(r"^## Notation\n(.*?)^## ", readme, re.M | re.S)[1]
     write("notation.md", "# Notation\n" + notation)
     write("losses.md", losses_page())
-    write("questions.md", questions_page(chapters[15]))
+    write("questions.md", questions_page(chapters[-1]))
     write("bibliography.md", bibliography_page(chapters))
     shutil.copy(DOCS / "glossary.md", SOURCE / "glossary.md")
     text = (DOCS / "explorer.md").read_text(encoding="utf-8")

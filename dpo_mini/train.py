@@ -475,7 +475,6 @@ def fit_ppo(
         raise ValueError(
             f"`batch_size` must be at most beta.horizon = {beta.horizon}, got {batch_size}"
         )
-    _check_whitening(normalise, batch_size, batch_size * actor_critic.policy.max_tokens)
     optimizer, schedule = _adam(actor_critic, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):
@@ -483,7 +482,11 @@ def fit_ppo(
         asked = _draw_prompts(prompts, batch_size, generator)
         answers = sample(actor_critic.policy, asked, generator=generator)
         mask = answers != PAD
-        _check_whitening(normalise, batch_size, int(mask.sum()))
+        if normalise is whiten and mask.sum() < 2:
+            raise ValueError(
+                f"`batch_size` must be >= 2 where a completion can be one token, got {batch_size}: "
+                "`whiten` needs two tokens (or pass normalise=as_they_are)"
+            )
         scores = _score(score, asked, answers)
         with torch.no_grad():
             old_logps, old_values, entropies = read_actor_critic(actor_critic, asked, answers)
@@ -762,16 +765,6 @@ def _check_settings(
     check_count("batch_size", batch_size)
     check_positive("learning_rate", learning_rate)
     check_generator(generator)
-
-
-def _check_whitening(
-    normalise: Callable[[Tensor, Tensor], Tensor], batch_size: int, n_tokens: int
-) -> None:
-    if normalise is whiten and n_tokens < 2:
-        raise ValueError(
-            f"`batch_size` must be >= 2 where a completion can be one token, got {batch_size}: "
-            "`whiten` needs two tokens (or pass normalise=as_they_are)"
-        )
 
 
 def _check_frozen(policy: nn.Module | Scorer, reference: nn.Module | Scorer) -> None:

@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--all-chapters", action="store_true", help="tests/test_alone.py: 00 to 13, not three"
+        "--all-chapters", action="store_true", help="tests/test_alone.py: 00 to 15, not three"
     )
 
 

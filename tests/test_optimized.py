@@ -57,3 +57,14 @@ def test_every_answer_gets_the_same_verdict_and_sentence_as_without_o(monkeypatc
     assert len(wrongs) > 300
     # A hidden test alone may let a mistake pass that the visible test beside it catches.
     assert [p for p, (passed, _) in wrongs.items() if passed and not p.endswith(" True")] == []
+
+
+def test_without_docstrings_a_wrong_answer_reads_the_theorem_that_fails():
+    """`python -OO` drops docstrings too, which are the sentences of the known mistakes."""
+    script = (
+        "from dpo_mini.checks import diagnose; "
+        "print(diagnose('2.3', lambda q, r, beta: q * (1 + (r - q @ r) / (2 * beta))))"
+    )
+    command = [sys.executable, "-OO", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.stdout == "(False, 'some of your probabilities are negative')\n", done.stderr

@@ -351,6 +351,7 @@ def test_margins_start_at_0_only_in_the_references_precision(single, pairs):
         history = train(copy.deepcopy(single), scored, pairs, precision=precision, **first)
         names = ("rewards/chosen", "rewards/rejected", "rewards/margins")
         assert [history[name] for name in names] == [[0.0]] * 3
+        assert history["rewards/accuracies"] == [0.0]  # a tie is no win
         assert_close(history["loss"], [math.log(2)], atol=1e-7, rtol=0)
     # What goes wrong: a reference in float32 beside a policy in bfloat16.
     scored = real.reference_logps(single, pairs)
@@ -562,13 +563,21 @@ def test_bad_settings_are_refused(policy, pairs):
         train(policy, scored, (*pairs[:2], pairs[2][:, :1]))
 
 
-def test_a_run_that_leaves_the_finite_numbers_stops_and_says_where(policy, pairs):
-    scored = real.reference_logps(policy, pairs)
-    with pytest.raises(ValueError, match=r"loss: got nan and a gradient of norm nan at step 0"):
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [
+        (lambda *logps, beta: logps[0] * math.nan, "nan"),
+        (lambda *logps, beta: logps[0] + math.nan, r"[\d.]+"),
+    ],
+)
+def test_a_run_that_leaves_the_finite_numbers_stops_and_says_where(policy, pairs, loss, norm):
+    scored, start = real.reference_logps(policy, pairs), weights(policy)
+    with pytest.raises(ValueError, match=rf"loss: got nan and a gradient of norm {norm} at step 0"):
         train_preferences(
-            policy, scored, pairs, lambda *logps, beta: logps[0] * math.nan, beta=0.1,
-            batches=in_order(12, 4), micro_batch_size=4, optimizer=adamw(policy),
+            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
+            optimizer=adamw(policy),
         )  # fmt: skip
+    assert farthest(weights(policy), start) == 0
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
@@ -939,7 +948,7 @@ def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
     given = real.Checkpoint(
         step=3,
         weights={"a": torch.rand(2, 3, generator=seeded()).T, "b": torch.ones(1)},
-        optimizer={0: {"step": torch.tensor(3.0), "moment": torch.rand(2)}, 1: {"count": 2}},
+        optimizer={0: {"step": torch.tensor(3.0), "of.2": torch.rand(2)}, 1: {"count": 2}},
         settings={"lr": 0.1},
         batches=in_order(4, 2),
         generator_state=seeded().get_state(),

@@ -729,6 +729,11 @@ def test_prompts_take_turns_and_scores_see_what_was_drawn():
     )  # fmt: skip
     assert asked[0][0::2] == asked[0][1::2]
     assert sorted(asked[0]) == [0, 0, 1, 1, 2, 2]
+    asked.clear()
+    ppo(task, score=score, steps=1, batch_size=30)
+    turns = [tuple(asked[0][n : n + 3]) for n in range(0, 30, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns)
+    assert len(set(turns)) > 1
 
 
 def test_on_policy_loops_depend_on_their_generator_only():
@@ -913,6 +918,34 @@ def test_on_policy_preferences_take_the_steps_of_their_formula(generator):
         want["reward"].append(judge.table[x, y].mean())
         want["kl"].append(log_ratios[x, y].detach().mean())
     assert_same_run([policy.logits], [logits], history, want)
+
+
+def test_a_reward_model_takes_the_steps_of_its_formula(generator):
+    task, shape = (
+        random_bandit(3, 4, generator=generator),
+        {"n_layers": 1, "n_heads": 1, "width": 8},
+    )
+    model = RewardModel.for_task(task, generator=generator, **shape).double()
+    with torch.no_grad():
+        model.head.weight += torch.randn(1, 8, dtype=torch.float64, generator=generator)
+    by_hand = copy.deepcopy(model)
+    pairs = task.sample_pairs(task.ref_logps, 30, generator=generator)
+    history = fit_reward_model(model, pairs, **settings(steps=6, batch_size=30))
+    adam, want = Adam(list(by_hand.parameters()), 6, 0.1), defaultdict(list)
+    for step in range(6):
+        heard = []
+        with by_hand.body.ln_f.register_forward_hook(lambda _, x, y, to=heard: to.append(y[:, 1])):
+            by_hand.body(torch.cartesian_prod(torch.arange(3), torch.arange(4)))
+        rewards = by_hand.head(heard[0]).view(3, 4)
+        prompts, *answers = pairs
+        margins = [rewards[prompts, answer[:, 0]] for answer in answers]
+        margins = margins[0] - margins[1]
+        loss = torch.log1p((-margins).exp()).mean()
+        want["loss"].append(loss.detach())
+        want["accuracy"].append((margins > 0).double().mean())
+        adam.step(loss, step)
+    assert len(set(want["accuracy"])) > 1
+    assert_same_run(model.parameters(), by_hand.parameters(), history, want)
 
 
 @pytest.mark.parametrize("loop", [fit_reinforce, fit_online_preferences])

@@ -34,7 +34,7 @@ def verdicts() -> dict[str, list]:
                 sentence = attempt.judge(answer, hidden_only=hidden_only)
                 kind = "wrong" if words else "right"
                 found[f"{kind} {test} {words} {hidden_only}"] = [not sentence, sentence]
-    repairs = runpy.run_path(str(ROOT / "notebooks/solutions/12_break_it.py"))["REPAIRS"]
+    repairs = runpy.run_path(str(ROOT / "notebooks/solutions/13_break_it.py"))["REPAIRS"]
     for shown in museum.EXHIBITS:
         found[f"wrong {shown.name}"] = list(museum.diagnose(shown.name, shown.broken))
         found[f"right {shown.name}"] = list(museum.diagnose(shown.name, repairs[shown.name]))

@@ -82,7 +82,7 @@ def try_chapter(path: Path, python: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run all chapters on one end of the ranges.")
     parser.add_argument("which", choices=("oldest", "newest"))
-    parser.add_argument("chapters", nargs="*", help="only these, such as 02 14")
+    parser.add_argument("chapters", nargs="*", help="only these, such as 02 16")
     parser.add_argument("--python", type=Path, help="of an environment that is there already")
     given = parser.parse_intermixed_args()
     python = given.python or make_environment(given.which, ROOT / "_build" / given.which)

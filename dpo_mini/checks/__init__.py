@@ -13,6 +13,7 @@ reads the theorem.
     check(Exercise(...), f)                 # an exercise of your own: INSTRUCTORS.md has one
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -76,7 +77,8 @@ class Exercise:
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function, got {getattr(self, name)!r}")
         for mistake in self.mistakes:
-            if not callable(mistake) or not mistake.__doc__:
+            said = mistake.__doc__ or sys.flags.optimize > 1  # python -OO drops every docstring
+            if not callable(mistake) or not said:
                 raise TypeError(
                     f"`mistakes` must be functions, each with a sentence for its docstring, "
                     f"got {mistake!r}"

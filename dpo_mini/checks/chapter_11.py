@@ -1,249 +1,251 @@
-"""Chapter 11: keep Z when it does not cancel."""
-
-import math
-from itertools import product
+"""Chapter 11: change one line."""
 
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, draws, random_policies
+from dpo_mini.checks.homework import agree, draws, other_instances
 
-BEST = torch.tensor([0.7, 0.1, 0.15, 0.05], dtype=torch.float64)
-WRITER = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+SHOWN = torch.tensor([0.69, 0.31, 0.5, 0.74], dtype=torch.float64)
+REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+WINS = torch.tensor(
+    [[0.5, 0.9, 0.3, 0.6], [0.1, 0.5, 0.8, 0.7], [0.7, 0.2, 0.5, 0.45], [0.4, 0.3, 0.55, 0.5]],
+    dtype=torch.float64,
+)
+CYCLE = torch.tensor([[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]], dtype=torch.float64)
+ANOTHER = torch.tensor([[0.5, 0.6, 0.05], [0.4, 0.5, 0.75], [0.95, 0.25, 0.5]], dtype=torch.float64)
 
 
-def judge_log_z_of_ranks(log_z_of_ranks):
-    """11.1: with Z the optimum's probabilities of all the ranks sum to 1."""
-    for n, beta in product((1, 2, 5, 12, 100), (0.1, 0.5, 3.0)):
-        ranks = torch.arange(1, n + 1, dtype=torch.float64) / n
-        log_probs = ranks / beta - math.log(n) - log_z_of_ranks(n, beta)
+def judge_fitted_margin(fitted_margin):
+    """10.1: labels made with known margins, then flipped, give these margins back."""
+    for n, flip_rate in ((1, 0.0), (3, 0.1), (5, 0.25), (6, 0.4)):
+        margins = 2 * draws(n, seed=n)
+        wins = margins.sigmoid()
+        kept, flipped = (1 - flip_rate) * wins, flip_rate * (1 - wins)
         agree(
-            log_probs.logsumexp(0),
-            0.0,
-            "with your log Z the probabilities of the n answers at the optimum do not sum to 1: "
-            "the logarithm of their sum is not 0",
+            fitted_margin(kept + flipped, flip_rate),
+            margins,
+            "labels of raters with known margins, then flipped, do not give these margins back",
         )
 
 
-def _ranks_of_a_continuum(n, beta):
-    """This is the integral, which knows no n: it is right for a continuum of scores only."""
-    return math.log(beta * math.expm1(1 / beta))
+def _margin_of_the_labels(shown, flip_rate):
+    """This is the margin of the labels as shown, which is what DPO fits: the flips are still in."""
+    return torch.log(shown / (1 - shown))
 
 
-def _ranks_from_zero(n, beta):
-    """The ranks begin at 0: an answer that is one of the n is never below all of them."""
-    return math.log(math.expm1(1 / beta) / math.expm1(1 / (n * beta)) / n)
+def _margin_flipped_again(shown, flip_rate):
+    """This flips the labels once more, as cDPO does: the rater has done that already."""
+    mixed = (1 - flip_rate) * shown + flip_rate * (1 - shown)
+    return torch.log(mixed / (1 - mixed))
 
 
-def _ranks_of_a_fresh_answer(n, beta):
-    """This averages the n + 1 ranks 0..n of a fresh answer; these answers are ranked among
-    themselves.
+def _margin_not_rescaled(shown, flip_rate):
+    """Taking the flips away is not enough: what is left must again be a probability, 0 to 1."""
+    left = shown - flip_rate
+    return torch.log(left / (1 - left))
+
+
+def _margin_as_probability(shown, flip_rate):
+    """This is the probability before the flips: a margin is its log-odds."""
+    return (shown - flip_rate) / (1 - 2 * flip_rate)
+
+
+def _margin_rescaled_once(shown, flip_rate):
+    """This undoes flips in one direction: losses are flipped into wins as well."""
+    left = (shown - flip_rate) / (1 - flip_rate)
+    return torch.log(left / (1 - left))
+
+
+def _margin_divided(shown, flip_rate):
+    """The margin of the labels is divided: it is the probability that the flips mixed."""
+    return torch.log(shown / (1 - shown)) / (1 - 2 * flip_rate)
+
+
+def _margin_of_log_p(shown, flip_rate):
+    """This is the log-probability before the flips: a margin is the log-odds."""
+    return torch.log((shown - flip_rate) / (1 - 2 * flip_rate))
+
+
+def _margin_as_difference(shown, flip_rate):
+    """This is how much more often the first answer wins: Bradley-Terry takes log-odds."""
+    return 2 * (shown - flip_rate) / (1 - 2 * flip_rate) - 1
+
+
+def judge_ipo_policy(ipo_policy):
+    """10.2: a distribution at which the exact IPO loss over all pairs, convex, has no slope."""
+    for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
+        scores = draws(len(ref_probs), len(ref_probs), seed=seed)
+        wins = (scores - scores.T).sigmoid()
+        probs = ipo_policy(ref_probs, wins, beta)
+        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        log_ratios = (probs / ref_probs).log().requires_grad_()
+        margins = log_ratios[:, None] - log_ratios[None, :]
+        loss = (wins * (margins - 1 / (2 * beta)) ** 2).mean()  # every ordered pair as often
+        (slope,) = torch.autograd.grad(loss, log_ratios)
+        agree(slope, 0.0, "the IPO loss over all pairs still has a slope at your policy")
+
+
+def _policy_without_reference(ref_probs, wins, beta):
+    """The reference is missing: win rates tilt it, they do not replace it."""
+    weights = torch.exp(wins.mean(1) / beta)
+    return weights / weights.sum()
+
+
+def _policy_of_defeats(ref_probs, wins, beta):
+    """This averages columns: how often an answer is beaten. Row i holds the wins of answer i."""
+    return torch.softmax(ref_probs.log() + wins.mean(0) / beta, 0)
+
+
+def _policy_of_sums(ref_probs, wins, beta):
+    """This sums wins where the solution has a mean over the answers: beta is Y times too small."""
+    return torch.softmax(ref_probs.log() + wins.sum(1) / beta, 0)
+
+
+def _policy_without_itself(ref_probs, wins, beta):
+    """The mean is over all Y answers, itself included with 1/2: minimise the squares of all pairs
+    and divide by Y, not by the number of opponents.
     """
-    return math.log(sum(math.exp(k / (n * beta)) for k in range(n + 1)) / (n + 1))
+    others = (wins.sum(1) - 0.5) / (len(wins) - 1)
+    weights = ref_probs * torch.exp(others / beta)
+    return weights / weights.sum()
 
 
-def _ranks_not_averaged(n, beta):
-    """The series is summed and not averaged: each rank has the probability 1/n."""
-    return math.log(sum(math.exp(k / (n * beta)) for k in range(1, n + 1)))
+def _policy_of_log_odds(ref_probs, wins, beta):
+    """These are log-odds of win rates: IPO's target is linear in the probability."""
+    rates = wins.mean(1)
+    weights = ref_probs * torch.exp(torch.log(rates / (1 - rates)) / beta)
+    return weights / weights.sum()
 
 
-def _ranks_without_a_logarithm(n, beta):
-    """This is Z; the logarithm is missing."""
-    return sum(math.exp(k / (n * beta)) for k in range(1, n + 1)) / n
-
-
-def _ranks_averaged_first(n, beta):
-    """This is the mean rank over beta: the logarithm of a mean is above the mean of the logarithm
-    (Jensen).
+def _policy_at_half(ref_probs, wins, beta):
+    """A factor 2 is off: the target of a pair is (2p - 1) / (2 beta), which is p / beta and a
+    constant.
     """
-    return (n + 1) / (2 * n * beta)
+    return torch.softmax(ref_probs.log() + wins.mean(1) / (2 * beta), 0)
 
 
-def _ranks_not_divided(n, beta):
-    """The ranks run from 1 to n here: as scores they are divided by n."""
-    return math.log(sum(math.exp(k / beta) for k in range(1, n + 1)) / n)
+def _policy_against_reference(ref_probs, wins, beta):
+    """The opponents are weighted by the reference: here all pairs are compared equally often."""
+    return torch.softmax(ref_probs.log() + wins @ ref_probs / beta, 0)
 
 
-def _ranks_of_n_plus_one(n, beta):
-    """The ranks are divided by n + 1: the best of n has rank n / n."""
-    return math.log(sum(math.exp(k / ((n + 1) * beta)) for k in range(1, n + 1)) / n)
+def _policy_of_mean_log_odds(ref_probs, wins, beta):
+    """These are means of log-odds, a Bradley-Terry reward: IPO's target is linear in the
+    probability of a win.
+    """
+    return torch.softmax(ref_probs.log() + wins.logit().mean(1) / beta, 0)
 
 
-def judge_expected_value(expected_value):
-    """11.2: the mean over every outcome of n draws."""
-    for p, beta, n in ((0.3, 0.5, 1), (0.6, 2.0, 3), (0.05, 0.25, 5), (0.9, 1.25, 8)):
-        rewards = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64)
-        chances = (p * rewards + (1 - p) * (1 - rewards)).prod(1)
-        values = beta * (torch.logsumexp(rewards / beta, 1) - math.log(n))
+def judge_nash_policy(nash_policy):
+    """10.3: a mixture that no action beats more than half the time; on a cycle it is the only."""
+    for seed in range(6):
+        margins = 0.49 * draws(3, seed=seed).sigmoid()
+        wins = torch.full((3, 3), 0.5, dtype=torch.float64)
+        for action, margin in enumerate(margins.tolist()):
+            beaten = (action + 1 + seed % 2) % 3  # both directions of the cycle
+            wins[action, beaten] += margin
+            wins[beaten, action] -= margin
+        probs = nash_policy(wins)
+        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        agree(probs, probs.clamp(min=0), "a probability is below 0")
+        against = wins @ probs
         agree(
-            expected_value(p, beta, n),
-            chances @ values,
-            "averaged over every outcome of the n draws, V-hat is another number",
+            against,
+            against.clamp(max=0.5),
+            "against your mixture an action wins more than half the time",
         )
 
 
-def _value_exact(p, beta, n):
-    """This is V itself: the logarithm of a mean is not the mean of the logarithm."""
-    return beta * math.log1p(p * math.expm1(1 / beta))
-
-
-def _value_by_the_delta_method(p, beta, n):
-    """This is the delta method, an approximation for large n: the numbers of passes can be
-    enumerated.
+def _nash_by_own_margin(wins):
+    """This plays an action by the margin with which it wins. Check: against this mixture some
+    action wins more than half.
     """
-    boost = math.expm1(1 / beta)
-    chi2 = p * (1 - p) * boost**2 / (1 + p * boost) ** 2
-    return _value_exact(p, beta, n) - beta * chi2 / (2 * n)
+    margins = torch.stack([wins[0, 1], wins[1, 2], wins[2, 0]]) - 0.5
+    return margins / margins.sum()
 
 
-def _value_in_nats(p, beta, n):
-    """Beta is missing before the logarithm: this is in nats, not in units of reward."""
-    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    boost = math.expm1(1 / beta)
-    return sum(chance * math.log1p(k / n * boost) for k, chance in enumerate(chances))
-
-
-def _value_of_single_draws(p, beta, n):
-    """This is the mean reward: the logarithm of each draw, or the exponential of their mean, undoes
-    itself.
+def _nash_by_own_defeat(wins):
+    """This plays an action by the margin with which it is beaten: it is the fight that the action
+    takes no part in which counts.
     """
-    return p
+    margins = torch.stack([wins[2, 0], wins[0, 1], wins[1, 2]]) - 0.5
+    return margins / margins.sum()
 
 
-def _value_orders_not_counted(p, beta, n):
-    """The number of orders is missing: k passes in n draws come in many."""
-    chances = [p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    boost = math.expm1(1 / beta)
-    return beta * sum(chance * math.log1p(k / n * boost) for k, chance in enumerate(chances))
-
-
-def _value_at_beta_one_inside(p, beta, n):
-    """Inside the exponential the reward is not divided by beta."""
-    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    terms = (math.log1p(k / n * math.expm1(1)) for k in range(n + 1))
-    return beta * sum(c * term for c, term in zip(chances, terms, strict=True))
-
-
-def _value_of_sums(p, beta, n):
-    """The draws are added up: V-hat is the logarithm of their mean."""
-    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    terms = (math.log(n + k * math.expm1(1 / beta)) for k in range(n + 1))
-    return beta * sum(c * term for c, term in zip(chances, terms, strict=True))
-
-
-def judge_tilt(tilt):
-    """11.3: the changes sum to 0, and along them the regression stays stationary."""
-    for n, error, beta in ((3, 0.01, 0.5), (4, -0.02, 2.0), (6, 0.005, 1.25)):
-        best = draws(n, seed=n).softmax(0)
-        writer = random_policies(best, seed=n)
-        moved = tilt(best, writer, error, beta)
-        agree(moved.sum(), 0.0, "your changes do not sum to 0, so the probabilities not to 1")
-        agree(
-            _drift_of_the_slope(moved / error, best, writer, beta),
-            0.0,
-            "moved along your changes, the policy does not stay at the lowest point of the "
-            "regression: to first order its loss gets a slope",
-        )
-
-
-def _drift_of_the_slope(direction, best, writer, beta):
-    """How fast the regression's slope leaves 0 when V is raised and the policy is moved, `[Y]`.
-
-    The reward is V + beta log(best / ref) exactly, so the residual does not know the reference.
+def _nash_by_totals(wins):
+    """These are shares of all wins: totals are what a Bradley-Terry reward knows, and it cannot
+    see a cycle.
     """
-
-    def slope(error):
-        logits = (best + error * direction).log()
-        residuals = beta * (best.log() - logits.log_softmax(0)) - error
-        loss = (writer * residuals**2).sum()
-        return torch.autograd.grad(loss, logits, create_graph=True)[0]
-
-    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    return torch.autograd.functional.jacobian(slope, at)
+    return wins.sum(1) / wins.sum()
 
 
-def _multiplied(best, writer):
-    """`best` times its weights over the writer, made to sum to 1, `[Y]`."""
-    weighted = best**2 / writer
-    return weighted / weighted.sum()
+def _nash_as_one_action(wins):
+    """This is one action for certain, the one with most wins: something beats it."""
+    return torch.nn.functional.one_hot(wins.sum(1).argmax(), 3)
 
 
-def _tilt_without_beta(best, writer, error, beta):
-    """Beta is missing: an error of V, in reward, becomes an error of log-ratios, in nats."""
-    return error * (_multiplied(best, writer) - best)
+def _nash_of_probabilities(wins):
+    """These are win probabilities where margins over one half are needed."""
+    chances = torch.stack([wins[1, 2], wins[2, 0], wins[0, 1]])
+    return chances / chances.sum()
 
 
-def _tilt_turned_round(best, writer, error, beta):
-    """The sign is reversed: with V too high, mass moves to where best is large against
-    writer.
-    """
-    return error / beta * (best - _multiplied(best, writer))
+def _nash_by_softmax(wins):
+    """A softmax is taken of the margins: divide them by their sum."""
+    return torch.softmax(torch.stack([wins[1, 2], wins[2, 0], wins[0, 1]]) - 0.5, 0)
 
 
-def _tilt_not_normalised(best, writer, error, beta):
-    """The weights are not divided by 1 + chi2: these changes do not sum to zero."""
-    return best * error / beta * (best / writer - 1)
-
-
-def _tilt_as_a_constant(best, writer, error, beta):
-    """This lowers every log-ratio alike, and then the probabilities no longer sum to 1."""
-    return -best * error / beta
-
-
-def _tilt_relative(best, writer, error, beta):
-    """This is the relative change, a factor best is missing: the change of the probability is
-    wanted.
-    """
-    return error / beta * (_multiplied(best, writer) / best - 1)
-
-
-def _tilt_as_policy(best, writer, error, beta):
-    """This is the policy after the change: the change alone is asked for."""
-    return best + error / beta * (_multiplied(best, writer) - best)
+def _nash_as_uniform(wins):
+    """This plays all three alike, which is right only where the three margins are equal."""
+    return torch.full((3,), 1 / 3)
 
 
 EXERCISES = (
     Exercise(
         "11.1",
-        cases=((4, 0.5), (7, 2.0)),
-        judge=judge_log_z_of_ranks,
+        cases=((SHOWN, 0.2), (SHOWN, 0.05)),
+        judge=judge_fitted_margin,
         mistakes=(
-            _ranks_of_a_continuum,
-            _ranks_from_zero,
-            _ranks_of_a_fresh_answer,
-            _ranks_not_averaged,
-            _ranks_without_a_logarithm,
-            _ranks_averaged_first,
-            _ranks_not_divided,
-            _ranks_of_n_plus_one,
+            _margin_of_the_labels,
+            _margin_flipped_again,
+            _margin_not_rescaled,
+            _margin_as_probability,
+            _margin_rescaled_once,
+            _margin_divided,
+            _margin_of_log_p,
+            _margin_as_difference,
         ),
+        shape=lambda shown, flip_rate: shown.shape,
     ),
     Exercise(
         "11.2",
-        cases=((0.3, 0.5, 4), (0.1, 2.0, 7)),
-        judge=judge_expected_value,
+        cases=((REF, WINS, 0.5), (REF[:3] / 0.9, WINS[:3, :3], 0.1)),
+        judge=judge_ipo_policy,
         mistakes=(
-            _value_exact,
-            _value_by_the_delta_method,
-            _value_in_nats,
-            _value_of_single_draws,
-            _value_orders_not_counted,
-            _value_at_beta_one_inside,
-            _value_of_sums,
+            _policy_without_reference,
+            _policy_of_defeats,
+            _policy_of_sums,
+            _policy_without_itself,
+            _policy_of_log_odds,
+            _policy_at_half,
+            _policy_against_reference,
+            _policy_of_mean_log_odds,
         ),
+        shape=lambda ref_probs, wins, beta: ref_probs.shape,
     ),
     Exercise(
         "11.3",
-        cases=((BEST, WRITER, 0.01, 0.5), (BEST.flip(0), WRITER, -0.02, 2.0)),
-        judge=judge_tilt,
+        cases=((CYCLE,), (ANOTHER,), (ANOTHER.T.contiguous(),)),
+        judge=judge_nash_policy,
         mistakes=(
-            _tilt_without_beta,
-            _tilt_turned_round,
-            _tilt_not_normalised,
-            _tilt_as_a_constant,
-            _tilt_relative,
-            _tilt_as_policy,
+            _nash_by_own_margin,
+            _nash_by_own_defeat,
+            _nash_by_totals,
+            _nash_as_one_action,
+            _nash_of_probabilities,
+            _nash_by_softmax,
+            _nash_as_uniform,
         ),
-        shape=lambda best, writer, error, beta: best.shape,
+        shape=lambda wins: [3],
     ),
 )

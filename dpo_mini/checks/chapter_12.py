@@ -1,256 +1,249 @@
-"""Chapter 12: break it."""
+"""Chapter 12: keep Z when it does not cancel."""
 
 import math
+from itertools import product
 
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, draws, other_instances
+from dpo_mini.checks.homework import agree, draws, random_policies
 
-REF_PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
-LENGTHS = torch.tensor([3.0, 1.0, 2.0, 5.0], dtype=torch.float64)
-FEATURES = torch.tensor([[1.0, 0.5], [0.0, -0.5], [6.0, 2.0], [2.0, -1.5]], dtype=torch.float64)
+BEST = torch.tensor([0.7, 0.1, 0.15, 0.05], dtype=torch.float64)
+WRITER = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 
 
-def judge_nats_gained(nats_gained):
-    """12.1: the gains take the reference to a policy, and differ as the rewards do over beta."""
-    for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
-        gained = nats_gained(ref_probs, rewards, beta)
+def judge_log_z_of_ranks(log_z_of_ranks):
+    """11.1: with Z the optimum's probabilities of all the ranks sum to 1."""
+    for n, beta in product((1, 2, 5, 12, 100), (0.1, 0.5, 3.0)):
+        ranks = torch.arange(1, n + 1, dtype=torch.float64) / n
+        log_probs = ranks / beta - math.log(n) - log_z_of_ranks(n, beta)
         agree(
-            beta * (gained - gained[0]),
-            rewards - rewards[0],
-            "times beta, the gains of two answers do not differ as their rewards do",
-        )
-        agree(
-            ref_probs @ gained.exp(),
-            1.0,
-            "with these gains on the reference's log-probabilities the probabilities do not sum "
-            "to 1",
+            log_probs.logsumexp(0),
+            0.0,
+            "with your log Z the probabilities of the n answers at the optimum do not sum to 1: "
+            "the logarithm of their sum is not 0",
         )
 
 
-def _gained_without_z(ref_probs, rewards, beta):
-    """Log Z is missing: not all answers with a reward above 0 rise, probabilities sum to 1."""
-    return rewards / beta
+def _ranks_of_a_continuum(n, beta):
+    """This is the integral, which knows no n: it is right for a continuum of scores only."""
+    return math.log(beta * math.expm1(1 / beta))
 
 
-def _gained_in_reward(ref_probs, rewards, beta):
-    """This is in units of reward: divide by beta to have nats."""
-    return rewards - beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
+def _ranks_from_zero(n, beta):
+    """The ranks begin at 0: an answer that is one of the n is never below all of them."""
+    return math.log(math.expm1(1 / beta) / math.expm1(1 / (n * beta)) / n)
 
 
-def _gained_above_the_mean(ref_probs, rewards, beta):
-    """This compares with the mean reward: the level is beta log Z, which is higher (Jensen)."""
-    return (rewards - ref_probs @ rewards) / beta
-
-
-def _gained_of_z(ref_probs, rewards, beta):
-    """The logarithm of Z is missing."""
-    return rewards / beta - (ref_probs * torch.exp(rewards / beta)).sum()
-
-
-def _gained_z_in_reward(ref_probs, rewards, beta):
-    """One beta too many: log Z is in nats already, and only the reward is divided."""
-    return rewards / beta - beta * torch.log((ref_probs * torch.exp(rewards / beta)).sum())
-
-
-def _gained_optimum(ref_probs, rewards, beta):
-    """This is log pi* itself: what is gained is its difference to the reference's."""
-    return torch.log_softmax(ref_probs.log() + rewards / beta, 0)
-
-
-def _gained_in_probability(ref_probs, rewards, beta):
-    """This is the gain in probability: nats are a difference of logarithms."""
-    return torch.softmax(ref_probs.log() + rewards / beta, 0) - ref_probs
-
-
-def _gained_at_beta_one(ref_probs, rewards, beta):
-    """Inside Z the rewards are not divided by beta."""
-    return rewards / beta - torch.log((ref_probs * torch.exp(rewards)).sum())
-
-
-def _gained_with_z_added(ref_probs, rewards, beta):
-    """log Z is added: the larger Z is, the less each answer gains."""
-    return rewards / beta + torch.log((ref_probs * torch.exp(rewards / beta)).sum())
-
-
-def judge_chosen_rate(chosen_rate):
-    """12.2: what autograd says of one step of gradient descent, through the whole policy."""
-    for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
-        features = draws(len(ref_probs), 1 + seed, seed=seed)
-        for chosen, rejected in ((0, 1), (1, 0), (2, 1)):
-            agree(
-                chosen_rate(ref_probs, features, chosen, rejected, beta),
-                _rate_after_a_step(ref_probs, features, chosen, rejected, beta),
-                "a step of gradient descent on the pair's loss moves the chosen answer's "
-                "log-probability at another rate",
-            )
-
-
-def _rate_after_a_step(ref_probs, features, chosen, rejected, beta):
-    """d log pi(chosen) / d step size, at a step of 0."""
-    ref_logps = ref_probs.log()
-
-    def policy(theta):
-        return torch.log_softmax(ref_logps + features @ theta, 0)
-
-    def loss(theta):
-        log_ratios = policy(theta) - ref_logps
-        return -torch.nn.functional.logsigmoid(beta * (log_ratios[chosen] - log_ratios[rejected]))
-
-    start = torch.zeros(features.shape[1], dtype=torch.float64)
-    downhill = -torch.autograd.functional.jacobian(loss, start)
-
-    def after(step):
-        return policy(start + step * downhill)[chosen]
-
-    return torch.autograd.functional.jacobian(after, torch.zeros((), dtype=torch.float64))
-
-
-def _rate_without_mean(ref_probs, features, chosen, rejected, beta):
-    """The mean feature is missing: when theta moves, the normaliser moves with it."""
-    return 0.5 * beta * (features[chosen] @ (features[chosen] - features[rejected]))
-
-
-def _rate_of_margin(ref_probs, features, chosen, rejected, beta):
-    """This is the rate of the margin, which always grows; the chosen answer's own may not."""
-    gap = features[chosen] - features[rejected]
-    return 0.5 * beta * (gap @ gap)
-
-
-def _rate_without_half(ref_probs, features, chosen, rejected, beta):
-    """The weight of the pair is missing: at margin 0 it is beta times sigmoid(0), a half."""
-    slope = features[chosen] - ref_probs @ features
-    return beta * (slope @ (features[chosen] - features[rejected]))
-
-
-def _rate_without_beta(ref_probs, features, chosen, rejected, beta):
-    """Beta is missing: the pull of a pair is beta sigmoid(-beta d)."""
-    slope = features[chosen] - ref_probs @ features
-    return 0.5 * (slope @ (features[chosen] - features[rejected]))
-
-
-def _rate_of_rejected(ref_probs, features, chosen, rejected, beta):
-    """This is the rejected answer's rate."""
-    mean = ref_probs @ features
-    gap = features[chosen] - features[rejected]
-    return 0.5 * beta * ((features[rejected] - mean) @ gap)
-
-
-def _rate_plain_mean(ref_probs, features, chosen, rejected, beta):
-    """The mean feature is the policy's: weigh each answer by its probability."""
-    slope = features[chosen] - features.mean(0)
-    return 0.5 * beta * (slope @ (features[chosen] - features[rejected]))
-
-
-def _rate_turned_round(ref_probs, features, chosen, rejected, beta):
-    """The sign is reversed: descent on the loss moves theta along phi_w - phi_l."""
-    slope = features[chosen] - ref_probs @ features
-    return 0.5 * beta * (slope @ (features[rejected] - features[chosen]))
-
-
-def _rate_of_probability(ref_probs, features, chosen, rejected, beta):
-    """This is the rate of the probability: its logarithm's is asked for."""
-    slope = ref_probs[chosen] * (features[chosen] - ref_probs @ features)
-    return 0.5 * beta * (slope @ (features[chosen] - features[rejected]))
-
-
-def judge_mean_policy(mean_policy):
-    """12.3: a distribution whose rewards, as length-normalised DPO reads them, are true."""
-    for seed, ((ref_probs, _), (rewards, _), beta) in enumerate(other_instances(seed=0)):
-        lengths = 1 + draws(len(ref_probs), seed=seed).abs().mul(3).floor()
-        probs = mean_policy(ref_probs, rewards, lengths, beta)
-        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
-        implied = beta * (probs / ref_probs).log() / lengths
-        agree(
-            implied - implied[0],
-            rewards - rewards[0],
-            "the implied rewards, beta times the log-ratio over the length, of two answers do not "
-            "differ as their rewards do",
-        )
-
-
-def _normalised(logits):
-    return torch.softmax(logits, 0)
-
-
-def _mean_normalised(ref_probs, rewards, lengths, beta):
-    """This divides by a sum: with means, the free constant is multiplied by each answer's length,
-    and no factor common to all can make up for it.
+def _ranks_of_a_fresh_answer(n, beta):
+    """This averages the n + 1 ranks 0..n of a fresh answer; these answers are ranked among
+    themselves.
     """
-    return _normalised(ref_probs.log() + lengths * rewards / beta)
+    return math.log(sum(math.exp(k / (n * beta)) for k in range(n + 1)) / (n + 1))
 
 
-def _mean_of_sums(ref_probs, rewards, lengths, beta):
-    """This is pi*, which DPO on sums fits: here log-ratios are divided by lengths."""
-    return _normalised(ref_probs.log() + rewards / beta)
+def _ranks_not_averaged(n, beta):
+    """The series is summed and not averaged: each rank has the probability 1/n."""
+    return math.log(sum(math.exp(k / (n * beta)) for k in range(1, n + 1)))
 
 
-def _mean_divided(ref_probs, rewards, lengths, beta):
-    """The length is on the wrong side: the log-ratio is the length times what the labels fix."""
-    return _normalised(ref_probs.log() + rewards / lengths / beta)
+def _ranks_without_a_logarithm(n, beta):
+    """This is Z; the logarithm is missing."""
+    return sum(math.exp(k / (n * beta)) for k in range(1, n + 1)) / n
 
 
-def _mean_not_normalised(ref_probs, rewards, lengths, beta):
-    """The probabilities do not sum to 1: labels fix rewards up to a constant; find it."""
-    return ref_probs * torch.exp(lengths * rewards / beta)
+def _ranks_averaged_first(n, beta):
+    """This is the mean rank over beta: the logarithm of a mean is above the mean of the logarithm
+    (Jensen).
+    """
+    return (n + 1) / (2 * n * beta)
 
 
-def _mean_without_reference(ref_probs, rewards, lengths, beta):
-    """The reference is missing."""
-    low, high = -1e3, 1e3
-    for _ in range(100):
-        c = (low + high) / 2
-        logits = lengths * (rewards + c) / beta - math.log(len(ref_probs))
-        low, high = (low, c) if logits.logsumexp(0) > 0 else (c, high)
-    return logits.exp()
+def _ranks_not_divided(n, beta):
+    """The ranks run from 1 to n here: as scores they are divided by n."""
+    return math.log(sum(math.exp(k / beta) for k in range(1, n + 1)) / n)
+
+
+def _ranks_of_n_plus_one(n, beta):
+    """The ranks are divided by n + 1: the best of n has rank n / n."""
+    return math.log(sum(math.exp(k / ((n + 1) * beta)) for k in range(1, n + 1)) / n)
+
+
+def judge_expected_value(expected_value):
+    """11.2: the mean over every outcome of n draws."""
+    for p, beta, n in ((0.3, 0.5, 1), (0.6, 2.0, 3), (0.05, 0.25, 5), (0.9, 1.25, 8)):
+        rewards = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64)
+        chances = (p * rewards + (1 - p) * (1 - rewards)).prod(1)
+        values = beta * (torch.logsumexp(rewards / beta, 1) - math.log(n))
+        agree(
+            expected_value(p, beta, n),
+            chances @ values,
+            "averaged over every outcome of the n draws, V-hat is another number",
+        )
+
+
+def _value_exact(p, beta, n):
+    """This is V itself: the logarithm of a mean is not the mean of the logarithm."""
+    return beta * math.log1p(p * math.expm1(1 / beta))
+
+
+def _value_by_the_delta_method(p, beta, n):
+    """This is the delta method, an approximation for large n: the numbers of passes can be
+    enumerated.
+    """
+    boost = math.expm1(1 / beta)
+    chi2 = p * (1 - p) * boost**2 / (1 + p * boost) ** 2
+    return _value_exact(p, beta, n) - beta * chi2 / (2 * n)
+
+
+def _value_in_nats(p, beta, n):
+    """Beta is missing before the logarithm: this is in nats, not in units of reward."""
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    boost = math.expm1(1 / beta)
+    return sum(chance * math.log1p(k / n * boost) for k, chance in enumerate(chances))
+
+
+def _value_of_single_draws(p, beta, n):
+    """This is the mean reward: the logarithm of each draw, or the exponential of their mean, undoes
+    itself.
+    """
+    return p
+
+
+def _value_orders_not_counted(p, beta, n):
+    """The number of orders is missing: k passes in n draws come in many."""
+    chances = [p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    boost = math.expm1(1 / beta)
+    return beta * sum(chance * math.log1p(k / n * boost) for k, chance in enumerate(chances))
+
+
+def _value_at_beta_one_inside(p, beta, n):
+    """Inside the exponential the reward is not divided by beta."""
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    terms = (math.log1p(k / n * math.expm1(1)) for k in range(n + 1))
+    return beta * sum(c * term for c, term in zip(chances, terms, strict=True))
+
+
+def _value_of_sums(p, beta, n):
+    """The draws are added up: V-hat is the logarithm of their mean."""
+    chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+    terms = (math.log(n + k * math.expm1(1 / beta)) for k in range(n + 1))
+    return beta * sum(c * term for c, term in zip(chances, terms, strict=True))
+
+
+def judge_tilt(tilt):
+    """11.3: the changes sum to 0, and along them the regression stays stationary."""
+    for n, error, beta in ((3, 0.01, 0.5), (4, -0.02, 2.0), (6, 0.005, 1.25)):
+        best = draws(n, seed=n).softmax(0)
+        writer = random_policies(best, seed=n)
+        moved = tilt(best, writer, error, beta)
+        agree(moved.sum(), 0.0, "your changes do not sum to 0, so the probabilities not to 1")
+        agree(
+            _drift_of_the_slope(moved / error, best, writer, beta),
+            0.0,
+            "moved along your changes, the policy does not stay at the lowest point of the "
+            "regression: to first order its loss gets a slope",
+        )
+
+
+def _drift_of_the_slope(direction, best, writer, beta):
+    """How fast the regression's slope leaves 0 when V is raised and the policy is moved, `[Y]`.
+
+    The reward is V + beta log(best / ref) exactly, so the residual does not know the reference.
+    """
+
+    def slope(error):
+        logits = (best + error * direction).log()
+        residuals = beta * (best.log() - logits.log_softmax(0)) - error
+        loss = (writer * residuals**2).sum()
+        return torch.autograd.grad(loss, logits, create_graph=True)[0]
+
+    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    return torch.autograd.functional.jacobian(slope, at)
+
+
+def _multiplied(best, writer):
+    """`best` times its weights over the writer, made to sum to 1, `[Y]`."""
+    weighted = best**2 / writer
+    return weighted / weighted.sum()
+
+
+def _tilt_without_beta(best, writer, error, beta):
+    """Beta is missing: an error of V, in reward, becomes an error of log-ratios, in nats."""
+    return error * (_multiplied(best, writer) - best)
+
+
+def _tilt_turned_round(best, writer, error, beta):
+    """The sign is reversed: with V too high, mass moves to where best is large against
+    writer.
+    """
+    return error / beta * (best - _multiplied(best, writer))
+
+
+def _tilt_not_normalised(best, writer, error, beta):
+    """The weights are not divided by 1 + chi2: these changes do not sum to zero."""
+    return best * error / beta * (best / writer - 1)
+
+
+def _tilt_as_a_constant(best, writer, error, beta):
+    """This lowers every log-ratio alike, and then the probabilities no longer sum to 1."""
+    return -best * error / beta
+
+
+def _tilt_relative(best, writer, error, beta):
+    """This is the relative change, a factor best is missing: the change of the probability is
+    wanted.
+    """
+    return error / beta * (_multiplied(best, writer) / best - 1)
+
+
+def _tilt_as_policy(best, writer, error, beta):
+    """This is the policy after the change: the change alone is asked for."""
+    return best + error / beta * (_multiplied(best, writer) - best)
 
 
 EXERCISES = (
     Exercise(
         "12.1",
-        cases=((REF_PROBS, REWARDS, 0.5), (REF_PROBS.flip(0), REWARDS, 2.0)),
-        judge=judge_nats_gained,
+        cases=((4, 0.5), (7, 2.0)),
+        judge=judge_log_z_of_ranks,
         mistakes=(
-            _gained_without_z,
-            _gained_in_reward,
-            _gained_above_the_mean,
-            _gained_of_z,
-            _gained_z_in_reward,
-            _gained_optimum,
-            _gained_in_probability,
-            _gained_at_beta_one,
-            _gained_with_z_added,
+            _ranks_of_a_continuum,
+            _ranks_from_zero,
+            _ranks_of_a_fresh_answer,
+            _ranks_not_averaged,
+            _ranks_without_a_logarithm,
+            _ranks_averaged_first,
+            _ranks_not_divided,
+            _ranks_of_n_plus_one,
         ),
-        shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
     Exercise(
         "12.2",
-        cases=((REF_PROBS, FEATURES, 0, 1, 0.5), (REF_PROBS, FEATURES, 3, 0, 2.0)),
-        judge=judge_chosen_rate,
+        cases=((0.3, 0.5, 4), (0.1, 2.0, 7)),
+        judge=judge_expected_value,
         mistakes=(
-            _rate_without_mean,
-            _rate_of_margin,
-            _rate_without_half,
-            _rate_without_beta,
-            _rate_of_rejected,
-            _rate_plain_mean,
-            _rate_turned_round,
-            _rate_of_probability,
+            _value_exact,
+            _value_by_the_delta_method,
+            _value_in_nats,
+            _value_of_single_draws,
+            _value_orders_not_counted,
+            _value_at_beta_one_inside,
+            _value_of_sums,
         ),
     ),
     Exercise(
         "12.3",
-        cases=((REF_PROBS, REWARDS, LENGTHS, 0.5), (REF_PROBS, -REWARDS, LENGTHS, 2.0)),
-        judge=judge_mean_policy,
+        cases=((BEST, WRITER, 0.01, 0.5), (BEST.flip(0), WRITER, -0.02, 2.0)),
+        judge=judge_tilt,
         mistakes=(
-            _mean_normalised,
-            _mean_of_sums,
-            _mean_divided,
-            _mean_not_normalised,
-            _mean_without_reference,
+            _tilt_without_beta,
+            _tilt_turned_round,
+            _tilt_not_normalised,
+            _tilt_as_a_constant,
+            _tilt_relative,
+            _tilt_as_policy,
         ),
-        shape=lambda ref_probs, rewards, lengths, beta: ref_probs.shape,
+        shape=lambda best, writer, error, beta: best.shape,
     ),
 )

@@ -1,323 +1,314 @@
-"""Chapter 15: answer the questions people ask."""
+"""Chapter 15: see the same algebra elsewhere."""
 
 from functools import cache
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, draws, random_policies
+from dpo_mini.checks.homework import agree, draws, other_instances, random_policies
 
-PROBS = [[0.5, 0.3, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.25, 0.05, 0.3, 0.4]]
-REF_PROBS = [[0.3, 0.3, 0.2, 0.2], [0.3, 0.2, 0.2, 0.3], [0.4, 0.2, 0.3, 0.1]]
-LOGPS = torch.tensor(PROBS, dtype=torch.float64).log()
-REF_LOGPS = torch.tensor(REF_PROBS, dtype=torch.float64).log()
-
-
-FAULTS = (1, 2, 3, 4, 5, 6, 7)
+GUESS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+LIKELIHOOD = torch.tensor([0.02, 0.1, 0.3], dtype=torch.float64)
+REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+Q = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
 
 
-def judge_which_fault(which_fault):
-    """15.1: policies trained with each of the faults are told apart."""
-    for fault, seen in _stuck_runs():
+def judge_elbo_gap(elbo_gap):
+    """13.1: none at the posterior, elsewhere what a convex function lies above its tangent."""
+    for seed, n in enumerate((2, 3, 5)):
+        prior, q = draws(2, n, seed=n).softmax(1)
+        likelihood = draws(n, seed=seed).exp()
+        joint = prior * likelihood
         agree(
-            which_fault(*seen),
-            fault,
-            "a policy was trained with one of the seven faults, and from its measurements you name "
-            "another",
+            elbo_gap(joint / joint.sum(), prior, likelihood),
+            0.0,
+            "the guess is the posterior by Bayes' rule, and the gap is not 0",
         )
+        agree(
+            elbo_gap(q, prior, likelihood),
+            _above_the_tangent(q, joint),
+            "log sum_h q^(1-t) joint^t runs from 0 to the log evidence and its tangent at t = 0 "
+            "to the ELBO; what is between them at t = 1 is not your gap",
+        )
+
+
+def _above_the_tangent(q, joint):
+    def log_sum(t):
+        return torch.logsumexp((1 - t) * q.log() + t * joint.log(), 0)
+
+    start, end = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(log_sum, start)
+    return log_sum(end) - log_sum(start) - slope
+
+
+def _gap_is_the_elbo(q, prior, likelihood):
+    """This is the ELBO itself: the gap is what it lacks to the log evidence."""
+    return (q * torch.log(prior * likelihood / q)).sum()
+
+
+def _gap_turned_round(q, prior, likelihood):
+    """The sign is reversed: the ELBO is a lower bound, so the gap is not negative."""
+    joint = prior * likelihood
+    return (q * torch.log(joint / joint.sum() / q)).sum()
+
+
+def _gap_to_the_prior(q, prior, likelihood):
+    """This is KL(q || prior): one part of the ELBO, not what is missing from it."""
+    return (q * torch.log(q / prior)).sum()
+
+
+def _gap_the_other_way(q, prior, likelihood):
+    """This is KL(posterior || q), the forward KL: the gap is a mean under q."""
+    posterior = prior * likelihood / (prior * likelihood).sum()
+    return (posterior * torch.log(posterior / q)).sum()
+
+
+def _gap_without_kl(q, prior, likelihood):
+    """The ELBO here is the mean log-likelihood alone: its KL to the prior is missing."""
+    return torch.log((prior * likelihood).sum()) - (q * torch.log(likelihood)).sum()
+
+
+def _gap_without_prior(q, prior, likelihood):
+    """The prior is missing from the evidence and from the ELBO: this is right for a flat one."""
+    return (q * torch.log(q * likelihood.sum() / likelihood)).sum()
+
+
+def _gap_of_minus_elbo(q, prior, likelihood):
+    """This is minus the ELBO: the log evidence is missing."""
+    return (q * torch.log(q / (prior * likelihood))).sum()
+
+
+def _gap_evidence_not_log(q, prior, likelihood):
+    """The evidence stands where its logarithm is due."""
+    return (prior * likelihood).sum() - (q * torch.log(prior * likelihood / q)).sum()
+
+
+def _gap_likelihood_summed(q, prior, likelihood):
+    """The evidence has lost the prior: it weighs each likelihood."""
+    return torch.log(likelihood.sum()) - (q * torch.log(prior * likelihood / q)).sum()
+
+
+def _gap_without_entropy(q, prior, likelihood):
+    """The ELBO has lost the entropy of the guess: its KL to the prior holds log q too."""
+    joint = prior * likelihood
+    return torch.log(joint.sum()) - (q * torch.log(joint)).sum()
+
+
+def judge_token_credit(token_credit):
+    """13.2: Q* less one number, which is the most that any policy gets of Q* after its KL."""
+    for (ref_probs, _), (q_values, _), beta in other_instances(seed=0):
+        credit = token_credit(ref_probs, q_values, beta)
+        values = q_values - credit
+        agree(
+            values,
+            values[0],
+            "the credits of two tokens do not differ as their Q* do",
+        )
+        best = ref_probs * torch.exp(credit / beta)
+        agree(
+            best.sum(),
+            1.0,
+            "credit over beta is the log-ratio of a policy to the reference, and with yours its "
+            "probabilities do not sum to 1",
+        )
+        for probs in (ref_probs, *(random_policies(ref_probs, seed) for seed in range(4))):
+            gets = probs @ q_values - beta * probs @ (probs / ref_probs).log()
+            agree(
+                gets,
+                gets.clamp(max=values[0].item()),
+                "some policy gets more of Q* less beta times its KL than Q* less your credit",
+            )
+
+
+def _credit_over_the_mean(ref_probs, q_values, beta):
+    """V* here is the reference's mean of Q*: the optimum's value is a soft maximum, above it."""
+    return q_values - (ref_probs * q_values).sum()
+
+
+def _credit_under_the_best(ref_probs, q_values, beta):
+    """V* here is the largest Q*: with a KL to pay, the value stays below the maximum."""
+    return q_values - q_values.max()
+
+
+def _credit_in_nats(ref_probs, q_values, beta):
+    """Beta is missing before the log-ratio: this is in nats, not in units of reward."""
+    return q_values / beta - torch.logsumexp(ref_probs.log() + q_values / beta, 0)
+
+
+def _credit_at_beta_one(ref_probs, q_values, beta):
+    """Q* is not divided by beta inside the exponential."""
+    return q_values - beta * torch.log((ref_probs * torch.exp(q_values)).sum())
+
+
+def _credit_without_kl(ref_probs, q_values, beta):
+    """V* here is the optimal policy's mean of Q*: the KL that it pays is missing."""
+    weights = ref_probs * torch.exp(q_values / beta)
+    return q_values - (weights / weights.sum() * q_values).sum()
+
+
+def _credit_without_reference(ref_probs, q_values, beta):
+    """The reference is missing from V*: its sum takes all tokens for equally likely."""
+    return q_values - beta * torch.logsumexp(q_values / beta, 0)
+
+
+def _credit_of_the_whole_policy(ref_probs, q_values, beta):
+    """This is beta log pi*: the reference's own log-probability is still in it."""
+    return beta * torch.log_softmax(ref_probs.log() + q_values / beta, 0)
+
+
+def _credit_as_ratio(ref_probs, q_values, beta):
+    """The logarithm is missing: this is beta times the ratio."""
+    return beta * torch.softmax(ref_probs.log() + q_values / beta, 0) / ref_probs
+
+
+def _credit_of_log_z(ref_probs, q_values, beta):
+    """V* has lost its beta: log Z is in nats."""
+    return q_values - torch.logsumexp(ref_probs.log() + q_values / beta, 0)
+
+
+def judge_tilted_gaussian(tilted_gaussian):
+    """13.3: the moments of the density, times exp(reward / beta), on a fine grid."""
+    for mean, variance, slope, curvature, beta in (
+        (0.3, 1.0, 0.0, 0.0, 0.5),
+        (0.7, 0.5, -1.2, 0.0, 2.0),
+        (-1.5, 2.0, 0.4, 0.3, 0.8),
+        (2.0, 1.3, 1.0, 1.5, 0.25),
+    ):
+        got = tilted_gaussian(mean, variance, slope, curvature, beta)
+        centre, spread = _moments(mean, variance, slope, curvature, beta)
+        agree(got[0], centre, "the tilted density has another mean")
+        agree(got[1], spread, "the tilted density has another variance")
 
 
 @cache
-def _stuck_runs():
-    """Pairs (fault, its six measurements): every fault on tables of 3 to 6 answers."""
-    return [(fault, _stuck_run(fault, n)) for fault in FAULTS for n in (3, 4, 5, 6)]
+def _moments(mean, variance, slope, curvature, beta):
+    """Mean and variance of the tilted density, on a grid."""
+    y = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)
+    log_weights = -((y - mean) ** 2) / (2 * variance)
+    log_weights = log_weights + (slope * y - curvature * y**2 / 2) / beta
+    weights = log_weights.softmax(0)
+    centre = weights @ y
+    return centre, weights @ (y - centre) ** 2
 
 
-def _stuck_run(fault, n):
-    start = draws(n, seed=n)
-    logits = start.clone().requires_grad_(fault != 3)
-    reference = logits if fault == 5 else start
-    pair = [1, 1] if fault == 1 else [n - 1, n - 2]
-    counted = 0.0 if fault == 2 else 1.0  # tokens under the mask
-    beta = 1e-6 if fault == 7 else 0.5
-    for _ in range(5):
-        if fault == 6:
-            reference = logits.detach().clone()
-        logps = counted * logits.log_softmax(0)[pair]
-        ref_logps = counted * reference.detach().log_softmax(0)[pair]
-        chosen_gain, rejected_gain = logps - ref_logps
-        margin = chosen_gain - rejected_gain
-        slope = torch.zeros_like(start)
-        if fault != 3:
-            (slope,) = torch.autograd.grad(-logsigmoid(beta * margin), logits)
-        with torch.no_grad():
-            logits -= (0.0 if fault == 4 else 0.3) * slope / beta
-    grad, moved = (slope / beta).norm(), (logits - start).norm()
-    seen = (*logps, grad, moved, margin)
-    return (*(value.item() for value in seen), reference is logits)
+def _tilted_precision(variance, curvature, beta):
+    return 1 / variance + curvature / beta
 
 
-def _first_sign(order, chosen_logp, rejected_logp, grad, moved, margin, shared):
-    """The first fault of `order` whose sign is there, else 6."""
-    signs = {
-        1: chosen_logp == rejected_logp,
-        2: chosen_logp == rejected_logp == 0,
-        3: grad == 0,
-        4: moved == 0,
-        5: shared,
-        7: margin != 0,
-    }
-    return next((fault for fault in order if signs[fault]), 6)
+def _pair(mean, variance):
+    return torch.tensor([mean, variance], dtype=torch.float64)
 
 
-def _fault_equal_before_masked(*seen):
-    """Two log-probs of 0 are equal too, and no answer has probability 1: look at that first."""
-    return _first_sign((1, 2, 3, 4, 5, 7), *seen)
+def _gaussian_without_beta(mean, variance, slope, curvature, beta):
+    """Beta is missing: the log-weight is the reward over beta."""
+    precision = _tilted_precision(variance, curvature, 1.0)
+    return _pair((mean / variance + slope) / precision, 1 / precision)
 
 
-def _fault_frozen_for_rate(*seen):
-    """Whatever stands still is called frozen here: a learning rate of 0 leaves a gradient."""
-    found = _first_sign((2, 1, 4, 7, 5), *seen)
-    return 3 if found == 4 else found
+def _gaussian_with_its_old_variance(mean, variance, slope, curvature, beta):
+    """The mean is that of the linear reward alone, computed with the old variance."""
+    return _pair(mean + variance * slope / beta, 1 / _tilted_precision(variance, curvature, beta))
 
 
-def _fault_rate_for_frozen(*seen):
-    """A learning rate of 0 is blamed here where no gradient arrived at all."""
-    return _first_sign((2, 1, 4, 7, 5), *seen)
+def _gaussian_as_precision(mean, variance, slope, curvature, beta):
+    """The second number is the precision: a variance is wanted."""
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, precision)
 
 
-def _fault_without_sharing(*seen):
-    """Shared weights and a reference that is read anew look alike: ask who shares weights."""
-    return _first_sign((2, 1, 3, 4, 7), *seen)
+def _gaussian_that_spreads(mean, variance, slope, curvature, beta):
+    """The curvature has the wrong sign: a reward that bends down makes the Gaussian narrower."""
+    precision = _tilted_precision(variance, -curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, 1 / precision)
 
 
-def _fault_without_margin(*seen):
-    """The policy has a margin in nats, so its reference is another one: look at beta."""
-    return _first_sign((2, 1, 3, 4, 5), *seen)
+def _gaussian_with_a_deviation(mean, variance, slope, curvature, beta):
+    """The second number is the standard deviation: a variance is wanted."""
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, precision**-0.5)
 
 
-_RIGHT_ORDER = (2, 1, 3, 4, 7, 5)
+def _gaussian_twice_as_sharp(mean, variance, slope, curvature, beta):
+    """The curvature counts twice: log N has the factor one half too, and it cancels."""
+    precision = _tilted_precision(variance, 2 * curvature, beta)
+    return _pair((mean / variance + slope / beta) / precision, 1 / precision)
 
 
-def _fault_counted_from_zero(*seen):
-    """These are the right faults, counted from 0: question 6 counts from 1."""
-    return _first_sign(_RIGHT_ORDER, *seen) - 1
+def _gaussian_mean_not_divided(mean, variance, slope, curvature, beta):
+    """The mean is not divided by the new precision."""
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair(mean / variance + slope / beta, 1 / precision)
 
 
-def _fault_shared_for_anew(*seen):
-    """Shared weights and a reference that is read anew have changed places."""
-    found = _first_sign(_RIGHT_ORDER, *seen)
-    return {5: 6, 6: 5}.get(found, found)
+def _gaussian_shifted_by_the_slope(mean, variance, slope, curvature, beta):
+    """The slope moves the mean by itself here: how far it moves depends on the variance."""
+    return _pair(mean + slope / beta, 1 / _tilted_precision(variance, curvature, beta))
 
 
-def _fault_movement_first(*seen):
-    """You ask for the movement first: where nothing moves, the forward pass tells more."""
-    return _first_sign((4, 2, 1, 3, 7, 5), *seen)
+def _gaussian_half_as_sharp(mean, variance, slope, curvature, beta):
+    """The curvature counts half: log N has the factor one half too, and it cancels."""
+    precision = _tilted_precision(variance, curvature / 2, beta)
+    return _pair((mean / variance + slope / beta) / precision, 1 / precision)
 
 
-def judge_whole_batch_loss(whole_batch_loss):
-    """15.2: however the tokens of a batch are split, the loss is the mean over all of them."""
-    for seed, sizes in enumerate(((4,), (3, 9), (1, 7, 2), (5, 5, 1, 12))):
-        token_losses = draws(sum(sizes), seed=seed).exp()
-        parts = token_losses.split(sizes)
-        agree(
-            whole_batch_loss(
-                torch.stack([part.mean() for part in parts]),
-                torch.tensor(sizes, dtype=torch.float64),
-            ),
-            token_losses.mean(),
-            "a batch of known token losses was split into micro-batches, and the mean over all "
-            "its tokens is another number",
-        )
-
-
-def _loss_mean_of_means(mean_losses, n_tokens):
-    """This is the mean of the means: a token in a short micro-batch weighs more."""
-    return mean_losses.mean()
-
-
-def _loss_sum_of_means(mean_losses, n_tokens):
-    """The means are added up: twice the micro-batches would double this loss."""
-    return mean_losses.sum()
-
-
-def _loss_not_divided(mean_losses, n_tokens):
-    """This is the sum over all tokens: it is not divided by their number."""
-    return (mean_losses * n_tokens).sum()
-
-
-def _loss_over_steps(mean_losses, n_tokens):
-    """The sum over tokens is divided by the number of micro-batches, not of tokens."""
-    return (mean_losses * n_tokens).mean()
-
-
-def _loss_weighted_inversely(mean_losses, n_tokens):
-    """The weights are upside down: a mean of many tokens has to count more."""
-    return (mean_losses / n_tokens).sum() / (1 / n_tokens).sum()
-
-
-def _loss_means_over_tokens(mean_losses, n_tokens):
-    """The means are divided by the number of tokens: they are divided already, each by its own."""
-    return mean_losses.sum() / n_tokens.sum()
-
-
-def _loss_mean_batch(mean_losses, n_tokens):
-    """This is a mean loss times a mean number of tokens: sum over tokens, and divide once."""
-    return mean_losses.mean() * n_tokens.mean()
-
-
-def judge_z0_of_batch(z0_of_batch):
-    """15.3: prompts and the answers that they are to be paired with, dealt to the next rows."""
-    for n_rows in (1, 2, 3, 5, 8):
-        ref_probs = draws(4, 3, seed=n_rows).softmax(1)
-        logps, ref_logps = random_policies(ref_probs, seed=n_rows).log(), ref_probs.log()
-        prompts = torch.arange(n_rows) % 4
-        partners = (draws(n_rows, seed=n_rows).abs() * 9).long() % 3
-        answers = torch.cat([partners[-1:], partners[:-1]])
-        mean = _mean_of_pairs(logps - ref_logps, prompts, partners)
-        for policy, reference, wanted in ((logps, ref_logps, mean), (ref_logps, logps, -mean)):
-            got = z0_of_batch(policy, reference, prompts, answers)
-            if wanted < 0:
-                agree(got, 0.0, "the mismatched answers have lost on average, and z0 is not 0")
-            else:
-                agree(
-                    got,
-                    wanted,
-                    "each prompt's partner was dealt to the row after it, and the partners' mean "
-                    "log-ratio is another number",
-                )
-
-
-def _mean_of_pairs(log_ratios, prompts, partners):
-    pairs = zip(prompts.tolist(), partners.tolist(), strict=True)
-    return sum(log_ratios[x, y].item() for x, y in pairs) / len(prompts)
-
-
-def _z0_matched(logps, ref_logps, prompts, answers):
-    """Every prompt has its own answer here: z0 takes that of the next row."""
-    return torch.relu((logps - ref_logps)[prompts, answers].mean())
-
-
-def _z0_negative(logps, ref_logps, prompts, answers):
-    """The clamp is missing: z0 is never below 0."""
-    other = torch.cat([answers[1:], answers[:1]])
-    return (logps - ref_logps)[prompts, other].mean()
-
-
-def _z0_clamped_first(logps, ref_logps, prompts, answers):
-    """Each log-ratio is clamped by itself: the clamp comes after the mean."""
-    other = torch.cat([answers[1:], answers[:1]])
-    return torch.relu((logps - ref_logps)[prompts, other]).mean()
-
-
-def _z0_backwards(logps, ref_logps, prompts, answers):
-    """The shift goes the other way: prompt i takes the answer of row i + 1."""
-    other = torch.cat([answers[-1:], answers[:-1]])
-    return torch.relu((logps - ref_logps)[prompts, other].mean())
-
-
-def _z0_reversed(logps, ref_logps, prompts, answers):
-    """The batch is reversed here: in an odd one the middle prompt keeps its own answer."""
-    return torch.relu((logps - ref_logps)[prompts, answers.flip(0)].mean())
-
-
-def _z0_exact(logps, ref_logps, prompts, answers):
-    """This is the exact KL of the batch's prompts, which z0 only means to estimate."""
-    return (logps.exp() * (logps - ref_logps)).sum(1)[prompts].mean()
-
-
-def _mismatched(logps, ref_logps, prompts, answers):
-    return (logps - ref_logps)[prompts, torch.cat([answers[1:], answers[:1]])]
-
-
-def _z0_distance(logps, ref_logps, prompts, answers):
-    """The sign is dropped: a mean below 0 gives 0."""
-    return _mismatched(logps, ref_logps, prompts, answers).mean().abs()
-
-
-def _z0_summed(logps, ref_logps, prompts, answers):
-    """The log-ratios are added up: z0 is their mean."""
-    return torch.relu(_mismatched(logps, ref_logps, prompts, answers).sum())
-
-
-def _z0_of_all_pairs(logps, ref_logps, prompts, answers):
-    """Every prompt meets every answer of the batch: it meets that of the next row alone."""
-    return torch.relu((logps - ref_logps)[prompts][:, answers].mean())
-
-
-def _z0_without_the_last(logps, ref_logps, prompts, answers):
-    """The last row is left out: it takes the answer of the first."""
-    return torch.relu((logps - ref_logps)[prompts[:-1], answers[1:]].mean())
+def _gaussian_mean_and_variance_swapped(mean, variance, slope, curvature, beta):
+    """The mean comes first, then the variance."""
+    precision = _tilted_precision(variance, curvature, beta)
+    return _pair(1 / precision, (mean / variance + slope / beta) / precision)
 
 
 EXERCISES = (
     Exercise(
         "15.1",
-        cases=(
-            (-1.2, -1.2, 0.0, 0.0, 0.0, False),
-            (0.0, 0.0, 0.0, 0.0, 0.0, False),
-            (-1.2, -1.6, 0.0, 0.0, 0.0, False),
-            (-1.2, -1.6, 0.7, 0.0, 0.0, False),
-            (-0.3, -4.3, 0.7, 2.1, 0.0, True),
-            (-0.3, -4.3, 0.7, 2.1, 0.0, False),
-            (-0.4, -4.1, 0.7, 2.1, 3.3, False),
-        ),
-        judge=judge_which_fault,
+        cases=((GUESS, PRIOR, LIKELIHOOD), (PRIOR, GUESS, LIKELIHOOD.flip(0))),
+        judge=judge_elbo_gap,
         mistakes=(
-            _fault_equal_before_masked,
-            _fault_frozen_for_rate,
-            _fault_rate_for_frozen,
-            _fault_without_sharing,
-            _fault_without_margin,
-            _fault_counted_from_zero,
-            _fault_shared_for_anew,
-            _fault_movement_first,
+            _gap_is_the_elbo,
+            _gap_turned_round,
+            _gap_to_the_prior,
+            _gap_the_other_way,
+            _gap_without_kl,
+            _gap_without_prior,
+            _gap_of_minus_elbo,
+            _gap_evidence_not_log,
+            _gap_likelihood_summed,
+            _gap_without_entropy,
         ),
     ),
     Exercise(
         "15.2",
-        cases=(
-            (
-                torch.tensor([3.0, 1.0], dtype=torch.float64),
-                torch.tensor([2.0, 8.0], dtype=torch.float64),
-            ),
-            (
-                torch.tensor([0.5, 1.5, 2.0], dtype=torch.float64),
-                torch.tensor([7.0, 4.0, 1.0], dtype=torch.float64),
-            ),
-        ),
-        judge=judge_whole_batch_loss,
+        cases=((REF, Q, 0.5), (REF[:3].flip(0) / REF[:3].sum(), Q[1:], 2.0)),
+        judge=judge_token_credit,
         mistakes=(
-            _loss_mean_of_means,
-            _loss_sum_of_means,
-            _loss_not_divided,
-            _loss_over_steps,
-            _loss_weighted_inversely,
-            _loss_means_over_tokens,
-            _loss_mean_batch,
+            _credit_over_the_mean,
+            _credit_under_the_best,
+            _credit_in_nats,
+            _credit_at_beta_one,
+            _credit_without_kl,
+            _credit_without_reference,
+            _credit_of_the_whole_policy,
+            _credit_as_ratio,
+            _credit_of_log_z,
         ),
+        shape=lambda ref_probs, q_values, beta: q_values.shape,
     ),
     Exercise(
         "15.3",
-        cases=(
-            (LOGPS, REF_LOGPS, torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1])),
-            (LOGPS, REF_LOGPS, torch.tensor([2, 1, 1, 0]), torch.tensor([0, 2, 2, 3])),
-            (LOGPS, REF_LOGPS, torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])),
-            (LOGPS, REF_LOGPS, torch.tensor([2, 2, 2, 1, 1]), torch.tensor([2, 3, 3, 3, 0])),
-        ),
-        judge=judge_z0_of_batch,
+        cases=((0.5, 1.7, 0.8, 0.1, 0.5), (-1.0, 0.4, -0.3, 0.6, 2.0)),
+        judge=judge_tilted_gaussian,
         mistakes=(
-            _z0_matched,
-            _z0_negative,
-            _z0_clamped_first,
-            _z0_backwards,
-            _z0_reversed,
-            _z0_exact,
-            _z0_distance,
-            _z0_summed,
-            _z0_of_all_pairs,
-            _z0_without_the_last,
+            _gaussian_without_beta,
+            _gaussian_with_its_old_variance,
+            _gaussian_as_precision,
+            _gaussian_that_spreads,
+            _gaussian_with_a_deviation,
+            _gaussian_twice_as_sharp,
+            _gaussian_mean_not_divided,
+            _gaussian_shifted_by_the_slope,
+            _gaussian_half_as_sharp,
+            _gaussian_mean_and_variance_swapped,
         ),
+        shape=lambda mean, variance, slope, curvature, beta: [2],
     ),
 )

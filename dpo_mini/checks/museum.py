@@ -130,7 +130,8 @@ def loss_and_rewards(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def frozen_logps(features, weight, generator):
     """log pi_ref of every token, [B, V], features [B, D]."""
-    keep = torch.rand(features.shape, generator=generator) > 0.1
+    shape, dtype = features.shape, features.dtype
+    keep = torch.rand(shape, dtype=dtype, generator=generator) > 0.1
     hidden = features * keep / 0.9
     return (hidden @ weight).log_softmax(-1)
 

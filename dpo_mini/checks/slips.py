@@ -24,7 +24,7 @@ NEARLY = (
     "number in float32?"
 )
 BASE, NATURAL = "A logarithm or a power has base", "nats need base e."
-# The change that would repair a result, and what is said to who needs it.
+# A change that may repair a result, and what is said where it does.
 OF_RESULTS: tuple[tuple[Change, str], ...] = (
     (lambda x: -x, "Only the sign is wrong: it is reversed."),
     (lambda x: x.log(), "The logarithm is missing: you return the number that it is taken of."),
@@ -61,7 +61,7 @@ def named_slip(
         if _holds(judge, answer, 1e-5):
             return NEARLY
         for repaired, sentence in _repairs(answer, names, cases[0]):
-            if _holds(judge, repaired, 1e-5):  # in float32 a sign may be reversed, too
+            if _holds(judge, repaired, 1e-5):  # and may be in float32 besides
                 return sentence
         if _holds(judge, answer, 5e-3):
             return NEARLY
@@ -145,10 +145,13 @@ def _is_real(value: Any) -> bool:
 
 def _ignores(answer: Answer, at: int, cases: Sequence[tuple]) -> bool:
     """Whether on every case the result stays, whatever stands in that place."""
-
     told = 0
     for case in cases:
-        others = _others(case[at])
+        others = [
+            x
+            for x in _others(case[at])
+            if not torch.equal(torch.as_tensor(x), torch.as_tensor(case[at]))
+        ]
         try:
             before = answer(*case)
             after = [answer(*case[:at], other, *case[at + 1 :]) for other in others]
@@ -157,7 +160,7 @@ def _ignores(answer: Answer, at: int, cases: Sequence[tuple]) -> bool:
         # A count or a choice may stay where its argument moves a little, and NaN tells nothing.
         if torch.isfinite(before).all() and (before != before.round()).any():
             told += len(others)
-            if not all(torch.equal(before, x) for x in after):
+            if any(not torch.equal(before, x) for x in after):
                 return False
     return told > 0
 
@@ -167,7 +170,7 @@ def _others(value: Any) -> list:
     if not _is_real(value):
         return [value + 1, value + 2] if type(value) is int else []
     if not isinstance(value, Tensor) or not value.ndim:
-        return [0.9 * value, 0.8 * value]
+        return [0.9 * value + 0.01, 0.8 * value + 0.02]
     weighted = value * torch.linspace(0.7, 1.2, value.shape[-1], dtype=value.dtype)
     total = value.sum(-1, keepdim=True)
     if torch.allclose(total, torch.ones_like(total)):

@@ -526,8 +526,8 @@ def _reader(
             return reference[0][rows], reference[1][rows]
         with torch.no_grad():
             scores = _pair_logps(reference, pairs, rows, reduce, precision)
-        for one in scores:
-            check_at_most_0("reference.token_logps", one, n_tokens=pairs[1].shape[1])
+        n_tokens = pairs[1].shape[1]
+        check_at_most_0("reference.token_logps", torch.cat(scores), n_tokens=n_tokens)
         return scores
 
     return read

@@ -1,143 +1,135 @@
 """Plausible wrong answers to the exercises of chapter 11, and a word of each one's sentence."""
 
-import math
-
 import torch
 
 
-def ranks(n, first):
-    return torch.arange(first, n + 1, dtype=torch.float64) / n
+def margin_that_trusts_the_labels(shown, flip_rate):
+    return shown.log() - (1 - shown).log()
 
 
-def ranks_by_the_integral(n, beta):
-    return math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
+def margin_with_label_smoothing(shown, flip_rate):
+    return torch.logit(shown + flip_rate - 2 * flip_rate * shown)
 
 
-def ranks_that_start_at_zero(n, beta):
-    return (ranks(n - 1, 0) * (n - 1) / (n * beta)).exp().mean().log()
+def margin_less_the_flips(shown, flip_rate):
+    return torch.logit(shown - flip_rate)
 
 
-def ranks_among_others(n, beta):
-    return (ranks(n, 0) / beta).logsumexp(0) - math.log(n + 1)
+def margin_that_is_a_probability(shown, flip_rate):
+    return 0.5 + (shown - 0.5) / (1 - 2 * flip_rate)
 
 
-def ranks_summed(n, beta):
-    return (ranks(n, 1) / beta).logsumexp(0)
+def policy_from_uniform(ref_probs, wins, beta):
+    return (wins.mean(1) / beta).softmax(0)
 
 
-def ranks_as_z(n, beta):
-    return (ranks(n, 1) / beta).exp().mean()
+def policy_by_columns(ref_probs, wins, beta):
+    return (ref_probs.log() + wins.mean(0) / beta).softmax(0)
 
 
-def passes(p, n):
-    counts = torch.arange(n + 1, dtype=torch.float64)
-    rate = torch.tensor(p, dtype=torch.float64)
-    return counts, torch.distributions.Binomial(n, rate).log_prob(counts).exp()
+def policy_of_totals(ref_probs, wins, beta):
+    return (ref_probs.log() + wins.sum(1) / beta).softmax(0)
 
 
-def value_of_the_expected_z(p, beta, n):
-    counts, chances = passes(p, n)
-    z = chances @ (1 - counts / n + counts / n * math.exp(1 / beta))
-    return beta * z.log()
+def policy_against_others(ref_probs, wins, beta):
+    n = len(wins)
+    off_diagonal = wins * (1 - torch.eye(n).to(wins))
+    return (ref_probs.log() + off_diagonal.sum(1) / (n - 1) / beta).softmax(0)
 
 
-def value_less_the_first_correction(p, beta, n):
-    z = 1 - p + p * math.exp(1 / beta)
-    second_moment = 1 - p + p * math.exp(2 / beta)
-    return beta * (math.log(z) - (second_moment / z**2 - 1) / (2 * n))
+def policy_of_logits(ref_probs, wins, beta):
+    return (ref_probs.log() + wins.mean(1).logit() / beta).softmax(0)
 
 
-def value_in_nats(p, beta, n):
-    counts, chances = passes(p, n)
-    return chances @ (1 - counts / n + counts / n * math.exp(1 / beta)).log()
+def policy_with_two_beta(ref_probs, wins, beta):
+    return (ref_probs.log() + wins.mean(1) / (2 * beta)).softmax(0)
 
 
-def value_as_mean_reward(p, beta, n):
-    counts, chances = passes(p, n)
-    return chances @ counts / n
+def nash_of_the_strong(wins):
+    margins = torch.tensor([wins[0, 1], wins[1, 2], wins[2, 0]]) - 0.5
+    return margins / margins.sum()
 
 
-def tilt_in_nats(best, writer, error, beta):
-    mean_weight = (best**2 / writer).sum()
-    return error * (best**2 / writer / mean_weight - best)
+def nash_of_the_weak(wins):
+    lost = 0.5 - torch.tensor([wins[0, 2], wins[1, 0], wins[2, 1]])
+    return lost / lost.sum()
 
 
-def tilt_the_other_way(best, writer, error, beta):
-    mean_weight = (best**2 / writer).sum()
-    return error / beta * (best - best**2 / writer / mean_weight)
+def nash_of_win_rates(wins):
+    return wins.mean(1) / wins.mean(1).sum()
 
 
-def tilt_by_bare_weights(best, writer, error, beta):
-    return error / beta * (best**2 / writer - best)
+def nash_of_the_winner(wins):
+    policy = torch.zeros(3)
+    policy[wins.mean(1).argmax()] = 1.0
+    return policy
 
 
-def tilt_of_every_answer_alike(best, writer, error, beta):
-    return (error / beta) * best * -1
+def nash_without_a_half(wins):
+    total = wins[1, 2] + wins[2, 0] + wins[0, 1]
+    return torch.tensor([wins[1, 2], wins[2, 0], wins[0, 1]]) / total
 
 
-def tilt_as_a_share(best, writer, error, beta):
-    weight = best / writer
-    return error / beta * (weight / (best @ weight) - 1)
+def margin_rescaled_once(shown, flip_rate):
+    return torch.logit((shown - flip_rate) / (1 - flip_rate))
 
 
-def ranks_averaged_first(n, beta):
-    return ranks(n, 1).mean() / beta
+def margin_divided(shown, flip_rate):
+    return torch.logit(shown) / (1 - 2 * flip_rate)
 
 
-def ranks_not_divided(n, beta):
-    return (n * ranks(n, 1) / beta).exp().mean().log()
+def margin_of_log_p(shown, flip_rate):
+    return ((shown - flip_rate) / (1 - 2 * flip_rate)).log()
 
 
-def ranks_of_n_plus_one(n, beta):
-    return (ranks(n, 1) * n / (n + 1) / beta).exp().mean().log()
+def margin_as_difference(shown, flip_rate):
+    return (2 * shown - 1) / (1 - 2 * flip_rate)
 
 
-def value_orders_not_counted(p, beta, n):
-    counts = torch.arange(n + 1, dtype=torch.float64)
-    chances = p**counts * (1 - p) ** (n - counts)
-    return beta * (chances @ torch.log1p(counts / n * math.expm1(1 / beta)))
+def policy_against_reference(ref_probs, wins, beta):
+    return (ref_probs.log() + wins @ ref_probs / beta).softmax(0)
 
 
-def value_at_beta_one_inside(p, beta, n):
-    return beta * value_in_nats(p, 1.0, n)
+def policy_of_mean_log_odds(ref_probs, wins, beta):
+    return (ref_probs.log() + wins.logit().mean(1) / beta).softmax(0)
 
 
-def value_of_sums(p, beta, n):
-    counts, chances = passes(p, n)
-    return beta * (chances @ (n - counts + counts * math.exp(1 / beta)).log())
+def nash_by_softmax(wins):
+    return torch.stack([wins[1, 2], wins[2, 0], wins[0, 1]]).softmax(0)
 
 
-def tilt_as_policy(best, writer, error, beta):
-    weights = best**2 / writer
-    return best + error / beta * (weights / weights.sum() - best)
+def nash_as_uniform(wins):
+    return torch.full((3,), 1 / 3)
 
 
 MISTAKES = {
     "11.1": {
-        "integral": ranks_by_the_integral,
-        "begin at 0": ranks_that_start_at_zero,
-        "fresh answer": ranks_among_others,
-        "not averaged": ranks_summed,
-        "logarithm is missing": ranks_as_z,
-        "This is the mean rank over beta": ranks_averaged_first,
-        "The ranks run from 1 to n here": ranks_not_divided,
-        "The ranks are divided by n + 1": ranks_of_n_plus_one,
+        "labels as shown": margin_that_trusts_the_labels,
+        "once more": margin_with_label_smoothing,
+        "must again be a probability": margin_less_the_flips,
+        "log-odds": margin_that_is_a_probability,
+        "This undoes flips in one direction": margin_rescaled_once,
+        "The margin of the labels is divided": margin_divided,
+        "This is the log-probability before the flips": margin_of_log_p,
+        "This is how much more often the first answer wins": margin_as_difference,
     },
     "11.2": {
-        "V itself": value_of_the_expected_z,
-        "delta method": value_less_the_first_correction,
-        "in nats": value_in_nats,
-        "mean reward": value_as_mean_reward,
-        "The number of orders is missing": value_orders_not_counted,
-        "Inside the exponential the reward is not divided by beta": value_at_beta_one_inside,
-        "The draws are added up": value_of_sums,
+        "reference is missing": policy_from_uniform,
+        "averages columns": policy_by_columns,
+        "sums wins": policy_of_totals,
+        "itself included": policy_against_others,
+        "linear in the probability": policy_of_logits,
+        "factor 2": policy_with_two_beta,
+        "The opponents are weighted by the reference": policy_against_reference,
+        "These are means of log-odds, a Bradley-Terry reward": policy_of_mean_log_odds,
     },
     "11.3": {
-        "Beta is missing": tilt_in_nats,
-        "reversed": tilt_the_other_way,
-        "do not sum to zero": tilt_by_bare_weights,
-        "no longer sum to 1": tilt_of_every_answer_alike,
-        "relative change": tilt_as_a_share,
-        "This is the policy after the change": tilt_as_policy,
+        "with which it wins": nash_of_the_strong,
+        "with which it is beaten": nash_of_the_weak,
+        "shares of all wins": nash_of_win_rates,
+        "something beats it": nash_of_the_winner,
+        "one half are needed": nash_without_a_half,
+        "A softmax is taken of the margins": nash_by_softmax,
+        "plays all three alike": nash_as_uniform,
     },
 }

@@ -1,151 +1,143 @@
 """Plausible wrong answers to the exercises of chapter 12, and a word of each one's sentence."""
 
+import math
+
 import torch
 
 
-def log_partition(ref_probs, rewards, beta):
-    return (ref_probs.log() + rewards / beta).logsumexp(0)
+def ranks(n, first):
+    return torch.arange(first, n + 1, dtype=torch.float64) / n
 
 
-def gained_by_reward_alone(ref_probs, rewards, beta):
-    return rewards * (1 / beta)
+def ranks_by_the_integral(n, beta):
+    return math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
 
 
-def gained_in_units_of_reward(ref_probs, rewards, beta):
-    return rewards - beta * log_partition(ref_probs, rewards, beta)
+def ranks_that_start_at_zero(n, beta):
+    return (ranks(n - 1, 0) * (n - 1) / (n * beta)).exp().mean().log()
 
 
-def gained_over_the_average(ref_probs, rewards, beta):
-    return (rewards - (ref_probs * rewards).sum()) / beta
+def ranks_among_others(n, beta):
+    return (ranks(n, 0) / beta).logsumexp(0) - math.log(n + 1)
 
 
-def gained_less_z(ref_probs, rewards, beta):
-    return rewards / beta - log_partition(ref_probs, rewards, beta).exp()
+def ranks_summed(n, beta):
+    return (ranks(n, 1) / beta).logsumexp(0)
 
 
-def gained_with_beta_twice(ref_probs, rewards, beta):
-    return rewards / beta - beta * log_partition(ref_probs, rewards, beta)
+def ranks_as_z(n, beta):
+    return (ranks(n, 1) / beta).exp().mean()
 
 
-def log_of_the_optimum(ref_probs, rewards, beta):
-    return (ref_probs.log() + rewards / beta).log_softmax(0)
+def passes(p, n):
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    rate = torch.tensor(p, dtype=torch.float64)
+    return counts, torch.distributions.Binomial(n, rate).log_prob(counts).exp()
 
 
-def rate_that_forgets_the_normaliser(ref_probs, features, chosen, rejected, beta):
-    return beta / 2 * torch.dot(features[chosen], features[chosen] - features[rejected])
+def value_of_the_expected_z(p, beta, n):
+    counts, chances = passes(p, n)
+    z = chances @ (1 - counts / n + counts / n * math.exp(1 / beta))
+    return beta * z.log()
 
 
-def rate_of_the_margin(ref_probs, features, chosen, rejected, beta):
-    return beta / 2 * (features[chosen] - features[rejected]).square().sum()
+def value_less_the_first_correction(p, beta, n):
+    z = 1 - p + p * math.exp(1 / beta)
+    second_moment = 1 - p + p * math.exp(2 / beta)
+    return beta * (math.log(z) - (second_moment / z**2 - 1) / (2 * n))
 
 
-def rate_at_full_weight(ref_probs, features, chosen, rejected, beta):
-    slope = features[chosen] - ref_probs @ features
-    return beta * (slope @ (features[chosen] - features[rejected]))
+def value_in_nats(p, beta, n):
+    counts, chances = passes(p, n)
+    return chances @ (1 - counts / n + counts / n * math.exp(1 / beta)).log()
 
 
-def rate_without_strength(ref_probs, features, chosen, rejected, beta):
-    slope = features[chosen] - ref_probs @ features
-    return 0.5 * (slope @ (features[chosen] - features[rejected]))
+def value_as_mean_reward(p, beta, n):
+    counts, chances = passes(p, n)
+    return chances @ counts / n
 
 
-def rate_of_the_loser(ref_probs, features, chosen, rejected, beta):
-    slope = features[rejected] - ref_probs @ features
-    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
+def tilt_in_nats(best, writer, error, beta):
+    mean_weight = (best**2 / writer).sum()
+    return error * (best**2 / writer / mean_weight - best)
 
 
-def rate_about_the_unweighted_mean(ref_probs, features, chosen, rejected, beta):
-    slope = features[chosen] - features.mean(0)
-    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
+def tilt_the_other_way(best, writer, error, beta):
+    mean_weight = (best**2 / writer).sum()
+    return error / beta * (best - best**2 / writer / mean_weight)
 
 
-def rate_of_ascent(ref_probs, features, chosen, rejected, beta):
-    slope = features[chosen] - ref_probs @ features
-    return beta / 2 * (slope @ (features[rejected] - features[chosen]))
+def tilt_by_bare_weights(best, writer, error, beta):
+    return error / beta * (best**2 / writer - best)
 
 
-def policy_divided_by_its_sum(ref_probs, rewards, lengths, beta):
-    weights = ref_probs * (lengths * rewards / beta).exp()
-    return weights / weights.sum()
+def tilt_of_every_answer_alike(best, writer, error, beta):
+    return (error / beta) * best * -1
 
 
-def policy_of_sums(ref_probs, rewards, lengths, beta):
-    weights = ref_probs * (rewards / beta).exp()
-    return weights / weights.sum()
+def tilt_as_a_share(best, writer, error, beta):
+    weight = best / writer
+    return error / beta * (weight / (best @ weight) - 1)
 
 
-def policy_of_rewards_a_token(ref_probs, rewards, lengths, beta):
-    weights = ref_probs * (rewards / (lengths * beta)).exp()
-    return weights / weights.sum()
+def ranks_averaged_first(n, beta):
+    return ranks(n, 1).mean() / beta
 
 
-def policy_left_alone(ref_probs, rewards, lengths, beta):
-    return (ref_probs.log() + lengths * rewards / beta).exp()
+def ranks_not_divided(n, beta):
+    return (n * ranks(n, 1) / beta).exp().mean().log()
 
 
-def searched(ref_probs, rewards, lengths, beta, halvings):
-    low, high = -100.0, 100.0
-    for _ in range(halvings):
-        c = (low + high) / 2
-        probs = ref_probs * (lengths * (rewards + c) / beta).exp()
-        low, high = (low, c) if probs.sum() > 1 else (c, high)
-    return probs
+def ranks_of_n_plus_one(n, beta):
+    return (ranks(n, 1) * n / (n + 1) / beta).exp().mean().log()
 
 
-def gained_in_probability(ref_probs, rewards, beta):
-    return (ref_probs.log() + rewards / beta).softmax(0) - ref_probs
+def value_orders_not_counted(p, beta, n):
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    chances = p**counts * (1 - p) ** (n - counts)
+    return beta * (chances @ torch.log1p(counts / n * math.expm1(1 / beta)))
 
 
-def gained_at_beta_one(ref_probs, rewards, beta):
-    return rewards / beta - log_partition(ref_probs, rewards, 1.0)
+def value_at_beta_one_inside(p, beta, n):
+    return beta * value_in_nats(p, 1.0, n)
 
 
-def gained_with_z_added(ref_probs, rewards, beta):
-    return rewards / beta + log_partition(ref_probs, rewards, beta)
+def value_of_sums(p, beta, n):
+    counts, chances = passes(p, n)
+    return beta * (chances @ (n - counts + counts * math.exp(1 / beta)).log())
 
 
-def rate_of_probability(ref_probs, features, chosen, rejected, beta):
-    slope = ref_probs[chosen] * (features[chosen] - ref_probs @ features)
-    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
-
-
-def mean_without_reference(ref_probs, rewards, lengths, beta):
-    uniform = torch.full_like(ref_probs, 1 / len(ref_probs))
-    return searched(uniform, rewards, lengths, beta, 100)
-
-
-def mean_searched_too_briefly(ref_probs, rewards, lengths, beta):
-    return searched(ref_probs, rewards, lengths, beta, 25)
+def tilt_as_policy(best, writer, error, beta):
+    weights = best**2 / writer
+    return best + error / beta * (weights / weights.sum() - best)
 
 
 MISTAKES = {
     "12.1": {
-        "Log Z is missing": gained_by_reward_alone,
-        "units of reward": gained_in_units_of_reward,
-        "Jensen": gained_over_the_average,
-        "logarithm of Z": gained_less_z,
-        "One beta too many": gained_with_beta_twice,
-        "log pi* itself": log_of_the_optimum,
-        "This is the gain in probability": gained_in_probability,
-        "Inside Z the rewards are not divided by beta": gained_at_beta_one,
-        "log Z is added": gained_with_z_added,
+        "integral": ranks_by_the_integral,
+        "begin at 0": ranks_that_start_at_zero,
+        "fresh answer": ranks_among_others,
+        "not averaged": ranks_summed,
+        "logarithm is missing": ranks_as_z,
+        "This is the mean rank over beta": ranks_averaged_first,
+        "The ranks run from 1 to n here": ranks_not_divided,
+        "The ranks are divided by n + 1": ranks_of_n_plus_one,
     },
     "12.2": {
-        "mean feature is missing": rate_that_forgets_the_normaliser,
-        "rate of the margin": rate_of_the_margin,
-        "a half": rate_at_full_weight,
-        "Beta is missing": rate_without_strength,
-        "rejected answer's rate": rate_of_the_loser,
-        "weigh each answer": rate_about_the_unweighted_mean,
-        "reversed": rate_of_ascent,
-        "This is the rate of the probability": rate_of_probability,
+        "V itself": value_of_the_expected_z,
+        "delta method": value_less_the_first_correction,
+        "in nats": value_in_nats,
+        "mean reward": value_as_mean_reward,
+        "The number of orders is missing": value_orders_not_counted,
+        "Inside the exponential the reward is not divided by beta": value_at_beta_one_inside,
+        "The draws are added up": value_of_sums,
     },
     "12.3": {
-        "divides by a sum": policy_divided_by_its_sum,
-        "DPO on sums": policy_of_sums,
-        "wrong side": policy_of_rewards_a_token,
-        "do not sum to 1": policy_left_alone,
-        "The reference is missing": mean_without_reference,
-        "nearly right": mean_searched_too_briefly,
+        "Beta is missing": tilt_in_nats,
+        "reversed": tilt_the_other_way,
+        "do not sum to zero": tilt_by_bare_weights,
+        "no longer sum to 1": tilt_of_every_answer_alike,
+        "relative change": tilt_as_a_share,
+        "This is the policy after the change": tilt_as_policy,
     },
 }

@@ -1,175 +1,151 @@
 """Plausible wrong answers to the exercises of chapter 13, and a word of each one's sentence."""
 
-import math
-
-from torch.nn.functional import kl_div
+import torch
 
 
-def posterior_of(prior, likelihood):
-    return (prior.log() + likelihood.log()).softmax(0)
+def log_partition(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).logsumexp(0)
 
 
-def elbo_instead_of_its_gap(q, prior, likelihood):
-    return q @ likelihood.log() - kl_div(prior.log(), q, reduction="sum")
+def gained_by_reward_alone(ref_probs, rewards, beta):
+    return rewards * (1 / beta)
 
 
-def elbo_less_evidence(q, prior, likelihood):
-    return -kl_div(posterior_of(prior, likelihood).log(), q, reduction="sum")
+def gained_in_units_of_reward(ref_probs, rewards, beta):
+    return rewards - beta * log_partition(ref_probs, rewards, beta)
 
 
-def distance_from_the_prior(q, prior, likelihood):
-    return kl_div(prior.log(), q, reduction="sum")
+def gained_over_the_average(ref_probs, rewards, beta):
+    return (rewards - (ref_probs * rewards).sum()) / beta
 
 
-def forward_kl(q, prior, likelihood):
-    return kl_div(q.log(), posterior_of(prior, likelihood), reduction="sum")
+def gained_less_z(ref_probs, rewards, beta):
+    return rewards / beta - log_partition(ref_probs, rewards, beta).exp()
 
 
-def fit_without_penalty(q, prior, likelihood):
-    return (prior @ likelihood).log() - q @ likelihood.log()
+def gained_with_beta_twice(ref_probs, rewards, beta):
+    return rewards / beta - beta * log_partition(ref_probs, rewards, beta)
 
 
-def flat_prior(q, prior, likelihood):
-    return kl_div((likelihood / likelihood.sum()).log(), q, reduction="sum")
+def log_of_the_optimum(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).log_softmax(0)
 
 
-def advantage_over_the_reference(ref_probs, q_values, beta):
-    return q_values - ref_probs @ q_values
+def rate_that_forgets_the_normaliser(ref_probs, features, chosen, rejected, beta):
+    return beta / 2 * torch.dot(features[chosen], features[chosen] - features[rejected])
 
 
-def regret_of_the_greedy(ref_probs, q_values, beta):
-    return q_values - max(q_values.tolist())
+def rate_of_the_margin(ref_probs, features, chosen, rejected, beta):
+    return beta / 2 * (features[chosen] - features[rejected]).square().sum()
 
 
-def log_ratio(ref_probs, q_values, beta):
-    tilted = (ref_probs.log() + q_values / beta).log_softmax(0)
-    return tilted - ref_probs.log()
+def rate_at_full_weight(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - ref_probs @ features
+    return beta * (slope @ (features[chosen] - features[rejected]))
 
 
-def value_that_forgets_beta(ref_probs, q_values, beta):
-    return q_values - beta * (ref_probs.log() + q_values).logsumexp(0)
+def rate_without_strength(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - ref_probs @ features
+    return 0.5 * (slope @ (features[chosen] - features[rejected]))
 
 
-def advantage_over_the_optimum(ref_probs, q_values, beta):
-    return q_values - (ref_probs.log() + q_values / beta).softmax(0) @ q_values
+def rate_of_the_loser(ref_probs, features, chosen, rejected, beta):
+    slope = features[rejected] - ref_probs @ features
+    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
 
 
-def entropy_regularised(ref_probs, q_values, beta):
-    return beta * (q_values / beta).log_softmax(0)
+def rate_about_the_unweighted_mean(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - features.mean(0)
+    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
 
 
-def log_policy(ref_probs, q_values, beta):
-    return beta * (ref_probs.log() + q_values / beta).log_softmax(0)
+def rate_of_ascent(ref_probs, features, chosen, rejected, beta):
+    slope = features[chosen] - ref_probs @ features
+    return beta / 2 * (slope @ (features[rejected] - features[chosen]))
 
 
-def shrunk(mean, variance, slope, curvature, beta):
-    shrink = 1 + curvature * variance / beta
-    return (mean + slope * variance / beta) / shrink, variance / shrink
+def policy_divided_by_its_sum(ref_probs, rewards, lengths, beta):
+    weights = ref_probs * (lengths * rewards / beta).exp()
+    return weights / weights.sum()
 
 
-def at_beta_one(mean, variance, slope, curvature, beta):
-    return shrunk(mean, variance, slope, curvature, 1)
+def policy_of_sums(ref_probs, rewards, lengths, beta):
+    weights = ref_probs * (rewards / beta).exp()
+    return weights / weights.sum()
 
 
-def shift_then_shrink(mean, variance, slope, curvature, beta):
-    shifted = mean + slope * variance / beta
-    return shifted, shrunk(shifted, variance, 0, curvature, beta)[1]
+def policy_of_rewards_a_token(ref_probs, rewards, lengths, beta):
+    weights = ref_probs * (rewards / (lengths * beta)).exp()
+    return weights / weights.sum()
 
 
-def mean_and_precision(mean, variance, slope, curvature, beta):
-    new_mean, _ = shrunk(mean, variance, slope, curvature, beta)
-    return new_mean, 1 / variance + curvature / beta
+def policy_left_alone(ref_probs, rewards, lengths, beta):
+    return (ref_probs.log() + lengths * rewards / beta).exp()
 
 
-def bent_the_other_way(mean, variance, slope, curvature, beta):
-    return shrunk(mean, variance, slope, -curvature, beta)
+def searched(ref_probs, rewards, lengths, beta, halvings):
+    low, high = -100.0, 100.0
+    for _ in range(halvings):
+        c = (low + high) / 2
+        probs = ref_probs * (lengths * (rewards + c) / beta).exp()
+        low, high = (low, c) if probs.sum() > 1 else (c, high)
+    return probs
 
 
-def mean_and_deviation(mean, variance, slope, curvature, beta):
-    new_mean, new_variance = shrunk(mean, variance, slope, curvature, beta)
-    return new_mean, math.sqrt(new_variance)
+def gained_in_probability(ref_probs, rewards, beta):
+    return (ref_probs.log() + rewards / beta).softmax(0) - ref_probs
 
 
-def without_the_half(mean, variance, slope, curvature, beta):
-    return shrunk(mean, variance, slope, curvature + curvature, beta)
+def gained_at_beta_one(ref_probs, rewards, beta):
+    return rewards / beta - log_partition(ref_probs, rewards, 1.0)
 
 
-def gap_of_minus_elbo(q, prior, likelihood):
-    return -elbo_instead_of_its_gap(q, prior, likelihood)
+def gained_with_z_added(ref_probs, rewards, beta):
+    return rewards / beta + log_partition(ref_probs, rewards, beta)
 
 
-def gap_evidence_not_log(q, prior, likelihood):
-    return prior @ likelihood - elbo_instead_of_its_gap(q, prior, likelihood)
+def rate_of_probability(ref_probs, features, chosen, rejected, beta):
+    slope = ref_probs[chosen] * (features[chosen] - ref_probs @ features)
+    return beta / 2 * (slope @ (features[chosen] - features[rejected]))
 
 
-def gap_likelihood_summed(q, prior, likelihood):
-    return likelihood.sum().log() - elbo_instead_of_its_gap(q, prior, likelihood)
+def mean_without_reference(ref_probs, rewards, lengths, beta):
+    uniform = torch.full_like(ref_probs, 1 / len(ref_probs))
+    return searched(uniform, rewards, lengths, beta, 100)
 
 
-def gap_without_entropy(q, prior, likelihood):
-    return (prior @ likelihood).log() - q @ (prior * likelihood).log()
-
-
-def credit_as_ratio(ref_probs, q_values, beta):
-    return beta * (ref_probs.log() + q_values / beta).softmax(0) / ref_probs
-
-
-def credit_of_log_z(ref_probs, q_values, beta):
-    return q_values - (ref_probs.log() + q_values / beta).logsumexp(0)
-
-
-def gaussian_mean_not_divided(mean, variance, slope, curvature, beta):
-    _, new_variance = shrunk(mean, variance, slope, curvature, beta)
-    return mean / variance + slope / beta, new_variance
-
-
-def gaussian_shifted_by_the_slope(mean, variance, slope, curvature, beta):
-    _, new_variance = shrunk(mean, variance, slope, curvature, beta)
-    return mean + slope / beta, new_variance
-
-
-def gaussian_half_as_sharp(mean, variance, slope, curvature, beta):
-    return shrunk(mean, variance, slope, curvature / 2, beta)
-
-
-def gaussian_mean_and_variance_swapped(mean, variance, slope, curvature, beta):
-    return shrunk(mean, variance, slope, curvature, beta)[::-1]
+def mean_searched_too_briefly(ref_probs, rewards, lengths, beta):
+    return searched(ref_probs, rewards, lengths, beta, 25)
 
 
 MISTAKES = {
     "13.1": {
-        "This is the ELBO itself": elbo_instead_of_its_gap,
-        "reversed": elbo_less_evidence,
-        "KL(q || prior)": distance_from_the_prior,
-        "forward KL": forward_kl,
-        "KL to the prior is missing": fit_without_penalty,
-        "flat one": flat_prior,
-        "This is minus the ELBO": gap_of_minus_elbo,
-        "The evidence stands where its logarithm is due": gap_evidence_not_log,
-        "The evidence has lost the prior": gap_likelihood_summed,
-        "The ELBO has lost the entropy of the guess": gap_without_entropy,
+        "Log Z is missing": gained_by_reward_alone,
+        "units of reward": gained_in_units_of_reward,
+        "Jensen": gained_over_the_average,
+        "logarithm of Z": gained_less_z,
+        "One beta too many": gained_with_beta_twice,
+        "log pi* itself": log_of_the_optimum,
+        "This is the gain in probability": gained_in_probability,
+        "Inside Z the rewards are not divided by beta": gained_at_beta_one,
+        "log Z is added": gained_with_z_added,
     },
     "13.2": {
-        "soft maximum": advantage_over_the_reference,
-        "below the maximum": regret_of_the_greedy,
-        "in nats": log_ratio,
-        "not divided by beta": value_that_forgets_beta,
-        "KL that it pays": advantage_over_the_optimum,
-        "reference is missing": entropy_regularised,
-        "beta log pi*": log_policy,
-        "The logarithm is missing": credit_as_ratio,
-        "V* has lost its beta": credit_of_log_z,
+        "mean feature is missing": rate_that_forgets_the_normaliser,
+        "rate of the margin": rate_of_the_margin,
+        "a half": rate_at_full_weight,
+        "Beta is missing": rate_without_strength,
+        "rejected answer's rate": rate_of_the_loser,
+        "weigh each answer": rate_about_the_unweighted_mean,
+        "reversed": rate_of_ascent,
+        "This is the rate of the probability": rate_of_probability,
     },
     "13.3": {
-        "Beta is missing": at_beta_one,
-        "old variance": shift_then_shrink,
-        "the precision": mean_and_precision,
-        "wrong sign": bent_the_other_way,
-        "standard deviation": mean_and_deviation,
-        "counts twice": without_the_half,
-        "The mean is not divided by the new precision": gaussian_mean_not_divided,
-        "The slope moves the mean by itself here": gaussian_shifted_by_the_slope,
-        "The curvature counts half": gaussian_half_as_sharp,
-        "The mean comes first, then the variance": gaussian_mean_and_variance_swapped,
+        "divides by a sum": policy_divided_by_its_sum,
+        "DPO on sums": policy_of_sums,
+        "wrong side": policy_of_rewards_a_token,
+        "do not sum to 1": policy_left_alone,
+        "The reference is missing": mean_without_reference,
+        "nearly right": mean_searched_too_briefly,
     },
 }

@@ -1,159 +1,175 @@
 """Plausible wrong answers to the exercises of chapter 15, and a word of each one's sentence."""
 
-import torch
+import math
+
+from torch.nn.functional import kl_div
 
 
-def triage(chosen_logp, rejected_logp, grad, moved, margin, shared, *, order="213475", numbers=()):
-    """The right answer, asked in `order`, with some numbers replaced."""
-    signs = {
-        "2": chosen_logp == 0 and rejected_logp == 0,
-        "1": chosen_logp == rejected_logp,
-        "3": grad == 0,
-        "4": moved == 0,
-        "7": margin != 0,
-        "5": bool(shared),
-    }
-    found = next((int(key) for key in order if signs[key]), 6)
-    return dict(numbers).get(found, found)
+def posterior_of(prior, likelihood):
+    return (prior.log() + likelihood.log()).softmax(0)
 
 
-def same_before_masked(*seen):
-    return triage(*seen, order="123475")
+def elbo_instead_of_its_gap(q, prior, likelihood):
+    return q @ likelihood.log() - kl_div(prior.log(), q, reduction="sum")
 
 
-def all_that_stands_still_is_frozen(*seen):
-    return triage(*seen, numbers={4: 3})
+def elbo_less_evidence(q, prior, likelihood):
+    return -kl_div(posterior_of(prior, likelihood).log(), q, reduction="sum")
 
 
-def no_gradient_is_a_rate_of_zero(*seen):
-    return triage(*seen, order="214375")
+def distance_from_the_prior(q, prior, likelihood):
+    return kl_div(prior.log(), q, reduction="sum")
 
 
-def never_asks_who_shares(*seen):
-    return triage(*seen, order="21347")
+def forward_kl(q, prior, likelihood):
+    return kl_div(q.log(), posterior_of(prior, likelihood), reduction="sum")
 
 
-def never_asks_for_the_margin(*seen):
-    return triage(*seen, order="21345")
+def fit_without_penalty(q, prior, likelihood):
+    return (prior @ likelihood).log() - q @ likelihood.log()
 
 
-def plain_mean(mean_losses, n_tokens):
-    return sum(mean_losses) / len(mean_losses)
+def flat_prior(q, prior, likelihood):
+    return kl_div((likelihood / likelihood.sum()).log(), q, reduction="sum")
 
 
-def plain_sum(mean_losses, n_tokens):
-    return sum(mean_losses)
+def advantage_over_the_reference(ref_probs, q_values, beta):
+    return q_values - ref_probs @ q_values
 
 
-def total(mean_losses, n_tokens):
-    return mean_losses @ n_tokens
+def regret_of_the_greedy(ref_probs, q_values, beta):
+    return q_values - max(q_values.tolist())
 
 
-def total_per_step(mean_losses, n_tokens):
-    return mean_losses @ n_tokens / len(n_tokens)
+def log_ratio(ref_probs, q_values, beta):
+    tilted = (ref_probs.log() + q_values / beta).log_softmax(0)
+    return tilted - ref_probs.log()
 
 
-def short_ones_first(mean_losses, n_tokens):
-    weights = n_tokens.reciprocal()
-    return mean_losses @ weights / weights.sum()
+def value_that_forgets_beta(ref_probs, q_values, beta):
+    return q_values - beta * (ref_probs.log() + q_values).logsumexp(0)
 
 
-def ratios(logps, ref_logps, prompts, answers):
-    return torch.stack([(logps - ref_logps)[x, y] for x, y in zip(prompts, answers, strict=True)])
+def advantage_over_the_optimum(ref_probs, q_values, beta):
+    return q_values - (ref_probs.log() + q_values / beta).softmax(0) @ q_values
 
 
-def own_answers(logps, ref_logps, prompts, answers):
-    return ratios(logps, ref_logps, prompts, answers).mean().clamp(min=0)
+def entropy_regularised(ref_probs, q_values, beta):
+    return beta * (q_values / beta).log_softmax(0)
 
 
-def no_clamp(logps, ref_logps, prompts, answers):
-    return ratios(logps, ref_logps, prompts, answers.roll(-1)).mean()
+def log_policy(ref_probs, q_values, beta):
+    return beta * (ref_probs.log() + q_values / beta).log_softmax(0)
 
 
-def clamp_every_one(logps, ref_logps, prompts, answers):
-    return ratios(logps, ref_logps, prompts, answers.roll(-1)).clamp(min=0).mean()
+def shrunk(mean, variance, slope, curvature, beta):
+    shrink = 1 + curvature * variance / beta
+    return (mean + slope * variance / beta) / shrink, variance / shrink
 
 
-def other_direction(logps, ref_logps, prompts, answers):
-    return ratios(logps, ref_logps, prompts, answers.roll(1)).mean().clamp(min=0)
+def at_beta_one(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature, 1)
 
 
-def turned_round(logps, ref_logps, prompts, answers):
-    rows = list(range(len(answers)))[::-1]
-    return ratios(logps, ref_logps, prompts, answers[rows]).mean().clamp(min=0)
+def shift_then_shrink(mean, variance, slope, curvature, beta):
+    shifted = mean + slope * variance / beta
+    return shifted, shrunk(shifted, variance, 0, curvature, beta)[1]
 
 
-def exact_kl(logps, ref_logps, prompts, answers):
-    kls = torch.nn.functional.kl_div(ref_logps, logps, reduction="none", log_target=True).sum(1)
-    return kls[prompts].mean()
+def mean_and_precision(mean, variance, slope, curvature, beta):
+    new_mean, _ = shrunk(mean, variance, slope, curvature, beta)
+    return new_mean, 1 / variance + curvature / beta
 
 
-def fault_counted_from_zero(*seen):
-    return triage(*seen) - 1
+def bent_the_other_way(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, -curvature, beta)
 
 
-def fault_shared_for_anew(*seen):
-    return triage(*seen, numbers={5: 6, 6: 5})
+def mean_and_deviation(mean, variance, slope, curvature, beta):
+    new_mean, new_variance = shrunk(mean, variance, slope, curvature, beta)
+    return new_mean, math.sqrt(new_variance)
 
 
-def fault_movement_first(*seen):
-    return triage(*seen, order="421375")
+def without_the_half(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature + curvature, beta)
 
 
-def loss_means_over_tokens(mean_losses, n_tokens):
-    return mean_losses.sum() / n_tokens.sum()
+def gap_of_minus_elbo(q, prior, likelihood):
+    return -elbo_instead_of_its_gap(q, prior, likelihood)
 
 
-def loss_mean_batch(mean_losses, n_tokens):
-    return mean_losses.mean() * n_tokens.mean()
+def gap_evidence_not_log(q, prior, likelihood):
+    return prior @ likelihood - elbo_instead_of_its_gap(q, prior, likelihood)
 
 
-def z0_distance(logps, ref_logps, prompts, answers):
-    return ratios(logps, ref_logps, prompts, answers.roll(-1)).mean().abs()
+def gap_likelihood_summed(q, prior, likelihood):
+    return likelihood.sum().log() - elbo_instead_of_its_gap(q, prior, likelihood)
 
 
-def z0_summed(logps, ref_logps, prompts, answers):
-    return ratios(logps, ref_logps, prompts, answers.roll(-1)).sum().clamp(min=0)
+def gap_without_entropy(q, prior, likelihood):
+    return (prior @ likelihood).log() - q @ (prior * likelihood).log()
 
 
-def z0_of_all_pairs(logps, ref_logps, prompts, answers):
-    return (logps - ref_logps)[prompts][:, answers].mean().relu()
+def credit_as_ratio(ref_probs, q_values, beta):
+    return beta * (ref_probs.log() + q_values / beta).softmax(0) / ref_probs
 
 
-def z0_without_the_last(logps, ref_logps, prompts, answers):
-    return (logps - ref_logps)[prompts[:-1], answers[1:]].mean().relu()
+def credit_of_log_z(ref_probs, q_values, beta):
+    return q_values - (ref_probs.log() + q_values / beta).logsumexp(0)
+
+
+def gaussian_mean_not_divided(mean, variance, slope, curvature, beta):
+    _, new_variance = shrunk(mean, variance, slope, curvature, beta)
+    return mean / variance + slope / beta, new_variance
+
+
+def gaussian_shifted_by_the_slope(mean, variance, slope, curvature, beta):
+    _, new_variance = shrunk(mean, variance, slope, curvature, beta)
+    return mean + slope / beta, new_variance
+
+
+def gaussian_half_as_sharp(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature / 2, beta)
+
+
+def gaussian_mean_and_variance_swapped(mean, variance, slope, curvature, beta):
+    return shrunk(mean, variance, slope, curvature, beta)[::-1]
 
 
 MISTAKES = {
     "15.1": {
-        "are equal too": same_before_masked,
-        "called frozen": all_that_stands_still_is_frozen,
-        "no gradient arrived": no_gradient_is_a_rate_of_zero,
-        "who shares weights": never_asks_who_shares,
-        "look at beta": never_asks_for_the_margin,
-        "These are the right faults, counted from 0": fault_counted_from_zero,
-        "have changed places": fault_shared_for_anew,
-        "You ask for the movement first": fault_movement_first,
+        "This is the ELBO itself": elbo_instead_of_its_gap,
+        "reversed": elbo_less_evidence,
+        "KL(q || prior)": distance_from_the_prior,
+        "forward KL": forward_kl,
+        "KL to the prior is missing": fit_without_penalty,
+        "flat one": flat_prior,
+        "This is minus the ELBO": gap_of_minus_elbo,
+        "The evidence stands where its logarithm is due": gap_evidence_not_log,
+        "The evidence has lost the prior": gap_likelihood_summed,
+        "The ELBO has lost the entropy of the guess": gap_without_entropy,
     },
     "15.2": {
-        "mean of the means": plain_mean,
-        "added up": plain_sum,
-        "not divided by their number": total,
-        "number of micro-batches": total_per_step,
-        "upside down": short_ones_first,
-        "The means are divided by the number of tokens": loss_means_over_tokens,
-        "This is a mean loss times a mean number of tokens": loss_mean_batch,
+        "soft maximum": advantage_over_the_reference,
+        "below the maximum": regret_of_the_greedy,
+        "in nats": log_ratio,
+        "not divided by beta": value_that_forgets_beta,
+        "KL that it pays": advantage_over_the_optimum,
+        "reference is missing": entropy_regularised,
+        "beta log pi*": log_policy,
+        "The logarithm is missing": credit_as_ratio,
+        "V* has lost its beta": credit_of_log_z,
     },
     "15.3": {
-        "own answer here": own_answers,
-        "clamp is missing": no_clamp,
-        "clamp comes after": clamp_every_one,
-        "the other way": other_direction,
-        "reversed here": turned_round,
-        "exact KL": exact_kl,
-        "The sign is dropped": z0_distance,
-        "The log-ratios are added up": z0_summed,
-        "Every prompt meets every answer of the batch": z0_of_all_pairs,
-        "The last row is left out": z0_without_the_last,
+        "Beta is missing": at_beta_one,
+        "old variance": shift_then_shrink,
+        "the precision": mean_and_precision,
+        "wrong sign": bent_the_other_way,
+        "standard deviation": mean_and_deviation,
+        "counts twice": without_the_half,
+        "The mean is not divided by the new precision": gaussian_mean_not_divided,
+        "The slope moves the mean by itself here": gaussian_shifted_by_the_slope,
+        "The curvature counts half": gaussian_half_as_sharp,
+        "The mean comes first, then the variance": gaussian_mean_and_variance_swapped,
     },
 }

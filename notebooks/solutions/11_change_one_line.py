@@ -1,4 +1,4 @@
-"""Solutions of chapter 10."""
+"""Solutions of chapter 11."""
 
 import torch
 
@@ -22,7 +22,7 @@ def nash_policy(wins):
 
 
 SOLUTIONS = {
-    "10.1": fitted_margin,
-    "10.2": ipo_policy,
-    "10.3": nash_policy,
+    "11.1": fitted_margin,
+    "11.2": ipo_policy,
+    "11.3": nash_policy,
 }

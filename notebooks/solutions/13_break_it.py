@@ -1,4 +1,4 @@
-"""Solutions of chapter 12, and the repairs of its museum."""
+"""Solutions of chapter 13, and the repairs of its museum."""
 
 import torch
 from torch.nn.functional import logsigmoid, softplus
@@ -27,9 +27,9 @@ def mean_policy(ref_probs, rewards, lengths, beta):
 
 
 SOLUTIONS = {
-    "12.1": nats_gained,
-    "12.2": chosen_rate,
-    "12.3": mean_policy,
+    "13.1": nats_gained,
+    "13.2": chosen_rate,
+    "13.3": mean_policy,
 }
 
 

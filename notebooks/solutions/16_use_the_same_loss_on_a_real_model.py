@@ -1,4 +1,4 @@
-"""Solutions of chapter 14."""
+"""Solutions of chapter 16."""
 
 import torch
 
@@ -25,4 +25,4 @@ def join(prompts, answers):
     return tokens.gather(1, order)
 
 
-SOLUTIONS = {"14.1": answer_mask, "14.2": accuracy_of, "14.3": join}
+SOLUTIONS = {"16.1": answer_mask, "16.2": accuracy_of, "16.3": join}

@@ -1,4 +1,4 @@
-"""Solutions of chapter 15."""
+"""Solutions of chapter 17."""
 
 
 def which_fault(chosen_logp, rejected_logp, grad, moved, margin, shared):
@@ -29,7 +29,7 @@ def z0_of_batch(logps, ref_logps, prompts, answers):
 
 
 SOLUTIONS = {
-    "15.1": which_fault,
-    "15.2": whole_batch_loss,
-    "15.3": z0_of_batch,
+    "17.1": which_fault,
+    "17.2": whole_batch_loss,
+    "17.3": z0_of_batch,
 }

@@ -1,4 +1,4 @@
-"""Chapter 14: what learners write, each with the words of the sentence they should read."""
+"""Chapter 16: what learners write, each with the words of the sentence they should read."""
 
 import torch
 
@@ -118,7 +118,7 @@ def padded_with_zeros(prompts, answers):
 
 
 MISTAKES = {
-    "14.1": {
+    "16.1": {
         "never learn to stop": mask_that_drops_every_end,
         "The padding counts": mask_to_the_end_of_the_row,
         "The prompt counts": mask_with_the_prompt,
@@ -129,7 +129,7 @@ MISTAKES = {
         "the prompt counts, and the answer's end token": all_but_ends,
         "Everything counts here": everything,
     },
-    "14.2": {
+    "16.2": {
         "reference is missing": accuracy_of_probabilities,
         "tie counts as right": accuracy_with_ties,
         "reversed": accuracy_of_the_rejected,
@@ -140,7 +140,7 @@ MISTAKES = {
         "This is the mean margin": mean_margin,
         "This is in percent": percent,
     },
-    "14.3": {
+    "16.3": {
         "padding between": join_side_by_side,
         "on the left": join_on_the_left,
         "before the prompt": join_answer_first,

@@ -1,4 +1,4 @@
-"""Solutions of chapter 13."""
+"""Solutions of chapter 15."""
 
 import torch
 from torch.distributions import Categorical, kl_divergence
@@ -28,7 +28,7 @@ def tilted_gaussian(mean, variance, slope, curvature, beta):
 
 
 SOLUTIONS = {
-    "13.1": elbo_gap,
-    "13.2": token_credit,
-    "13.3": tilted_gaussian,
+    "15.1": elbo_gap,
+    "15.2": token_credit,
+    "15.3": tilted_gaussian,
 }

@@ -1,4 +1,4 @@
-"""Solutions of chapter 11."""
+"""Solutions of chapter 12."""
 
 import math
 
@@ -29,7 +29,7 @@ def tilt(best, writer, error, beta):
 
 
 SOLUTIONS = {
-    "11.1": log_z_of_ranks,
-    "11.2": expected_value,
-    "11.3": tilt,
+    "12.1": log_z_of_ranks,
+    "12.2": expected_value,
+    "12.3": tilt,
 }

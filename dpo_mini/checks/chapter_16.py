@@ -1,4 +1,4 @@
-"""Chapter 14: real models."""
+"""Chapter 16: real models."""
 
 from itertools import product
 
@@ -226,7 +226,7 @@ ANSWERS = torch.tensor([[9, 1, 0], [3, 0, -1], [0, -1, -1]])
 
 EXERCISES = (
     Exercise(
-        "14.1",
+        "16.1",
         cases=((TOKENS, 2, 0), (FULL, 1, 0), (TOKENS, 3, 0), (PROMPT_WITH_END, 3, 0)),
         judge=judge_answer_mask,
         mistakes=(
@@ -243,7 +243,7 @@ EXERCISES = (
         shape=lambda tokens, n_prompt, end: tokens.shape,
     ),
     Exercise(
-        "14.2",
+        "16.2",
         cases=((*AFTER, *BEFORE), (*BEFORE, *BEFORE), MIXED),
         judge=judge_accuracy_of,
         mistakes=(
@@ -259,7 +259,7 @@ EXERCISES = (
         ),
     ),
     Exercise(
-        "14.3",
+        "16.3",
         cases=((PROMPTS, ANSWERS),),
         judge=judge_join,
         mistakes=(
