@@ -498,15 +498,14 @@ of all hundred.
 """
 
 
-def held_out_prompts() -> Tensor:
-    """The twenty prompts of `tiny_sums` or `tiny_sort` that are held out: `[20]` int64."""
-    return torch.tensor(sorted(10 * a + b for a, b in HELD_OUT_PAIRS))
-
-
 def training_prompts() -> Tensor:
-    """The other eighty prompts of `tiny_sums` or `tiny_sort`: `[80]` int64."""
-    held_out = held_out_prompts().tolist()
-    return torch.tensor([x for x in range(100) if x not in held_out])
+    """The eighty prompts of `tiny_sums` or `tiny_sort` that demonstrations have: `[80]` int64."""
+    return torch.tensor([x for x in range(100) if divmod(x, 10) not in HELD_OUT_PAIRS])
+
+
+def held_out_prompts() -> Tensor:
+    """The other twenty, which `HELD_OUT_PAIRS` lists: `[20]` int64."""
+    return torch.tensor(sorted(10 * a + b for a, b in HELD_OUT_PAIRS))
 
 
 def tiny_sums() -> Task:
