@@ -1,11 +1,11 @@
-"""Tasks small enough to enumerate: bandits, and micro-reviews that a person can read.
+"""Tasks small enough to enumerate: bandits, micro-reviews, and sums and sorting of two digits.
 
 A task is a prompt set, a finite set of completions and a table of true rewards. A bandit is a task
-whose completions are one token long, so the same functions serve both.
+whose completions are one token long, so the same functions serve all of them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ from dpo_mini.arguments import (
     check_count,
     check_finite,
     check_floats,
+    check_fraction,
     check_generator,
     check_indices,
     check_integers,
@@ -40,6 +41,13 @@ __all__ = [
     "REVIEW_PROMPTS",
     "micro_reviews",
     "micro_review_demonstrations",
+    "HELD_OUT_PAIRS",
+    "training_prompts",
+    "held_out_prompts",
+    "tiny_sums",
+    "tiny_sort",
+    "tiny_sum_demonstrations",
+    "tiny_sort_demonstrations",
 ]
 
 
@@ -55,14 +63,20 @@ class Task:
     Completions are ordered as in a dictionary, token 0 first: the order in which a depth-first walk
     of the tree of prefixes meets them.
 
+    Prompts are named by their number, 0 to X - 1: `prompts` lists these, and every function that
+    asks for prompts takes them. What a policy reads for each is in `prompt_tokens`.
+
     Args:
-      prompt_texts: X strings, one a prompt.
-      vocabulary: V strings, one a token.
+      prompt_texts: X strings, one per prompt.
+      vocabulary: V strings, one per token.
       max_tokens: T, the most tokens that a completion has.
       end_token: the token that ends a completion, or None where all have T tokens. A completion
         of T tokens that never ended is a completion too.
       rewards: `[X, Y]`, the true reward of every completion, finite.
       ref_logps: `[X, Y]`, the reference policy, where the task has one as a table; nats.
+      prompt_tokens: `[X, P]` int64, the tokens of each prompt. Tokens 0..V-1 are those of the
+        vocabulary; tokens that only prompts use come after them. If left out, prompt x is the one
+        token V + x. A policy cannot tell apart two prompts of the same tokens.
     """
 
     prompt_texts: tuple[str, ...]
@@ -71,6 +85,7 @@ class Task:
     end_token: int | None
     rewards: Tensor
     ref_logps: Tensor | None = None
+    prompt_tokens: Tensor | None = None  # a tensor once the task is made
     prompts: Tensor = field(init=False)
     completions: Tensor = field(init=False)
 
@@ -92,6 +107,17 @@ class Task:
         object.__setattr__(self, "completions", completions.to(self.rewards.device))
         prompts = torch.arange(want[0], device=self.rewards.device)
         object.__setattr__(self, "prompts", prompts)
+        if self.prompt_tokens is None:
+            read = self.vocab_size + prompts.unsqueeze(1)
+        else:
+            check_integers("prompt_tokens", self.prompt_tokens, "[X, P]")
+            shape, least = list(self.prompt_tokens.shape), int(self.prompt_tokens.min())
+            if shape[0] != want[0]:
+                raise ValueError(f"`prompt_tokens` must be [{want[0]}, P], got {shape}")
+            if least < 0:
+                raise ValueError(f"`prompt_tokens` must be tokens >= 0, got {least}")
+            read = self.prompt_tokens.to(self.rewards.device)
+        object.__setattr__(self, "prompt_tokens", read)
 
     def __repr__(self) -> str:
         at_most = "" if self.end_token is None else "at most "
@@ -111,6 +137,8 @@ class Task:
     def text(self, completion: Tensor) -> str:
         """A completion `[T]` as words for a person: `"not very good"`; an unended one closes in ….
 
+        Digits alone are written as a number: `"12"`.
+
         Raises:
           ValueError: as `index`.
         """
@@ -119,7 +147,9 @@ class Task:
         tokens = [token for token in completion.tolist() if token != PAD]
         ended = self.end_token is None or tokens[-1] == self.end_token
         words = [self.vocabulary[token] for token in tokens if token != self.end_token]
-        return " ".join(words if ended else [*words, "…"]) or "(nothing)"
+        number = all(len(word) == 1 and word.isdigit() for word in words)
+        said = ("" if number else " ").join(words)
+        return (said if ended else f"{said} …") or "(nothing)"
 
     def index(self, completions: Tensor) -> Tensor:
         """Which column of the tables each of `completions` `[B, T]` is: `[B]` int64.
@@ -450,6 +480,164 @@ def micro_review_demonstrations(
         tokens = [_WORD[word] for word in [*words, "<end>"][:5]]
         completions[row, : len(tokens)] = torch.tensor(tokens)
     return prompts, completions
+
+
+# --- tiny sums and tiny sort -----------------------------------------------------------------
+
+_DIGITS = (*"0123456789", "<end>")
+_N_TOKENS = 3  # of a completion: two digits and the end token
+HELD_OUT_PAIRS = (
+    (2, 4), (4, 0), (0, 8), (8, 5), (5, 9), (9, 1), (1, 6), (6, 3), (3, 7), (2, 2),
+    (4, 2), (0, 4), (8, 0), (5, 8), (9, 5), (1, 9), (6, 1), (3, 6), (7, 3), (7, 7),
+)  # fmt: skip
+"""The two digits of the twenty prompts of `tiny_sums` and `tiny_sort` that no demonstration has.
+
+A pair is held out in both orders, so that nobody answers 4 + 2 who was shown 2 + 4 and nothing
+else. In each place every digit is held out twice. Of the twenty sums nine have two digits, as do 45
+of all hundred.
+"""
+
+
+def training_prompts() -> Tensor:
+    """The eighty prompts of `tiny_sums` or `tiny_sort` that demonstrations have: `[80]` int64."""
+    return torch.tensor([x for x in range(100) if divmod(x, 10) not in HELD_OUT_PAIRS])
+
+
+def held_out_prompts() -> Tensor:
+    """The other twenty, which `HELD_OUT_PAIRS` lists: `[20]` int64."""
+    return torch.tensor(sorted(10 * a + b for a, b in HELD_OUT_PAIRS))
+
+
+def tiny_sums() -> Task:
+    """Sums of two digits, with rewards that can be verified: 100 prompts, 1,111 completions each.
+
+    Prompt 10 a + b is the four tokens `a + b =`. A completion is at most three tokens from the ten
+    digits and the end token. The reward is 1 for the digits of the sum followed by the end token,
+    and 0 otherwise: for a sum of 7, "07" is wrong. Token d is the digit d, and token 10 the end.
+
+    `HELD_OUT_PAIRS` lists twenty prompts to test on; `training_prompts` and `held_out_prompts` give
+    both groups. There is no table for the reference: fit one to `tiny_sum_demonstrations`.
+    """
+    return _digit_task("{} + {} =", _sum_answers)
+
+
+def tiny_sort() -> Task:
+    """Two digits to be sorted, with rewards that can be verified, otherwise like `tiny_sums`.
+
+    Prompt 10 a + b is the four tokens `sort a b =`. The reward is 1 for the smaller digit, the
+    larger one and the end token, and 0 otherwise.
+    """
+    return _digit_task("sort {} {} =", _sort_answers)
+
+
+def tiny_sum_demonstrations(
+    n: int, *, generator: torch.Generator, right_prob: float = 0.4
+) -> tuple[Tensor, Tensor]:
+    """Answers to the training prompts of `tiny_sums`, of which a share is right.
+
+    Prompts are drawn evenly from `training_prompts`. An answer is right with `right_prob`;
+    otherwise it is one of the mistakes that a person might make, each as likely as the others:
+
+    - a forgotten carry, 2 for 12, or one that is not there, 17 for 7;
+    - the digits swapped, 21 for 12;
+    - the last digit left out, 1 for 12;
+    - off by one, 11 or 13 for 12.
+
+    A mistake that a sum does not allow (11 cannot be swapped), or that another one equals, is left
+    out. Every answer ends with the end token.
+
+    After `train.fit_sft` on 4,000 of them (600 steps of 128, learning rate .003) a transformer of 2
+    layers and width 32 is right with a mean probability of .38 to .41 on the training prompts and
+    .29 to .38 on those held out: the exact values of three seeds.
+
+    Args:
+      n: how many answers.
+      generator: draws prompts and answers.
+      right_prob: in [0, 1].
+    Returns:
+      `(prompts [n], completions [n, 3])`, int64, padded with `PAD`.
+    Raises:
+      ValueError: `n < 1`, or `right_prob` outside [0, 1].
+    """
+    return _digit_demonstrations(_sum_answers, n, right_prob, generator)
+
+
+def tiny_sort_demonstrations(
+    n: int, *, generator: torch.Generator, right_prob: float = 0.4
+) -> tuple[Tensor, Tensor]:
+    """Answers to the training prompts of `tiny_sort`, of which a share is right.
+
+    As `tiny_sum_demonstrations`, with other mistakes:
+
+    - the digits in the wrong order, 73 for 37;
+    - one digit left out, 3 or 7 for 37;
+    - one digit doubled in the place of the other, 33 or 77 for 37.
+
+    Of two equal digits one can only be left out.
+
+    The fit described there is right with a mean probability of .38 to .40 on the training prompts
+    and .19 to .33 on those held out, where single prompts go from .001 to .89.
+
+    Args, returns and raises are those of `tiny_sum_demonstrations`.
+    """
+    return _digit_demonstrations(_sort_answers, n, right_prob, generator)
+
+
+def _sum_answers(a: int, b: int) -> list[str]:
+    """The right answer first, then each wrong one once."""
+    right = str(a + b)
+    carry = right[1:] or f"1{right}"  # forgotten, or not there
+    off_by_one = (str(abs(a + b - 1)), str(a + b + 1))
+    return list(dict.fromkeys([right, carry, right[::-1], right[:1], *off_by_one]))
+
+
+def _sort_answers(a: int, b: int) -> list[str]:
+    """The right answer first, then each wrong one once."""
+    low, high = str(min(a, b)), str(max(a, b))
+    return list(dict.fromkeys([low + high, high + low, low, high, low + low, high + high]))
+
+
+def _digit_task(prompt: str, answers: Callable[[int, int], list[str]]) -> Task:
+    """A task whose prompts are `prompt` with two digits in it; the first of `answers` is right."""
+    pairs = [divmod(x, 10) for x in range(100)]
+    texts = tuple(prompt.format(a, b) for a, b in pairs)
+    words = dict.fromkeys([*_DIGITS, *texts[0].split()])  # those of prompts alone come last
+    tokens = {word: token for token, word in enumerate(words)}
+    read = torch.tensor([[tokens[word] for word in text.split()] for text in texts])
+    right = torch.tensor([_written(answers(a, b)[0]) for a, b in pairs])
+    end = tokens["<end>"]
+    completions = enumerate_completions(len(_DIGITS), _N_TOKENS, end)
+    rewards = (completions == right[:, None]).all(-1).double()
+    return Task(texts, _DIGITS, _N_TOKENS, end, rewards, prompt_tokens=read)
+
+
+def _digit_demonstrations(
+    answers: Callable[[int, int], list[str]],
+    n: int,
+    right_prob: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draws from `answers` to the training prompts, the first of which with `right_prob`."""
+    check_count("n", n)
+    check_fraction("right_prob", right_prob)
+    check_generator(generator)
+    training = training_prompts()
+    given = [answers(*divmod(x, 10)) for x in training.tolist()]
+    n_wrong = torch.tensor([len(answers) - 1 for answers in given])
+    first = n_wrong.cumsum(0) - n_wrong + torch.arange(len(given))  # of a prompt's answers
+    written = torch.tensor([_written(answer) for answers in given for answer in answers])
+
+    rows = torch.randint(len(training), (n,), generator=generator)
+    is_right = torch.rand(n, dtype=torch.float64, generator=generator) < right_prob
+    uniform = torch.rand(n, dtype=torch.float64, generator=generator)
+    mistake = 1 + (uniform * n_wrong[rows]).long()
+    return training[rows], written[first[rows] + mistake.masked_fill(is_right, 0)]
+
+
+def _written(answer: str) -> list[int]:
+    """The tokens of some digits and of the end, padded."""
+    tokens = [*map(int, answer), _DIGITS.index("<end>")]
+    return tokens + [PAD] * (_N_TOKENS - len(tokens))
 
 
 def _check_names(name: str, names: Sequence[str]) -> None:

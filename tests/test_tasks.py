@@ -5,6 +5,7 @@ import importlib
 import itertools
 import math
 import pkgutil
+import re
 
 import numpy as np
 import pytest
@@ -13,20 +14,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_mini
 from dpo_mini.logps import PAD
-from dpo_mini.policies import PrefixTree
+from dpo_mini.policies import PrefixTree, RewardModel, TinyTransformer
 from dpo_mini.preferences import bradley_terry_prob, sample_bradley_terry
+from dpo_mini.rollout import enumerate_logps, enumerate_rewards
 from dpo_mini.tasks import (
+    HELD_OUT_PAIRS,
     REVIEW_PROMPTS,
     REVIEW_WORDS,
     Task,
     bandit,
     enumerate_completions,
     four_answers,
+    held_out_prompts,
     micro_review_demonstrations,
     micro_reviews,
     random_bandit,
     subtree_sizes,
     three_answers,
+    tiny_sort,
+    tiny_sort_demonstrations,
+    tiny_sum_demonstrations,
+    tiny_sums,
+    training_prompts,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -275,6 +284,8 @@ def test_draws_depend_on_their_generator_only():
             )
         ],
         lambda generator: micro_review_demonstrations(50, generator=generator),
+        lambda generator: tiny_sum_demonstrations(50, generator=generator),
+        lambda generator: tiny_sort_demonstrations(50, generator=generator),
         lambda generator: [random_bandit(2, 3, generator=generator).rewards],
     ):
         before = torch.get_rng_state()
@@ -296,6 +307,10 @@ def default_dtype():
     "make",
     [
         lambda generator: micro_review_demonstrations(200, generator=generator),
+        lambda generator: tiny_sum_demonstrations(200, generator=generator),
+        lambda generator: tiny_sort_demonstrations(200, generator=generator),
+        lambda generator: tuple(vars(tiny_sums()).values()),
+        lambda generator: tuple(vars(tiny_sort()).values()),
         lambda generator: tuple(vars(random_bandit(2, 3, generator=generator)).values()),
         lambda generator: tuple(vars(four_answers()).values()),
         lambda generator: tuple(vars(three_answers()).values()),
@@ -515,6 +530,170 @@ def test_slips_put_any_word_anywhere(reviews, generator):
     assert ((counts - 4000 / 11).abs() < 6 * math.sqrt(4000 / 11)).all()
 
 
+# --- tiny sums and tiny sort -----------------------------------------------------------------
+
+
+def read(prompt):
+    """What a person answers to the text of a prompt."""
+    digits = re.findall("[0-9]", prompt)
+    return "".join(sorted(digits)) if "sort" in prompt else str(sum(map(int, digits)))
+
+
+DIGIT_TASKS = [
+    (tiny_sums, "{} + {} =", ["+", "="], tiny_sum_demonstrations),
+    (tiny_sort, "sort {} {} =", ["sort", "="], tiny_sort_demonstrations),
+]
+
+
+@pytest.mark.parametrize(("make_task", "text", "symbols", "_"), DIGIT_TASKS)
+def test_prompts_of_two_digits(make_task, text, symbols, _):
+    task = make_task()
+    assert task.prompt_texts == tuple(text.format(a, b) for a in range(10) for b in range(10))
+    assert task.prompt_tokens.shape == (100, 4)
+    words = [*map(str, range(10)), "<end>", *symbols]  # digits are the same token everywhere
+    spelled = [" ".join(words[token] for token in row) for row in task.prompt_tokens.tolist()]
+    assert spelled == list(task.prompt_texts)
+    assert task.vocabulary == tuple(words[:11])
+    assert task.end_token == words.index("<end>")
+    assert task.ref_logps is None
+
+
+@pytest.mark.parametrize("make_task", [tiny_sums, tiny_sort])
+def test_only_the_right_digits_and_the_end_token_are_rewarded(make_task):
+    task = make_task()
+    assert task.completions.shape == (1 + 10 + 100 + 1000, 3) == (1111, 3)
+    assert task.rewards.dtype == torch.float64
+    assert torch.equal(task.index(task.completions), torch.arange(1111))
+    texts = [task.text(completion) for completion in task.completions]
+    assert len(set(texts)) == 1111
+    want = [[float(said == read(prompt)) for said in texts] for prompt in task.prompt_texts]
+    assert torch.equal(task.rewards, double(want))
+    assert task.rewards.sum(1).tolist() == [1.0] * 100
+
+
+def test_a_sum_with_a_zero_in_front_or_without_an_end_is_wrong():
+    task, end = tiny_sums(), 10
+    x = task.prompt_texts.index("5 + 2 =")
+    answers = [[7, end, PAD], [0, 7, end], [7, 7, end], [7, 7, 7], [0, 0, 7], [end, PAD, PAD]]
+    columns = task.index(torch.tensor(answers))
+    assert task.rewards[x, columns].tolist() == [1, 0, 0, 0, 0, 0]
+    texts = [task.text(task.completions[column]) for column in columns]
+    assert texts == ["7", "07", "77", "777 …", "007 …", "(nothing)"]
+
+
+def test_digits_are_a_number_only_among_themselves():
+    task = Task(("x",), ("1", "2", "12", "to"), 2, None, torch.zeros(1, 16))
+    texts = [task.text(torch.tensor(pair)) for pair in ([0, 1], [0, 3], [2, 1], [3, 3])]
+    assert texts == ["12", "1 to", "12 2", "to to"]
+
+
+def test_twenty_prompts_are_held_out_in_both_orders():
+    held_out, training = held_out_prompts(), training_prompts()
+    assert len(held_out) == len(HELD_OUT_PAIRS) == 20
+    assert sorted([*held_out.tolist(), *training.tolist()]) == list(range(100))
+    assert {(b, a) for a, b in HELD_OUT_PAIRS} == set(HELD_OUT_PAIRS)
+    for make_task, text, _, _ in DIGIT_TASKS:
+        texts = make_task().prompt_texts
+        assert {texts[x] for x in held_out} == {text.format(*pair) for pair in HELD_OUT_PAIRS}
+        seen = [re.findall("[0-9]", texts[x]) for x in training]
+        for place in range(2):  # every digit is shown 8 times in each place
+            assert sorted(digits[place] for digits in seen) == sorted("0123456789" * 8)
+    answers = [read(text) for text in tiny_sums().prompt_texts]
+    assert {answers[x] for x in held_out} <= {answers[x] for x in training}
+    assert sum(len(answers[x]) == 2 for x in held_out) == 9  # a fifth of all 45, as of all prompts
+    assert sum(len(answer) == 2 for answer in answers) == 45
+
+
+# by hand, prompt by prompt
+MISTAKES = {
+    "9 + 3 =": "2 21 1 11 13",
+    "9 + 9 =": "8 81 1 17 19",
+    "4 + 6 =": "0 01 1 9 11",
+    "5 + 6 =": "1 10 12",
+    "3 + 4 =": "17 6 8",
+    "9 + 0 =": "19 8 10",
+    "0 + 0 =": "10 1",
+    "sort 8 3 =": "83 3 8 33 88",
+    "sort 5 6 =": "65 5 6 55 66",
+    "sort 1 0 =": "10 0 1 00 11",
+    "sort 0 0 =": "0",
+}
+
+
+@pytest.mark.parametrize("right_prob", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize(("make_task", "text", "_", "draw"), DIGIT_TASKS)
+def test_demonstrations_are_right_with_a_stated_probability(
+    make_task, text, _, draw, right_prob, generator
+):
+    task, n = make_task(), 40_000
+    prompts, completions = draw(n, generator=generator, right_prob=right_prob)
+    assert prompts.dtype == completions.dtype == torch.int64
+    assert (completions == task.end_token).any(1).all()
+    columns = task.index(completions)
+    right = task.rewards[prompts, columns]
+    within_five_errors(right.sum(), double(right_prob), n)
+    even = torch.zeros(100).double().index_fill(0, training_prompts(), 1 / 80)
+    within_five_errors(torch.bincount(prompts, minlength=100).double(), even, n)
+    for prompt in [prompt for prompt in MISTAKES if ("sort" in prompt) == ("sort" in text)]:
+        mistakes = MISTAKES[prompt].split()
+        said = [task.text(row) for row in completions[prompts == task.prompt_texts.index(prompt)]]
+        counts = double([said.count(answer) for answer in [read(prompt), *mistakes]])
+        assert counts.sum() == len(said)  # nothing else was said
+        shares = [right_prob, *[(1 - right_prob) / len(mistakes)] * len(mistakes)]
+        within_five_errors(counts, double(shares), len(said))
+
+
+KINDS_OF_MISTAKES = {
+    "+": {
+        "a carry forgotten or not there": lambda said, want: abs(int(said) - int(want)) == 10,
+        "swapped": lambda said, want: said == want[::-1],
+        "one left out": lambda said, want: len(said) == 1 and said in want,
+        "off by one": lambda said, want: abs(int(said) - int(want)) == 1,
+    },
+    "sort": {
+        "not sorted": lambda said, want: said == want[::-1],
+        "one left out": lambda said, want: len(said) == 1 and said in want,
+        "one doubled": lambda said, want: said in (want[0] * 2, want[1] * 2),
+    },
+}
+
+
+@pytest.mark.parametrize(("make_task", "_", "symbols", "draw"), DIGIT_TASKS)
+def test_wrong_demonstrations_are_mistakes_of_each_kind(make_task, _, symbols, draw, generator):
+    task, kinds = make_task(), KINDS_OF_MISTAKES[symbols[0]]
+    seen = set()
+    prompts, completions = draw(5_000, generator=generator, right_prob=0.0)
+    for x, completion in zip(prompts.tolist(), completions, strict=True):
+        said, want = task.text(completion), read(task.prompt_texts[x])
+        found = {name for name, is_one in kinds.items() if is_one(said, want)}
+        assert said != want
+        assert found, (said, want)
+        seen |= found
+    assert seen == set(kinds)
+
+
+def test_a_prompt_of_other_tasks_is_one_token_after_the_vocabulary(reviews, generator):
+    assert reviews.prompt_tokens.tolist() == [[12], [13], [14], [15]]
+    assert four_answers().prompt_tokens.tolist() == [[4]]
+    assert random_bandit(3, 5, generator=generator).prompt_tokens.tolist() == [[5], [6], [7]]
+    moved = dataclasses.replace(four_answers(), rewards=torch.ones(1, 4).double())
+    assert moved.prompt_tokens.tolist() == [[4]]
+
+
+def test_a_model_for_a_task_reads_its_prompt_tokens(generator):
+    same = torch.tensor([[0, 1], [5, 1], [0, 1]])  # the first prompt is the third
+    task = Task(("x", "y", "z"), ("a", "b"), 2, None, torch.zeros(3, 4), prompt_tokens=same)
+    policy = TinyTransformer.for_task(task, generator=generator)
+    first, second, third = enumerate_logps(policy, task)
+    assert torch.equal(first, third)
+    assert not torch.allclose(first, second)
+    reward_model = RewardModel.for_task(task, generator=generator)
+    torch.nn.init.ones_(reward_model.head.weight)
+    first, second, third = enumerate_rewards(reward_model, task)
+    assert torch.equal(first, third)
+    assert not torch.allclose(first, second)
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 HALF = double([[0.5, 0.5]]).log()
@@ -555,6 +734,30 @@ REFUSED = [
     (lambda: make(prompt_texts="x"), "`prompt_texts` must be a sequence of str, got str"),
     (lambda: make(prompt_texts=None), "`prompt_texts` must be a sequence of str, got NoneType"),
     (lambda: make(vocabulary=("a", 1)), "`vocabulary` must be a sequence of str, got int in it"),
+    (
+        lambda: make(prompt_tokens=[[2]]),
+        "prompt_tokens: got list, takes an int64 tensor [X, P]",
+    ),
+    (
+        lambda: make(prompt_tokens=torch.tensor([2])),
+        "prompt_tokens: got shape [1], takes a non-empty [X, P]",
+    ),
+    (
+        lambda: make(prompt_tokens=torch.zeros(1, 0, dtype=torch.int64)),
+        "prompt_tokens: got shape [1, 0], takes a non-empty [X, P]",
+    ),
+    (
+        lambda: make(prompt_tokens=torch.tensor([[2.0]])),
+        "`prompt_tokens` must have dtype torch.int64 (.long()), got torch.float32",
+    ),
+    (
+        lambda: make(prompt_tokens=torch.tensor([[2, 3], [2, 4]])),
+        "`prompt_tokens` must be [1, P], got [2, 2]",
+    ),
+    (
+        lambda: make(prompt_tokens=torch.tensor([[2, -1]])),
+        "`prompt_tokens` must be tokens >= 0, got -1",
+    ),
     (
         lambda: make(ref_logps=HALF.float()),
         "`ref_logps` must have dtype torch.float64 like `rewards`, "
@@ -742,6 +945,22 @@ REFUSED = [
     ),
     (
         lambda: micro_review_demonstrations(1, generator=None),
+        "generator: got NoneType, takes a torch.Generator",
+    ),
+    (
+        lambda: tiny_sum_demonstrations(0, generator=GENERATOR),
+        "n: got 0, takes a whole number >= 1",
+    ),
+    (
+        lambda: tiny_sum_demonstrations(1, generator=GENERATOR, right_prob=1.1),
+        "right_prob: got 1.1, takes a number in [0, 1]",
+    ),
+    (
+        lambda: tiny_sort_demonstrations(1, generator=GENERATOR, right_prob=NAN),
+        "right_prob: got nan, takes a number in [0, 1]",
+    ),
+    (
+        lambda: tiny_sort_demonstrations(1, generator=None),
         "generator: got NoneType, takes a torch.Generator",
     ),
 ]
