@@ -11,7 +11,13 @@ from torch import Tensor
 
 from dpo_mini.arguments import check_at_most_0, check_rows
 from dpo_mini.logps import PAD
-from dpo_mini.policies.base import Policy, PrefixTree, Scorer, check_completions
+from dpo_mini.policies.base import (
+    Policy,
+    PrefixTree,
+    Scorer,
+    TabularPolicy,
+    check_completions,
+)
 from dpo_mini.policies.transformer import TinyTransformer
 from dpo_mini.policies.values import RewardModel, SeparateNetworks, SharedTrunk
 from dpo_mini.rollout.trees import prefix_tree, read_tree
@@ -39,7 +45,7 @@ def token_logps(
     """
     answers = torch.cat(completions)
     asked = prompts.repeat(len(completions), *[1] * (prompts.dim() - 1))
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, TabularPolicy | TinyTransformer):
         scored = policy.token_logps(asked, answers)
         if scored.shape != answers.shape:
             want, got = list(answers.shape), list(scored.shape)
