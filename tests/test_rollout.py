@@ -777,6 +777,11 @@ def test_actor_and_critic_are_read_together(tree, make, generator):
     tokens = torch.cat([prompts[:, None], completions[:, :-1].clamp(min=0)], dim=1)
     want = (policy.token_logps(prompts, completions), values, entropy(policy(tokens)) * mask)
     got = read_actor_critic(both, prompts, completions)
+    made = scoring.batch_tree(policy, prompts, completions)
+    for mine, again in zip(
+        got, read_actor_critic(both, prompts, completions, tree=made), strict=True
+    ):
+        assert torch.equal(mine, again)
     weights = torch.randn(3, *mask.shape, dtype=torch.float64, generator=generator)
     for mine, theirs in zip(got, want, strict=True):
         assert_close(mine, theirs, atol=1e-10, rtol=0)
