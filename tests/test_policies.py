@@ -314,6 +314,22 @@ def test_for_task_takes_the_sizes_of_the_task(generator):
     assert (policy.n_prompts, policy.vocab_size) == (4, 6)
     assert (policy.max_tokens, policy.end_token) == (3, 2)
     assert (len(policy.blocks), policy.wte.weight.shape) == (1, (10, 8))
+    assert policy.prompt_tokens.tolist() == [[6], [7], [8], [9]]
+    assert policy.wpe.weight.shape == (3, 8)
+
+
+def test_for_task_takes_the_prompts_of_the_task(generator):
+    class Sizes:
+        prompts, vocab_size, max_tokens, end_token = torch.arange(2), 6, 3, 2
+        prompt_tokens = torch.tensor([[0, 1, 7, 5], [7, 1, 0, 5]])
+
+    policy = TinyTransformer.for_task(Sizes, generator=generator, n_layers=1, n_heads=2, width=8)
+    model = RewardModel.for_task(Sizes, generator=generator, n_layers=1, n_heads=2, width=8)
+    for body, n_positions in ((policy, 6), (model.body, 7)):
+        assert torch.equal(body.prompt_tokens, Sizes.prompt_tokens)
+        assert body.wte.weight.shape == (8, 8)
+        assert body.wpe.weight.shape == (n_positions, 8)
+    assert model.max_tokens == 3
 
 
 # --- TabularPolicy ---------------------------------------------------------------------------
@@ -414,6 +430,30 @@ def test_transformer_refuses(change, error, generator):
     sizes = {"n_prompts": 2, "vocab_size": 5, "max_tokens": 3, "end_token": 0, "n_heads": 4}
     with pytest.raises(error, match=f"^{next(iter(change))}: got"):
         TinyTransformer(**{**sizes, "generator": generator, **change})
+
+
+@pytest.mark.parametrize(
+    ("read", "error", "message"),
+    [
+        ([[0, 1]], TypeError, "prompt_tokens: got list"),
+        (torch.zeros(2, 3), ValueError, "`prompt_tokens` must have dtype torch.int64"),
+        (torch.tensor([0, 1]), ValueError, r"prompt_tokens: got shape \[2\]"),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"prompt_tokens: got shape \[2, 0\]"),
+        (
+            torch.tensor([[0, 1], [1, 2], [3, 4]]),
+            ValueError,
+            r"`prompt_tokens` must be \[2, P\] with tokens >= 0, got \[3, 2\] with a least .* 0$",
+        ),
+        (
+            torch.tensor([[0, 1], [PAD, 2]]),
+            ValueError,
+            r"`prompt_tokens` must be \[2, P\] with tokens >= 0, got \[2, 2\] with a least .* -1$",
+        ),
+    ],
+)
+def test_a_transformer_refuses_prompts_that_it_cannot_read(read, error, message, generator):
+    with pytest.raises(error, match=f"^{message}"):
+        TinyTransformer(2, 5, 3, end_token=0, prompt_tokens=read, generator=generator)
 
 
 @pytest.mark.parametrize(

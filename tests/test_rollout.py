@@ -1,5 +1,6 @@
 """The prefix tree against scoring every completion on its own, and samples against the tree."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from dpo_mini.policy_gradient import entropy
 from dpo_mini.rollout import (
     enumerate_logps,
     enumerate_rewards,
+    exact_gradient,
     prefix_tree,
     read_actor_critic,
     sample,
@@ -27,6 +29,7 @@ from dpo_mini.rollout import (
     shared_prefix_token_logps,
     token_logps,
 )
+from dpo_mini.rollout.kv_cache import begin, extend, lengthen, take
 from dpo_mini.tasks import Task, enumerate_completions
 
 TREES = [
@@ -52,10 +55,18 @@ def toy(n_prompts, vocab_size, max_tokens, end_token):
     return Task(prompts, words, max_tokens, end_token, rewards)
 
 
-def transformer(task, generator, dtype=torch.float64, width=16):
-    """A policy with large random weights: its completions differ widely in probability."""
-    shape = {"n_layers": 2, "n_heads": 4, "width": width}
-    policy = TinyTransformer.for_task(task, generator=generator, **shape).to(dtype)
+def transformer(task, generator, dtype=torch.float64, width=16, read=None, longer=0):
+    """A policy with large random weights: its completions differ widely in probability.
+
+    `read` are the tokens of each prompt, `longer` is how many tokens more than the task's it reads.
+    """
+    policy = TinyTransformer(
+        *(len(task.prompts), task.vocab_size, task.max_tokens + longer),
+        end_token=task.end_token,
+        prompt_tokens=read,
+        generator=generator,
+        **{"n_layers": 2, "n_heads": 4, "width": width},
+    ).to(dtype)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, dtype=dtype, generator=generator)
@@ -233,6 +244,160 @@ def test_enumerating_refuses_chunks_of_nothing(n_parents, error, generator):
         enumerate_logps(transformer(task, generator), task, n_parents=n_parents)
 
 
+# --- exact_gradient --------------------------------------------------------------------------
+
+
+def random_sum(task, generator):
+    """A sum over completions that is not linear in their log-probabilities: in parts, and whole."""
+    weights = torch.randn(task.rewards.shape, dtype=torch.float64, generator=generator)
+
+    def loss(x, logps, columns):
+        return (logps.exp() * (weights[x, columns] - logps)).sum()
+
+    return loss, lambda table: (table.exp() * (weights - table)).sum()
+
+
+def collected(policy):
+    """The gradients that the weights hold, in one row; where they hold none, zeros."""
+    weights = policy.parameters()
+    return torch.cat([(0 * w if w.grad is None else w.grad).detach().flatten() for w in weights])
+
+
+@pytest.mark.parametrize("n_parents", [1, 3, 64])
+@pytest.mark.parametrize("tree", [*TREES, (3, 4, 2, None)])
+def test_an_exact_gradient_is_that_of_the_whole_table(tree, n_parents, generator):
+    task = toy(*tree)
+    logits = torch.randn(task.rewards.shape, dtype=torch.float64, generator=generator)
+    bandits = [TabularPolicy(logits)] if tree[2:] == (1, None) else []
+    for policy in (transformer(task, generator), *bandits):
+        loss, of_table = random_sum(task, generator)
+        whole = of_table(enumerate_logps(policy, task))
+        total = exact_gradient(policy, task, loss, n_parents=n_parents)
+        assert abs(total - whole) < 1e-12
+        assert (collected(policy) - gradient(policy, whole)).abs().max() < 1e-12
+        assert collected(policy).abs().max() > 1e-3 or task.vocab_size == 1
+        assert not total.requires_grad
+
+
+def test_an_exact_gradient_is_added_to_what_is_there(generator):
+    task = toy(2, 4, 3, 1)
+    policy = transformer(task, generator)
+    loss, _ = random_sum(task, generator)
+    exact_gradient(policy, task, loss)
+    once = collected(policy)
+    policy.ln_f.bias.grad += 5
+    exact_gradient(policy, task, loss)
+    policy.ln_f.bias.grad -= 5
+    assert_close(collected(policy), 2 * once, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_each_completion_has_one_part_in_the_sum(tree, generator):
+    task = toy(*tree)
+    policy = transformer(task, generator)
+    table = enumerate_logps(policy, task).detach()
+    seen = torch.zeros(task.rewards.shape, dtype=torch.int64)
+
+    def loss(x, logps, columns):
+        seen[x] += columns.bincount(minlength=seen.shape[1])
+        assert_close(logps.detach(), table[x, columns], rtol=0, atol=1e-12)
+        return logps.sum()
+
+    exact_gradient(policy, task, loss, n_parents=3)
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("kept", ["wte.weight", "blocks.0.attn.c_attn.weight", "ln_f.bias"])
+def test_an_exact_gradient_passes_over_frozen_weights(kept, generator):
+    task = toy(2, 4, 4, 1)
+    policy = transformer(task, generator)
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_(name == kept)
+    loss, of_table = random_sum(task, generator)
+    exact_gradient(policy, task, loss, n_parents=3)
+    weight = policy.get_parameter(kept)
+    (want,) = torch.autograd.grad(of_table(enumerate_logps(policy, task)), weight)
+    assert_close(weight.grad, want, rtol=0, atol=1e-12)
+    assert [name for name, weight in policy.named_parameters() if weight.grad is not None] == [kept]
+
+
+class Kept:
+    """Counts the numbers that graphs keep for their backward passes, now and at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept[0])
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def pack(self, tensor):
+        kept = Holder([tensor])
+        self.now += tensor.numel()
+        self.most = max(self.most, self.now)
+        weakref.finalize(kept, self.forget, tensor.numel())
+        return kept
+
+    def forget(self, n_numbers):
+        self.now -= n_numbers
+
+
+class Holder(list):
+    """A list that can be seen to go."""
+
+
+def test_an_exact_gradient_keeps_far_less_than_the_whole_table(generator):
+    task = toy(1, 8, 5, None)
+    policy = transformer(task, generator)
+    loss, of_table = random_sum(task, generator)
+    with Kept() as whole:
+        of_table(enumerate_logps(policy, task)).backward()
+    with Kept() as parts:
+        exact_gradient(policy, task, loss, n_parents=8)
+    assert whole.now == parts.now == 0
+    assert whole.most > 5 * parts.most
+
+
+def test_an_exact_gradient_reads_each_distinct_prefix_once(generator):
+    task = toy(3, 5, 4, 2)
+    policy = transformer(task, generator)
+    reads = count_reads(policy)
+    exact_gradient(policy, task, random_sum(task, generator)[0], n_parents=3)
+    n_distinct = len(distinct_prefixes(*every_row(task)))
+    assert sum(outputs.numel() for outputs in reads) == n_distinct
+
+
+def test_an_exact_gradient_shows_its_progress(generator):
+    task, seen = toy(3, 4, 2, None), []
+    loss, _ = random_sum(task, generator)
+    policy = transformer(task, generator)
+    exact_gradient(policy, task, loss, progress=lambda steps: seen.append(steps) or steps)
+    assert seen == [range(3)]
+
+
+@pytest.mark.parametrize("tree", [(2, 5, 3, 0), (2, 5, 3, None), (2, 5, 1, None)])
+def test_an_exact_gradient_is_refused_before_anything_is_added(tree, generator):
+    task = toy(*tree)
+    policy = transformer(task, generator)
+    for loss, shape in (
+        (lambda x, logps, columns: logps, r"\[\d+\]"),
+        (lambda x, logps, columns: logps.sum()[None], r"\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^`loss` must return a scalar, got shape {shape}$"):
+            exact_gradient(policy, task, loss)
+    with pytest.raises(ValueError, match="^policy: got vocab_size = 5, takes 6 like the task"):
+        exact_gradient(policy, toy(2, 6, *tree[2:]), lambda x, logps, columns: logps.sum())
+    with pytest.raises(ValueError, match="^n_parents: got 0"):
+        exact_gradient(policy, task, lambda x, logps, columns: logps.sum(), n_parents=0)
+    assert all(weight.grad is None for weight in policy.parameters())
+    with pytest.raises(ValueError, match="^`policy` must have a weight that requires a gradient"):
+        exact_gradient(policy.requires_grad_(False), task, lambda x, logps, columns: logps.sum())
+
+
 # --- sample ----------------------------------------------------------------------------------
 
 
@@ -312,15 +477,19 @@ def test_samples_are_those_drawn_token_by_token(n_prompts, n_rows, end_token, ge
     policy = transformer(toy(n_prompts, 7, 4, end_token), generator)
     prompts = torch.randperm(n_prompts, generator=generator).repeat(n_rows)[:n_rows]
     got = sample(policy, prompts, generator=torch.Generator().manual_seed(9))
-    draws = torch.Generator().manual_seed(9)
-    want, live = torch.full((n_rows, 4), PAD), torch.arange(n_rows)
-    for depth in range(4):
-        read = torch.cat([prompts[live, None], want[live, :depth]], dim=1)
-        probs = policy(read)[:, -1].softmax(-1)
-        want[live, depth] = torch.multinomial(probs, 1, generator=draws).squeeze(1)
-        if end_token is not None:
-            live = live[want[live, depth] != end_token]
-    assert torch.equal(got, want)
+    assert torch.equal(got, drawn_by_forward(policy, prompts, torch.Generator().manual_seed(9)))
+
+
+def drawn_by_forward(policy, prompts, generator):
+    """What `sample` should draw: each row reads all of its own tokens anew before each token."""
+    drawn, live = torch.full((len(prompts), policy.max_tokens), PAD), torch.arange(len(prompts))
+    for depth in range(policy.max_tokens):
+        text = torch.cat([prompts[live, None], drawn[live, :depth]], dim=1)
+        probs = policy(text)[:, -1].softmax(-1)
+        drawn[live, depth] = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        if policy.end_token is not None:
+            live = live[drawn[live, depth] != policy.end_token]
+    return drawn
 
 
 def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
@@ -471,13 +640,21 @@ def test_a_bandit_is_scored_from_its_table(generator):
     assert_close(got, want, rtol=0, atol=1e-14)
 
 
-def test_pairs_that_begin_alike_are_read_as_a_tree_and_others_in_rows(generator):
-    task = toy(3, 9, 4, None)
-    policy = transformer(task, generator)
-    for n_shared, rows in ((0, True), (3, False)):
-        prompts, answers = random_answers(task, 40, n_shared, 2, generator)
-        tree = scoring.batch_tree(policy, prompts.repeat(2), torch.cat(answers))
-        assert scoring._rows_are_faster(policy, tree, answers) == rows
+@pytest.mark.parametrize("n_read", [1, 12])
+def test_pairs_that_begin_alike_are_read_as_a_tree_and_others_in_rows(n_read, generator):
+    read = torch.randint(9, (3, n_read), generator=generator)
+    policy = TinyTransformer(3, 9, 16, end_token=None, prompt_tokens=read, generator=generator)
+    prompts = torch.randint(3, (40,), generator=generator)
+    reads = count_reads(policy)
+    for n_shared, rows in ((0, True), (12, False)):
+        answers = torch.randint(9, (2, 40, 16), generator=generator)
+        answers[:, :, :n_shared] = answers[0, 0, :n_shared]
+        reads.clear()
+        token_logps(policy, prompts, *answers)
+        n_in_rows = 40 * (n_read + 2 * 15)
+        n_distinct = len(distinct_prefixes(prompts.repeat(2), answers.flatten(0, 1)))
+        want = n_in_rows if rows else n_distinct + 3 * (n_read - 1)
+        assert sum(outputs.numel() for outputs in reads) == want
 
 
 def test_a_policy_of_another_kind_scores_by_itself():
@@ -499,6 +676,8 @@ def test_a_policy_of_another_kind_scores_by_itself():
         ([0], [[1, 0, 2]], [[2, 0, PAD]], "completions: got a token after the end token"),
         ([0], [[1, 0, PAD]], [[PAD, PAD, PAD]], "completions: got an empty completion in row 1"),
         ([0, 1], [[1, 0, PAD]], [[2, 0, PAD]], "completions: got 2 rows, takes 4"),
+        ([0, 1], [[1, 0]], [[2, 0]] * 3, r"`completions` must have one shape, got \[\[1, 2\], \[3"),
+        ([0], [[1, 0]], [[2, 0, PAD]], "`completions` must have one shape"),
         ([0], [[1, 2, 3, 4]], [[1, 2, 3, 1]], "completions: got 4 tokens"),
     ],
 )
@@ -514,15 +693,16 @@ def test_pairs_are_refused_as_scoring_does(
 # --- values and rewards ----------------------------------------------------------------------
 
 
-def reward_model(task, generator):
-    """With large random weights, head included."""
-    model = RewardModel.for_task(task, generator=generator, n_layers=2, n_heads=4, width=16)
-    model = model.double()
+def with_random_head(head, generator):
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(
-                parameter.shape, dtype=torch.float64, generator=generator
-            )
+        head.weight += torch.randn(head.weight.shape, dtype=torch.float64, generator=generator)
+        head.bias += 0.4
+
+
+def reward_model(task, generator, read=None):
+    """With large random weights, head included."""
+    model = RewardModel(transformer(task, generator, read=read, longer=1))
+    with_random_head(model.head, generator)
     model.centre(torch.tensor([0.7], dtype=torch.float64))
     return model
 
@@ -533,7 +713,8 @@ def head_after_each_token(body, head, prompts, completions):
     hook = body.ln_f.register_forward_hook(lambda _, inputs, hidden: heard.append(hidden))
     body(torch.cat([prompts[:, None], completions.clamp(min=0)], dim=1))
     hook.remove()
-    return head(heard[0]).squeeze(-1)
+    n_before = body.prompt_tokens.shape[1] - 1
+    return head(heard[0][:, n_before:]).squeeze(-1)
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -589,15 +770,18 @@ def test_actor_and_critic_are_read_together(tree, make, generator):
         critic = ScalarTransformer(transformer(task, generator, width=8))
         both = SeparateNetworks(policy, critic)
         body, head = critic.body, critic.head
-    with torch.no_grad():
-        head.weight += torch.randn(head.weight.shape, dtype=torch.float64, generator=generator)
-        head.bias += 0.4
+    with_random_head(head, generator)
     prompts, completions = every_row(task)
     mask = completions != PAD
     values = head_after_each_token(body, head, prompts, completions[:, :-1]) * mask
     tokens = torch.cat([prompts[:, None], completions[:, :-1].clamp(min=0)], dim=1)
     want = (policy.token_logps(prompts, completions), values, entropy(policy(tokens)) * mask)
     got = read_actor_critic(both, prompts, completions)
+    made = scoring.batch_tree(policy, prompts, completions)
+    for mine, again in zip(
+        got, read_actor_critic(both, prompts, completions, tree=made), strict=True
+    ):
+        assert torch.equal(mine, again)
     weights = torch.randn(3, *mask.shape, dtype=torch.float64, generator=generator)
     for mine, theirs in zip(got, want, strict=True):
         assert_close(mine, theirs, atol=1e-10, rtol=0)
@@ -651,3 +835,130 @@ def test_rewards_refuse_what_is_no_completion(generator):
         with pytest.raises(ValueError) as caught:
             enumerate_rewards(model, toy(*sizes))
         assert str(caught.value) == want
+
+
+# --- prompts of several tokens ---------------------------------------------------------------
+
+SPELLED = [(3, 5, 4, 2), (2, 3, 5, None), (3, 4, 2, 0), (4, 9, 1, 0)]
+EXACT = {"atol": 1e-12, "rtol": 0}
+
+
+@pytest.fixture(params=[1, 3, 4], ids="{}-tokens".format)
+def n_read(request):
+    """How many tokens stand for a prompt."""
+    return request.param
+
+
+@pytest.fixture(params=SPELLED, ids=str)
+def spelled(request, n_read, generator):
+    """A task, and the tokens of its prompts; some of them occur in completions, some do not."""
+    task = toy(*request.param)
+    read = torch.randint(task.vocab_size + 2, (len(task.prompts), n_read), generator=generator)
+    read[0, 0], read[-1, 0] = 1, task.vocab_size
+    return task, read
+
+
+def test_rows_trees_and_the_table_agree_with_the_plain_model(spelled, generator, monkeypatch):
+    task, read = spelled
+    policy = transformer(task, generator, read=read)
+    prompts, completions = every_row(task)
+    answers = completions, completions.flip(0)
+    want = policy.token_logps(prompts.repeat(2), torch.cat(answers))
+    weights = torch.randn(want.shape, dtype=torch.float64, generator=generator) / 100
+    slope = gradient(policy, (weights * want).sum())
+    for rows in (True, False):
+        monkeypatch.setattr(scoring, "_rows_are_faster", lambda *_, rows=rows: rows)
+        got = token_logps(policy, prompts, *answers)
+        assert_close(got, want, **EXACT)
+        assert_close(gradient(policy, (weights * got).sum()), slope, **EXACT)
+    totals = want[: len(prompts)].sum(1).view_as(task.rewards)
+    for n_parents in (1, 3, 64):
+        assert_close(enumerate_logps(policy, task, n_parents=n_parents), totals, **EXACT)
+
+
+def test_a_cache_agrees_with_the_plain_model(spelled, generator):
+    task, read = spelled
+    policy = transformer(task, generator, read=read)
+    prompts = torch.randint(len(task.prompts), (6,), generator=generator)
+    text = prompts[:, None]
+    logits, cache = begin(policy, prompts)
+    assert_close(logits, policy(text)[:, -1], **EXACT)
+    for depth in range(task.max_tokens - 1):
+        assert [keys.shape[2] for keys, _ in cache] == [read.shape[1] + depth] * 2
+        tokens = torch.randint(task.vocab_size, (6, 3), generator=generator)
+        logits, own = extend(policy, tokens, cache)
+        shared, _ = extend(policy, tokens[:1], cache)
+        for c in range(3):
+            alone = policy(torch.cat([text, tokens[:, [c]]], 1))[:, -1]
+            assert_close(logits[:, c], alone, **EXACT)
+            alike = policy(torch.cat([text, tokens[:1, [c]].expand(6, 1)], 1))[:, -1]
+            assert_close(shared[:, c], alike, **EXACT)
+        text = torch.cat([text, tokens[:, [1]]], 1)
+        cache = take(lengthen(cache, own), 3 * torch.arange(6) + 1)  # the second of each three
+
+
+def test_samples_after_long_prompts_are_those_drawn_token_by_token(spelled, generator):
+    task, read = spelled
+    policy = transformer(task, generator, read=read)
+    prompts = torch.randint(len(task.prompts), (60,), generator=generator)
+    got = sample(policy, prompts, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(got, drawn_by_forward(policy, prompts, torch.Generator().manual_seed(9)))
+
+
+def test_rewards_after_long_prompts_are_those_of_the_plain_model(spelled, generator):
+    task, read = spelled
+    model = reward_model(task, generator, read)
+    prompts, completions = every_row(task)
+    after = head_after_each_token(model.body, model.head, prompts, completions)
+    lengths = (completions != PAD).sum(1)
+    want = after.gather(1, lengths[:, None]).squeeze(1) - 0.7
+    assert want.std() > 0.1
+    assert_close(shared_prefix_rewards(model, prompts, completions), want, **EXACT)
+    table = enumerate_rewards(model, task, n_parents=3)
+    assert_close(table, want.detach().view_as(table), **EXACT)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_actor_and_a_critic_read_long_prompts(shared, spelled, generator):
+    task, read = spelled
+    policy = transformer(task, generator, read=read)
+    other = torch.cat([read.flip(1), read], dim=1)  # a critic may read its prompts in its own way
+    critic = ScalarTransformer(transformer(task, generator, width=8, read=other))
+    both = SharedTrunk(policy) if shared else SeparateNetworks(policy, critic)
+    body, head = (policy, both.value_head) if shared else (critic.body, critic.head)
+    with_random_head(head, generator)
+    prompts, completions = every_row(task)
+    mask = completions != PAD
+    got = read_actor_critic(both, prompts, completions)
+    values = head_after_each_token(body, head, prompts, completions[:, :-1]) * mask
+    text = torch.cat([prompts[:, None], completions[:, :-1].clamp(min=0)], dim=1)
+    want = (policy.token_logps(prompts, completions), values, entropy(policy(text)) * mask)
+    for mine, theirs in zip(got, want, strict=True):
+        assert_close(mine, theirs, **EXACT)
+
+
+def test_an_exact_gradient_after_long_prompts(spelled, generator):
+    task, read = spelled
+    policy = transformer(task, generator, read=read)
+    loss, of_table = random_sum(task, generator)
+    prompts, completions = every_row(task)
+    want = gradient(policy, of_table(policy.logps(prompts, completions).view_as(task.rewards)))
+    exact_gradient(policy, task, loss, n_parents=3)
+    assert_close(collected(policy), want, **EXACT)
+
+
+def test_a_long_prompt_is_read_once(n_read, generator):
+    task = toy(3, 5, 4, 2)
+    read = torch.randint(5, (3, n_read), generator=generator)
+    policy = transformer(task, generator, read=read)
+    reads = count_reads(policy)
+    prompts, completions = every_row(task)
+    n_distinct = len(distinct_prefixes(prompts, completions)) + 3 * (n_read - 1)
+    for run in (
+        lambda: enumerate_logps(policy, task),
+        lambda: shared_prefix_token_logps(policy, prompts, completions),
+        lambda: exact_gradient(policy, task, lambda x, logps, columns: logps.sum()),
+    ):
+        reads.clear()
+        run()
+        assert sum(outputs.numel() for outputs in reads) == n_distinct

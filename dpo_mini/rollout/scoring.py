@@ -1,15 +1,15 @@
-"""One way to ask for log-probabilities of completions; how they are read is decided here.
+"""`token_logps`, the one way to ask for log-probabilities of completions, and its relatives.
 
-A batch is read as rows, each prompt followed by its answers, or as a tree of its distinct prefixes
-(`rollout.trees`). The values agree up to rounding. A node of the tree costs more than a token of a
-row, since it gathers the keys and values of all that stand before it; so the tree is taken where
-completions begin alike.
+A batch can be read in two ways, whose results agree up to rounding: as rows, each of them a prompt
+and its completions, or as a tree of the distinct prefixes (`rollout.trees`). A node of the tree
+costs more than a token of a row, because the keys and values of all its ancestors are gathered for
+it. The tree is faster where enough completions begin alike.
 """
 
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_at_most_0, check_rows
+from dpo_mini.arguments import check_at_most_0
 from dpo_mini.logps import PAD
 from dpo_mini.policies.base import (
     Policy,
@@ -26,25 +26,28 @@ from dpo_mini.rollout.trees import prefix_tree, read_tree
 def token_logps(
     policy: Scorer, prompts: Tensor, *completions: Tensor, name: str = "policy"
 ) -> Tensor:
-    """Log-probability of each token of one or more completions per prompt.
+    """Log-probability of each token of K completions per prompt.
 
-    Values and gradients are those of `policy.token_logps`; a `Policy` is read in the faster of two
-    ways, chosen by how many prefixes the completions share.
+    Values and gradients are those of `policy.token_logps`. A `Policy` is read as rows or as a tree,
+    whichever is faster on completions like these.
 
     Args:
-      policy: a `Policy`, or anything with a `token_logps` of its own.
-      prompts: `[B]` int64, or what a policy of another library takes.
+      policy: a `Policy`, or any other `Scorer`.
+      prompts: `[B]` int64, or what another `Scorer` takes.
       *completions: K tensors `[B, T]` int64, padded with `PAD`, such as the chosen answers and the
         rejected ones.
       name: what an error calls the policy.
     Returns:
-      `[K B, T]`, nats, the first completions of all prompts first; 0 on padding.
+      `[K B, T]`, nats, the first completion of every prompt, then the second; 0 on padding.
     Raises:
-      ValueError: as `policy.token_logps`; another shape, or a value above 0, from a policy of
-        another library: most often it is a negative log-likelihood.
+      ValueError: as `policy.token_logps`, or completions of different shapes. Of a `Scorer` that is
+        no `Policy`: its result is not `[K B, T]`, or has values above 0, which most often are
+        negative log-likelihoods.
     """
-    answers = torch.cat(completions)
-    asked = prompts.repeat(len(completions), *[1] * (prompts.dim() - 1))
+    shapes = [list(each.shape) for each in completions]
+    if shapes != shapes[:1] * len(shapes):
+        raise ValueError(f"`completions` must have one shape, got {shapes}")
+    answers, asked = torch.cat(completions), torch.cat([prompts] * len(completions))
     if not isinstance(policy, TabularPolicy | TinyTransformer):
         scored = policy.token_logps(asked, answers)
         if scored.shape != answers.shape:
@@ -55,17 +58,15 @@ def token_logps(
     mask = check_completions(policy, asked, answers)
     tree = batch_tree(policy, asked, answers)
     if isinstance(policy, TinyTransformer) and _rows_are_faster(policy, tree, completions):
-        return _of_rows(policy, prompts, completions) * mask
+        return _read_rows(policy, prompts, torch.stack(completions)) * mask
     return of_tokens(read_tree(policy, tree).log_softmax(-1), tree, answers)
 
 
 def shared_prefix_token_logps(policy: Policy, prompts: Tensor, completions: Tensor) -> Tensor:
-    """`policy.token_logps`, with each distinct prefix of the batch read once, as a tree.
+    """`policy.token_logps` `[B, T]`, with each distinct prefix of the batch read once, as a tree.
 
-    Arguments, errors, values and gradients are those of `policy.token_logps`.
-
-    Returns:
-      `[B, T]`, nats; 0 on padding.
+    Arguments, errors, values and gradients are those of `policy.token_logps`; `token_logps` chooses
+    between this and rows.
     """
     check_completions(policy, prompts, completions)
     tree = batch_tree(policy, prompts, completions)
@@ -82,9 +83,9 @@ def read_actor_critic(
     """What PPO asks of a policy and its value function, each distinct prefix read once.
 
     Args:
-      actor_critic: says V logits and then the value.
+      actor_critic: the policy and its value function.
       prompts, completions: as in `policy.token_logps`.
-      tree: `batch_tree` of the two, where it is at hand.
+      tree: `batch_tree` of the two, if the caller has it already.
     Returns:
       `(token_logps, values, entropies)`, `[B, T]` each, 0 on padding: of every token its
       log-probability in nats, and of the prefix before it the value and, in nats, the entropy of
@@ -120,51 +121,52 @@ def shared_prefix_rewards(model: RewardModel, prompts: Tensor, completions: Tens
 
 
 def batch_tree(policy: Policy, prompts: Tensor, completions: Tensor) -> PrefixTree:
-    """The tree of what is read to predict the tokens of completions: all but their last ones."""
-    mask = completions != PAD
-    all_but_last = completions[:, :-1].masked_fill(~mask[:, 1:], PAD)
-    return prefix_tree(prompts, all_but_last, policy.vocab_size)
+    """The tree of what must be read to predict the tokens of completions: all but their last."""
+    is_last = completions[:, 1:] == PAD  # or the T-th, which is left out too
+    return prefix_tree(prompts, completions[:, :-1].masked_fill(is_last, PAD), policy.vocab_size)
 
 
 def of_tokens(logps: Tensor, tree: PrefixTree, completions: Tensor) -> Tensor:
-    """From log-probabilities `[N, V]` after each prefix to those of the tokens, `[B, T]`."""
-    flat = tree.nodes * logps.shape[1] + completions.clamp(min=0)
-    return logps.take(flat) * (completions != PAD)
+    """From log-probabilities `[N, V]` of what follows each prefix to those of tokens, `[B, T]`."""
+    entries = tree.nodes * logps.shape[1] + completions.clamp(min=0)  # [B, T], in `logps` flat
+    return logps.take(entries) * (completions != PAD)
 
 
 def _rows_are_faster(
     policy: TinyTransformer, tree: PrefixTree, completions: tuple[Tensor, ...]
 ) -> bool:
-    """Whether the tokens of rows cost less than the nodes of the tree.
+    """Whether the tokens of rows cost less than the nodes of a tree, forward and backward.
 
-    A node costs as much as 1.5 tokens, and a fifteenth more for each prefix on its way; measured by
-    `benchmarks/training.py`.
+    A node costs as much as 0.8 tokens and another 0.1 for each step of the tree. The two numbers
+    fit what `benchmarks/training.py reading` measures, for completions of 5 to 32 tokens.
     """
     n_rows, n_tokens = completions[0].shape
     n_prompt_tokens = policy.prompt_tokens.shape[1]
-    in_rows = n_rows * (n_prompt_tokens + len(completions) * (n_tokens - 1))
-    n_nodes, n_steps = tree.ancestors.shape
-    return n_nodes * (1.5 + (n_steps + n_prompt_tokens - 1) / 15) > in_rows
+    n_in_rows = n_rows * (n_prompt_tokens + len(completions) * (n_tokens - 1))
+    n_prompts = int((tree.depths == 0).sum())
+    n_nodes = len(tree.tokens) + n_prompts * (n_prompt_tokens - 1)
+    n_steps = tree.ancestors.shape[1] + n_prompt_tokens - 1
+    return n_nodes * (0.8 + 0.1 * n_steps) > n_in_rows
 
 
-def _of_rows(policy: TinyTransformer, prompts: Tensor, completions: tuple[Tensor, ...]) -> Tensor:
-    """`token_logps` from rows of a prompt and its K answers, none of which sees another."""
-    check_rows("prompts", prompts, completions=completions[0])
-    n_answers, (n_rows, n_tokens) = len(completions), completions[0].shape
-    prompt = policy.prompt_tokens[prompts]  # [B, P]
-    n_before = prompt.shape[1]
-    device = prompts.device
-    answer = torch.arange(n_answers, device=device).repeat_interleave(n_tokens - 1)
-    places = n_before + torch.arange(n_tokens - 1, device=device).repeat(n_answers)
-    answer = torch.cat([answer.new_full((n_before,), -1), answer])  # -1 on the prompt
-    places = torch.cat([torch.arange(n_before, device=device), places])  # [S]
-    mask = (places <= places[:, None]) & ((answer == -1) | (answer == answer[:, None]))
-    tokens = torch.cat([prompt, *(each[:, :-1].clamp(min=0) for each in completions)], 1)
-    hidden = policy.hidden(tokens, places, mask)  # [B, S, D]
-    # Before the first token of each answer stands the prompt's last one.
-    own = n_before + torch.arange(n_answers * (n_tokens - 1), device=device).view(n_answers, -1)
-    before = torch.cat([own.new_full((n_answers, 1), n_before - 1), own], 1)  # [K, T]
-    logps = policy.unembed(hidden).log_softmax(-1)  # [B, S, V]
-    flat = before[:, None] * policy.vocab_size + torch.stack(completions).clamp(min=0)  # [K, B, T]
-    scored = logps.flatten(1).gather(1, flat.transpose(0, 1).flatten(1))  # [B, K T]
+def _read_rows(policy: TinyTransformer, prompts: Tensor, completions: Tensor) -> Tensor:
+    """`token_logps` `[K B, T]` of `completions` `[K, B, T]`, from one row per prompt.
+
+    A row is a prompt and then all K completions. Each of them is shown the prompt and itself, and
+    its positions go on from the prompt's.
+    """
+    n_answers, n_rows, n_tokens = completions.shape
+    n_before, n_read = policy.prompt_tokens.shape[1], n_tokens - 1  # the last token is not read
+    steps = torch.arange(n_before + n_answers * n_read, device=prompts.device)  # S of them
+    of_prompt, of_answers = steps[:n_before], steps[n_before:].view(n_answers, n_read)
+    positions = torch.cat([of_prompt, steps[n_before : n_before + n_read].repeat(n_answers)])
+    answer = torch.where(steps < n_before, -1, (steps - n_before) // max(n_read, 1))
+    mask = (steps <= steps[:, None]) & ((answer == -1) | (answer == answer[:, None]))  # [S, S]
+    written = completions[:, :, :-1].clamp(min=0).transpose(0, 1).flatten(1)  # [B, K (T - 1)]
+    tokens = torch.cat([policy.prompt_tokens[prompts], written], dim=1)  # [B, S]
+    logps = policy.unembed(policy.hidden(tokens, positions, mask)).log_softmax(-1)  # [B, S, V]
+    # A completion's first token is predicted after the prompt, any other one after the one before.
+    after = torch.cat([of_prompt[-1:].expand(n_answers, 1), of_answers], dim=1)  # [K, T]
+    entries = after * policy.vocab_size + completions.clamp(min=0).transpose(0, 1)  # [B, K, T]
+    scored = logps.flatten(1).gather(1, entries.flatten(1))  # [B, K T]
     return scored.view(n_rows, n_answers, n_tokens).transpose(0, 1).flatten(0, 1)

@@ -26,26 +26,22 @@ def prefix_tree(prompts: Tensor, tokens: Tensor, vocab_size: int) -> PrefixTree:
     Returns:
       The tree; its `nodes` say which prefix each row of the batch is at each step.
     """
-    device = prompts.device
-    own, place = prompts.unique(return_inverse=True)  # of depth 0; each row's place among them
-    level = torch.arange(len(own), device=device)[:, None]  # the ancestors of each, itself last
-    rows = torch.arange(len(prompts), device=device)  # the rows that have not ended
-    lasts, levels, nodes, n_nodes = [own], [level], [place], len(own)
-    for column in tokens.T:  # the prefixes of one depth after those of another
-        going_on = column[rows] != PAD
-        rows, place = rows[going_on], place[going_on]
-        edges, place = (place * vocab_size + column[rows]).unique(return_inverse=True)
-        own = n_nodes + torch.arange(len(edges), device=device)
-        level = torch.cat([level[edges // vocab_size], own[:, None]], dim=1)
-        lasts.append(edges % vocab_size)
-        levels.append(level)
-        nodes.append(torch.zeros_like(prompts).index_put((rows,), n_nodes + place))
-        n_nodes += len(edges)
-    depths = [torch.full_like(last, depth) for depth, last in enumerate(lasts)]
-    ancestors = [F.pad(level, (0, len(levels) - level.shape[1])) for level in levels]
-    return PrefixTree(
-        torch.cat(lasts), torch.cat(depths), torch.cat(ancestors), torch.stack(nodes, dim=1)
-    )
+    read = torch.cat([prompts[:, None], tokens], dim=1)  # [B, S]
+    there = read != PAD
+    place = torch.zeros_like(prompts)  # of each row among the prefixes of one depth
+    nodes, n_nodes = torch.zeros_like(read), 0
+    for step, column in enumerate(read.T):
+        rows = there[:, step].nonzero().squeeze(1)  # those that have not ended
+        edges = place[rows] * vocab_size + column[rows]  # from a prefix to one that is longer
+        distinct, place[rows] = edges.unique(return_inverse=True)
+        nodes[rows, step] = n_nodes + place[rows]
+        n_nodes += len(distinct)
+    # All rows of a node agree on its last token, depth and ancestors: they are read off one row.
+    row, depth = there.nonzero(as_tuple=True)
+    node = nodes[there]
+    row = node.new_empty(n_nodes).index_put((node,), row)
+    depth = node.new_empty(n_nodes).index_put((node,), depth)
+    return PrefixTree(read[row, depth], depth, ancestors=nodes[row], nodes=nodes)
 
 
 def read_tree(model: nn.Module, tree: PrefixTree) -> Tensor:
