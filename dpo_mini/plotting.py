@@ -5,6 +5,7 @@ as text: its description and a receipt read back from what was drawn.
 """
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -487,9 +488,9 @@ def save(
 ) -> None:
     """Show a headline figure and write it to `folder/name.png`, whole or not at all.
 
-    Nothing is written where `folder` does not exist. Left out, it is the course's `figures/`, and
-    only for a notebook that runs in the course's `notebooks/`: a chapter opened on its own shows
-    its figures and leaves no file behind, whatever folders lie around it.
+    Nothing is written where `folder` does not exist. Left out, it is what the environment variable
+    `DPO_MINI_FIGURES` names, and nothing is written without it: only `tools/run_chapters.py` sets
+    it, so that reading or testing a chapter leaves no file behind.
 
     Args:
       fig: what to show.
@@ -500,12 +501,8 @@ def save(
     _check_is("fig", fig, Figure)
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes]
     show(fig, alt="; ".join(titles) if alt is None else alt)
-    if folder is None:
-        course = Path(__file__).resolve().parent.parent
-        folder = course / "figures"
-        if Path.cwd() != course / "notebooks":
-            return
-    if Path(folder).is_dir():
+    folder = folder or os.environ.get("DPO_MINI_FIGURES")
+    if folder and Path(folder).is_dir():
         write_whole(Path(folder) / f"{name}.png", _png(fig))
 
 

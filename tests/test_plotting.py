@@ -111,19 +111,18 @@ def test_save_writes_whole_files_and_only_where_the_folder_is(tmp_path):
     assert (tmp_path / "line.png").read_bytes() == first  # the same picture, the same bytes
 
 
-def test_save_without_a_folder_writes_for_the_course_alone(monkeypatch, tmp_path):
-    """A chapter opened elsewhere touches no folder of its reader's that is called figures."""
+def test_save_without_a_folder_writes_where_it_is_asked_to_alone(monkeypatch, tmp_path):
+    """Reading or testing a chapter leaves no file behind; making the course's figures does."""
     fig, _ = axes("t", "x", "y")
-    for name in ("course", "elsewhere"):
-        for inside in ("notebooks", "figures"):
-            (tmp_path / name / inside).mkdir(parents=True)
-    monkeypatch.setattr(plotting, "__file__", str(tmp_path / "course" / "dpo_mini" / "plotting.py"))
-    for name in ("elsewhere/notebooks", "course/figures", "course/notebooks"):
-        assert not list((tmp_path / "course" / "figures").iterdir())
-        monkeypatch.chdir(tmp_path / name)
-        plotting.save(fig, "line", alt="a line")
-    assert [p.name for p in (tmp_path / "course" / "figures").iterdir()] == ["line.png"]
-    assert not list((tmp_path / "elsewhere" / "figures").iterdir())
+    for name in ("notebooks", "figures", "asked"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.delenv("DPO_MINI_FIGURES", raising=False)
+    plotting.save(fig, "line", alt="a line")
+    assert not list(tmp_path.rglob("*.png"))
+    monkeypatch.setenv("DPO_MINI_FIGURES", str(tmp_path / "asked"))
+    plotting.save(fig, "line", alt="a line")
+    assert [path.parent.name for path in tmp_path.rglob("*.png")] == ["asked"]
 
 
 def test_save_describes_a_figure_by_its_titles(notebook, tmp_path):

@@ -7,6 +7,7 @@ copies with another SEED, nothing is written, and the verdicts that do not hold 
 
 import argparse
 import json
+import os
 import re
 import tempfile
 import time
@@ -79,7 +80,9 @@ def run_chapter(path: Path) -> None:
     given = json.loads(path.read_text(encoding="utf-8"))
     stamp_chapter(given, path.name)
     notebook = nbformat.reads(text_of(given), as_version=4)
-    seconds = execute(notebook, path.parent, **QUIET_KERNEL)
+    # `plotting.save` writes where this says.
+    env = {**os.environ, "DPO_MINI_FIGURES": str(NOTEBOOKS.parent / "figures")}
+    seconds = execute(notebook, path.parent, env=env, **QUIET_KERNEL)
     known = notebook.metadata.get("dpo_mini", {}).get("seconds")
     if known is None or not within(1.5, known, seconds):
         known = float(f"{seconds:.2g}")
@@ -99,7 +102,7 @@ def try_seed(path: Path, seed: int) -> None:
     for cell in notebook.cells:
         cell.source = re.sub(r"^SEED = 0\b", f"SEED = {seed}", cell.source, flags=re.M)
     with tempfile.TemporaryDirectory() as beside:
-        folder = Path(beside) / path.stem  # `plotting.save` writes from notebooks/ alone
+        folder = Path(beside) / path.stem
         folder.mkdir()
         try:
             execute(notebook, folder, **QUIET_KERNEL)
