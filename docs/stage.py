@@ -30,7 +30,6 @@ API = {
         "checks",
         "checks.homework",
         "checks.museum",
-        "files",
     ],
 }
 

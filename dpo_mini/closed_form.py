@@ -16,6 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_mini._arguments import (
+    Table,
+    as_floats,
+    check_count,
+    check_finite,
+    check_logps,
+    check_normalised,
+    positive_scalar,
+    values_visible,
+)
 from dpo_mini._numerics import (
     chi_squared_terms,
     common_dtype,
@@ -27,16 +37,6 @@ from dpo_mini._numerics import (
     probability_gaps,
     value_zero,
     widen,
-)
-from dpo_mini.arguments import (
-    Table,
-    as_floats,
-    check_count,
-    check_finite,
-    check_logps,
-    check_normalised,
-    positive_scalar,
-    values_visible,
 )
 
 __all__ = [

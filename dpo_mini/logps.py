@@ -8,8 +8,7 @@ prompt and the padding do not. Half precision is computed in float32 and rounded
 import torch
 from torch import Tensor
 
-from dpo_mini._numerics import dtype_of_input, widen
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     as_bool_mask,
     check_count,
     check_floats,
@@ -17,6 +16,7 @@ from dpo_mini.arguments import (
     check_logps,
     values_visible,
 )
+from dpo_mini._numerics import dtype_of_input, widen
 
 __all__ = [
     "PAD",

@@ -18,6 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_mini._arguments import (
+    as_bool_mask,
+    check_between,
+    check_finite,
+    check_floats,
+    check_number,
+    check_positive,
+    values_visible,
+)
 from dpo_mini._numerics import (
     dtype_of_input,
     expm1,
@@ -26,15 +35,6 @@ from dpo_mini._numerics import (
     ranking_terms,
     sigmoid,
     widen,
-)
-from dpo_mini.arguments import (
-    as_bool_mask,
-    check_between,
-    check_finite,
-    check_floats,
-    check_number,
-    check_positive,
-    values_visible,
 )
 
 __all__ = [

@@ -24,8 +24,8 @@ from matplotlib.quiver import Quiver
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from dpo_mini.arguments import check_count, check_fraction
-from dpo_mini.files import write_whole
+from dpo_mini._arguments import check_count, check_fraction
+from dpo_mini._files import write_whole
 from dpo_mini.progress import in_notebook
 
 __all__ = [

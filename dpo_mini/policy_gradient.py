@@ -16,15 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_mini._numerics import (
-    dtype_of_input,
-    exp_remainder,
-    hold,
-    normalise,
-    widen,
-    with_slope,
-)
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     as_bool_mask,
     check_count,
     check_finite,
@@ -35,6 +27,14 @@ from dpo_mini.arguments import (
     check_number,
     check_positive,
     values_visible,
+)
+from dpo_mini._numerics import (
+    dtype_of_input,
+    exp_remainder,
+    hold,
+    normalise,
+    widen,
+    with_slope,
 )
 
 __all__ = [

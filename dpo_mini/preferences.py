@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, sigmoid, widen
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     Table,
     as_floats,
     check_finite,
@@ -21,6 +20,7 @@ from dpo_mini.arguments import (
     positive_scalar,
     values_visible,
 )
+from dpo_mini._numerics import dtype_of_input, normalise, ranking_terms, sigmoid, widen
 
 __all__ = [
     "bradley_terry_prob",

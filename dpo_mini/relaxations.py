@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_mini._numerics import dtype_of_input, widen
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     check_alike,
     check_finite,
     check_floats,
@@ -23,6 +22,7 @@ from dpo_mini.arguments import (
     check_positive,
     values_visible,
 )
+from dpo_mini._numerics import dtype_of_input, widen
 
 __all__ = [
     "sample_perturbed_logits",

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     Table,
     as_floats,
     check_between,

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     as_bool_mask,
     check_alike,
     check_at_most_0,

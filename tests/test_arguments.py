@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_mini import arguments
+from dpo_mini import _arguments as arguments
 
 ONE = torch.ones(2)
 NAN, INF = float("nan"), float("inf")

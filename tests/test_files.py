@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_mini.files import whole_folder, write_whole
+from dpo_mini._files import whole_folder, write_whole
 
 
 def test_it_writes_and_replaces(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dpo_mini"
 LEVELS = {
     "_numerics": -1,
-    "arguments": -1,
-    "files": -1,
+    "_arguments": -1,
+    "_files": -1,
     "progress": -1,
     "logps": 0,
     "closed_form": 0,

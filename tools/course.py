@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from dpo_mini.files import write_whole
+from dpo_mini._files import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib

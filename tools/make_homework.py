@@ -16,8 +16,8 @@ from pathlib import Path
 import nbformat
 from course import ROOT, sheets, text_of
 
+from dpo_mini._files import write_whole
 from dpo_mini.checks.homework import instance
-from dpo_mini.files import write_whole
 
 CONFIG = r"""c = get_config()
 c.CourseDirectory.course_id = "dpo_mini"

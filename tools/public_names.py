@@ -18,7 +18,6 @@ MODULES = (
             "checks.museum",
             "closed_form",
             "explorer",
-            "files",
             "logps",
             "losses",
             "plotting",

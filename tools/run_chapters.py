@@ -23,7 +23,7 @@ from stamp_chapters import main as stamp
 from stamp_chapters import stamp_chapter
 from tqdm import tqdm
 
-from dpo_mini.files import write_whole
+from dpo_mini._files import write_whole
 
 QUIET_KERNEL = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=40"]}
 VERDICT = re.compile(r"\b(?:True|False|passed|not yet)\b")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini import closed_form
-from dpo_mini.arguments import check_positive
+from dpo_mini._arguments import check_positive
 from dpo_mini.progress import in_notebook
 from dpo_mini.tasks import Task, bandit, four_answers, random_bandit, three_answers
 

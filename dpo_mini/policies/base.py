@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     check_count,
     check_finite,
     check_floats,

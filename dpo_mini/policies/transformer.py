@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_mini.arguments import check_count, check_generator
+from dpo_mini._arguments import check_count, check_generator
 from dpo_mini.policies.base import Policy, Sizes, check_sizes
 
 

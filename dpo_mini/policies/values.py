@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.arguments import check_finite, check_floats
+from dpo_mini._arguments import check_finite, check_floats
 from dpo_mini.policies.base import Policy, Sizes, TabularPolicy, shares_storage
 from dpo_mini.policies.transformer import TinyTransformer
 

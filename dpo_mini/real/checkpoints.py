@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_mini.files import whole_folder
+from dpo_mini._files import whole_folder
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.train import History
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_mini.files import write_whole
+from dpo_mini._files import write_whole
 from dpo_mini.real.preferences import AnyPath
 
 Log = Callable[[int, Mapping[str, float]], None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo_mini.arguments import check_at_most_0, check_count, check_generator, check_rows
+from dpo_mini._arguments import check_at_most_0, check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
 from dpo_mini.real.models import CausalLMPolicy

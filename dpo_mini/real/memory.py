@@ -3,7 +3,7 @@
 What depends on the data comes on top: activations, and logits of `2 B L V` numbers a pass.
 """
 
-from dpo_mini.arguments import check_between, check_count, check_fraction
+from dpo_mini._arguments import check_between, check_count, check_fraction
 
 Memory = dict[str, float]
 """Bytes for each parameter of the model, by what they hold; `"total"` is their sum."""

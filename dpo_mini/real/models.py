@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dpo_mini.arguments import check_count, check_generator, check_integers, check_rows
+from dpo_mini._arguments import check_count, check_generator, check_integers, check_rows
 from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
 from dpo_mini.real.preferences import AnyPath
 

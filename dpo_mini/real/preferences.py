@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from dpo_mini.files import write_whole
+from dpo_mini._files import write_whole
 
 AnyPath = str | os.PathLike[str]
 Columns = Mapping[str, str | Sequence[str]]

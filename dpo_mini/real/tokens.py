@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_mini.arguments import check_count
+from dpo_mini._arguments import check_count
 from dpo_mini.logps import PAD
 from dpo_mini.real.preferences import Messages, Preference, as_messages, check_preferences
 from dpo_mini.train import Pairs

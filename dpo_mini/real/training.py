@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from dpo_mini.arguments import (
+from dpo_mini._arguments import (
     check_at_most_0,
     check_count,
     check_fraction,

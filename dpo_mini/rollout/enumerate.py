@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_count
+from dpo_mini._arguments import check_count
 from dpo_mini.policies.base import HasSizes, KVCache, Policy
 from dpo_mini.policies.values import RewardModel
 from dpo_mini.rollout.kv_cache import begin, extend, lengthen, split

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_generator, check_indices
+from dpo_mini._arguments import check_generator, check_indices
 from dpo_mini.logps import PAD
 from dpo_mini.policies.base import Policy
 from dpo_mini.rollout.kv_cache import begin, follow

@@ -9,7 +9,7 @@ it. The tree is faster where enough completions begin alike.
 import torch
 from torch import Tensor
 
-from dpo_mini.arguments import check_at_most_0
+from dpo_mini._arguments import check_at_most_0
 from dpo_mini.logps import PAD
 from dpo_mini.policies.base import (
     Policy,
