@@ -295,7 +295,9 @@ def values_visible(tensor: Tensor) -> bool:
     """Whether the values of `tensor` may be looked at: not inside a transform."""
     if torch.compiler.is_compiling():
         return False
-    return torch.func.debug_unwrap(tensor, recurse=False) is tensor
+    if hasattr(torch.func, "debug_unwrap"):  # torch 2.7 and newer
+        return torch.func.debug_unwrap(tensor, recurse=False) is tensor
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _finite_float(value: float) -> float:
