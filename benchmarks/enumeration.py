@@ -6,24 +6,23 @@ from /proc, so that part needs Linux.
 
 Every contender scores in float32 with the same weights, and each round times all of them in turn. A
 contender's time is the least of its rounds, in seconds of processor time: whatever else the machine
-does can only add to it. On one thread of an idle machine that is the time on the wall.
+does can only add to it. On one thread of an idle machine that is the time on the wall. What a call
+frees is kept for the next one, as in `training.py`: see `keep_freed_memory`.
 """
 
+import ctypes
 import json
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from dpo_mini import rollout
@@ -38,12 +37,24 @@ ROUNDS = 7
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     print(f"{cpu_model()}, one thread; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}; float32, {ROUNDS} rounds\n")
     for vocab_size, max_tokens in SIZES:
         report_speed(vocab_size, max_tokens)
     for vocab_size, max_tokens in SIZES:
         report_gradient(vocab_size, max_tokens)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: it would give large blocks back, and fetch them anew.
+
+    Whether it does depends on what else lies in memory, and costs a step up to as much again.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # in malloc.h
+        for setting in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(setting, 2**30)
 
 
 def report_speed(vocab_size: int, max_tokens: int) -> None:
@@ -82,14 +93,14 @@ def report_speed(vocab_size: int, max_tokens: int) -> None:
 
 
 def report_gradient(vocab_size: int, max_tokens: int) -> None:
-    """One exact gradient of J: through the tree, the tree with checkpoints, and row by row."""
+    """One exact gradient of J: through the whole table, in blocks of it, and row by row."""
     task, policy = make(vocab_size, max_tokens)
     rows = sample_of_rows(task)
     scale = len(task.completions) / len(rows)
     gpt2 = gpt2_logps(policy, "sdpa", "gelu_pytorch_tanh")
     contenders = {
-        "tree": lambda: descend(tree_table(policy, task)),
-        "tree, `extend` checkpointed": lambda: descend_in_less_memory(policy, task),
+        "`enumerate_logps`": lambda: descend(tree_table(policy, task)),
+        "`exact_gradient`": lambda: descend_in_blocks(policy, task),
         "TinyTransformer, each completion": lambda: [
             descend(tiny_logps(policy)(batch)) for batch in rows.split(BATCH)
         ],
@@ -103,10 +114,10 @@ def report_gradient(vocab_size: int, max_tokens: int) -> None:
             seconds[name] *= scale
     print(f"One gradient of J, V = {vocab_size}, T = {max_tokens}\n")
     print("| through | seconds | times the first | extra memory, MB |\n|---|---|---|---|")
-    tree, checkpointed = list(contenders)[:2]
-    memory = {tree: "gradient", checkpointed: "checkpointed gradient"}
+    table, blocks = list(contenders)[:2]
+    memory = {table: "gradient", blocks: "gradient in blocks"}
     for name in contenders:
-        slower = seconds[name] / seconds[tree]
+        slower = seconds[name] / seconds[table]
         extra = "one batch's"
         if name in memory:
             extra = f"{extra_memory(vocab_size, max_tokens, memory[name]):.0f}"
@@ -145,8 +156,8 @@ def make_gpt2(
 ) -> transformers.GPT2LMHeadModel:
     """The same weights in `transformers`, whose Conv1D keeps them transposed."""
     config = transformers.GPT2Config(
-        vocab_size=len(policy.wte.weight),
-        n_positions=policy.max_tokens,
+        vocab_size=policy.wte.num_embeddings,
+        n_positions=policy.wpe.num_embeddings,
         n_embd=policy.wte.embedding_dim,
         n_layer=len(policy.blocks),
         n_head=policy.blocks[0].attn.n_heads,
@@ -211,10 +222,14 @@ def descend(logps: Tensor) -> None:
     (logps.exp() * (rewards - logps)).sum().backward()
 
 
-def descend_in_less_memory(policy: TinyTransformer, task: Task) -> None:
-    extend = partial(checkpoint, policy.extend, use_reentrant=False)
-    with mock.patch.object(policy, "extend", extend):
-        descend(tree_table(policy, task))
+def descend_in_blocks(policy: TinyTransformer, task: Task) -> None:
+    """`descend` through the whole table, by `exact_gradient`."""
+    rewards = torch.linspace(-1, 1, task.vocab_size**task.max_tokens)
+
+    def objective(_: int, logps: Tensor, columns: Tensor) -> Tensor:
+        return (logps.exp() * (rewards[columns] - logps)).sum()
+
+    rollout.exact_gradient(policy, task, objective)
 
 
 def multiply_large_matrices() -> None:
@@ -264,7 +279,7 @@ def measure_memory(vocab_size: int, max_tokens: int, what: str) -> float:
     runs = {
         "table": lambda policy, task: tree_table(policy.requires_grad_(False), task),
         "gradient": lambda policy, task: descend(tree_table(policy, task)),
-        "checkpointed gradient": descend_in_less_memory,
+        "gradient in blocks": descend_in_blocks,
     }
 
     def run(n_tokens: int) -> None:

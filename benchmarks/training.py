@@ -2,9 +2,9 @@
 
 Run `python benchmarks/training.py` where the package is installed. It takes about five minutes on
 one thread, needs `transformers` and `tqdm`, and prints the tables of RESULTS.md; the names of parts
-(`sampling`, `ppo`, `dpo`, `race`) print these alone. PPO is compared with `trl` 1.10.0, in this
-environment or in one of its own, where torch, transformers and tqdm are too, DPO with `trl` 1.16.0
-in this environment; without it, trl's row is left out:
+(`sampling`, `ppo`, `dpo`, `reading`, `race`) print these alone. PPO is compared with `trl` 1.10.0,
+in this environment or in one of its own, where torch, transformers and tqdm are too, DPO with `trl`
+1.16.0 in this environment; without it, trl's row is left out:
 
     python benchmarks/training.py --trl path/to/another/bin/python sampling ppo
     python benchmarks/training.py dpo race
@@ -18,7 +18,6 @@ frees, it keeps for the next one: see `keep_freed_memory`. With
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -35,24 +34,27 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import transformers
-from enumeration import HEADS, cpu_model, make_gpt2, make_policy, name_in_gpt2
+from enumeration import (
+    HEADS,
+    cpu_model,
+    keep_freed_memory,
+    make_gpt2,
+    make_policy,
+    name_in_gpt2,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dpo_mini import closed_form, rollout, train
-from dpo_mini.logps import PAD, sum_over_tokens
+from dpo_mini.logps import PAD
 from dpo_mini.losses import dpo_loss
-from dpo_mini.policies import (
-    ScalarTransformer,
-    SeparateNetworks,
-    SharedTrunk,
-    TinyTransformer,
-    linear_of_rows,
-)
+from dpo_mini.policies import ScalarTransformer, SeparateNetworks, SharedTrunk, TinyTransformer
 from dpo_mini.policy_gradient import clipped_value_loss
+from dpo_mini.rollout import scoring
 from dpo_mini.tasks import Task, micro_review_demonstrations, micro_reviews
 
 ROWS, ROUNDS = 1024, 31  # completions a call, and calls of each contender
@@ -63,6 +65,7 @@ BETA, LEARNING_RATE, CLIP = 0.5, 1e-3, 0.2
 PAIR_BATCH, WORDS, PROMPT_LENGTH, LENGTH = 64, 32, 4, 8  # of a step of DPO; lengths in tokens
 DPO_SHAPES = [(2, 64), (4, 128)]  # layers and width; four heads
 DPO_STEPS, DPO_BLOCKS, DPO_BETA = 23, 6, 0.1  # a block is one training, and warms up too
+READ, READ_LENGTHS, READ_DISTINCT, READ_ROUNDS = 256, [5, 8, 16, 32], [256, 128, 64, 32], 5
 RACE = {"steps": 300, "batch_size": 1024, "learning_rate": 8e-3}  # as chapter 06 trains
 RACE_PAIRS, RACE_BETA, RACE_KL, RACE_EVERY, RACE_SEEDS = 100_000, 2.0, 0.05, 10, 2
 FASTEST = {"attention": "sdpa", "activation": "gelu_pytorch_tanh"}  # enumeration.py says so
@@ -71,7 +74,8 @@ AS_IT_COMES = {"attention": "sdpa", "activation": "gelu_new"}  # what `GPT2Confi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="of sampling, ppo, dpo, race; all if none")
+    names = ["sampling", "ppo", "dpo", "reading", "race"]
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(names)}; all if none")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     parser.add_argument("--trl", default=sys.executable, help="a Python that has trl")
     parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)  # folder and seed: be trl
@@ -87,7 +91,7 @@ def main() -> None:
         return
     print(f"{device_name(options.device)}; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}; float32\n")
-    parts = options.parts or ["sampling", "ppo", "dpo", "race"]
+    parts = options.parts or names
     if {"sampling", "ppo"} & set(parts):
         policy = fit_reference(task)
     if "sampling" in parts:
@@ -98,21 +102,11 @@ def main() -> None:
     if "dpo" in parts:
         for n_layers, width in DPO_SHAPES:
             report_dpo(n_layers, width, torch.device(options.device))
-        for n_layers, width in DPO_SHAPES:
-            report_crossover(n_layers, width, torch.device(options.device))
+    if "reading" in parts:
+        for dtype in (torch.float32, torch.float64):
+            report_reading(dtype, torch.device(options.device))
     if "race" in parts:
         report_race(replace(task, rewards=task.rewards.cpu()))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: it would give large blocks back, and fetch them anew.
-
-    Whether it does depends on what else lies in memory, and costs a step up to as much again.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # in malloc.h
-        for setting in (trim_threshold, mmap_threshold):
-            ctypes.CDLL(None).mallopt(setting, 2**30)
 
 
 def device_name(device: str) -> str:
@@ -408,11 +402,17 @@ def run_trl(task: Task, folder: Path, seed: int) -> tuple[list[float], list[floa
 def make_gpt2_for_trl(
     policy: TinyTransformer, attention: str = "sdpa", activation: str = "gelu_pytorch_tanh"
 ) -> transformers.GPT2LMHeadModel:
-    """The policy with a padding token after its prompts, and a position for the last word."""
-    sizes = (policy.n_prompts + 1, policy.vocab_size, policy.max_tokens + 1)
-    shape = {"n_layers": len(policy.blocks), "n_heads": HEADS, "width": policy.wte.embedding_dim}
-    generator = torch.Generator().manual_seed(0)
-    larger = TinyTransformer(*sizes, end_token=policy.end_token, generator=generator, **shape)
+    """The policy with a padding token after all others, and a position for the last word."""
+    padding = torch.full_like(policy.prompt_tokens[:1], policy.wte.num_embeddings)
+    larger = TinyTransformer(
+        *(1, policy.vocab_size, policy.max_tokens + 1),
+        end_token=policy.end_token,
+        prompt_tokens=padding.cpu(),
+        n_layers=len(policy.blocks),
+        n_heads=HEADS,
+        width=policy.wte.embedding_dim,
+        generator=torch.Generator().manual_seed(0),
+    )
     weights = larger.state_dict()
     for name, weight in policy.state_dict().items():
         weights[name][tuple(map(slice, weight.shape))] = weight
@@ -438,13 +438,24 @@ Run = tuple[list[float], list[float]]  # seconds and loss of each step
 
 
 def report_dpo(n_layers: int, width: int, device: torch.device) -> None:
-    """Steps of DPO on prompts of 4 tokens, the first of which is what the policy calls a prompt."""
+    """Steps of DPO on as many prompts of 4 tokens as there are pairs."""
     generator = torch.Generator().manual_seed(0)
-    shape = {"n_layers": n_layers, "n_heads": HEADS, "width": width, "generator": generator}
-    sizes = (WORDS, WORDS, PROMPT_LENGTH - 1 + LENGTH)
-    policy = TinyTransformer(*sizes, end_token=None, **shape).to(device)
-    reference = TinyTransformer(*sizes, end_token=None, **shape).to(device)
-    pairs = random_pairs(PAIR_BATCH * DPO_STEPS, generator, device)
+    n_pairs = PAIR_BATCH * DPO_STEPS
+    read = torch.randint(WORDS, (n_pairs, PROMPT_LENGTH), generator=generator)
+    policy, reference = (
+        TinyTransformer(
+            *(n_pairs, WORDS, LENGTH),
+            end_token=None,
+            prompt_tokens=read,
+            n_layers=n_layers,
+            n_heads=HEADS,
+            width=width,
+            generator=generator,
+        ).to(device)
+        for _ in range(2)
+    )
+    answers = torch.randint(WORDS, (2, n_pairs, LENGTH), generator=generator)
+    pairs = (torch.arange(n_pairs, device=device), *answers.to(device))
     contenders = {
         "`fit_preferences`, `TinyTransformer`": partial(step_ours, policy, reference),
         "a bare loop, transformers' GPT-2": partial(step_gpt2, policy, reference),
@@ -454,16 +465,13 @@ def report_dpo(n_layers: int, width: int, device: torch.device) -> None:
         contenders[f"{name}, made fast"] = partial(step_trl, policy, reference, FASTEST, list)
         contenders[name] = partial(step_trl, policy, reference, AS_IT_COMES, make_dataset)
     check_losses(contenders, pairs)
-    ceiling = partial(multiply, n_layers, width, device)
-    if multiplies_by_onednn(policy):
-        contenders["the matrix products alone, by oneDNN"] = partial(ceiling, by_onednn)
-    contenders["the matrix products alone, by torch"] = partial(ceiling, torch.matmul)
+    contenders["the matrix products alone"] = partial(multiply, n_layers, width, device)
     seconds = {name: [] for name in contenders}
     for _ in tqdm(range(DPO_BLOCKS), desc="blocks of DPO", leave=False):
         for name, run in contenders.items():
             seconds[name] += run(pairs, DPO_STEPS)[0][WARM_UP:]
     medians = {name: median(times) for name, times in seconds.items()}
-    slowest, ceiling = max(medians.values()), medians["the matrix products alone, by torch"]
+    slowest, ceiling = max(medians.values()), medians["the matrix products alone"]
     print(f"A step of DPO: {n_layers} layers, width {width}, {PAIR_BATCH} pairs\n")
     print("| steps taken by | ms | steps a second | ratio | share of the ceiling |")
     print("|---|---|---|---|---|")
@@ -473,27 +481,11 @@ def report_dpo(n_layers: int, width: int, device: torch.device) -> None:
     print()
 
 
-def random_pairs(n: int, generator: torch.Generator, device: torch.device) -> Pairs:
-    """Uniform tokens; both answers begin with what is left of the prompt."""
-    draw = partial(torch.randint, WORDS, generator=generator)
-    prompts, rest = draw((n,)), draw((n, PROMPT_LENGTH - 1))
-    answers = [torch.cat([rest, draw((n, LENGTH))], 1) for _ in ("chosen", "rejected")]
-    return tuple(column.to(device) for column in (prompts, *answers))
-
-
-def of_answers(token_logps: Tensor, mask: Tensor) -> Tensor:
-    """The sum over what follows the prompt."""
-    start = PROMPT_LENGTH - 1
-    return sum_over_tokens(token_logps[:, start:], mask[:, start:])
-
-
 @torch.no_grad()
 def reference_logps(reference: TinyTransformer, pairs: Pairs) -> list[Tensor]:
-    """Of the answers alone, chosen and rejected, `[n]` each."""
+    """Chosen and rejected, `[n]` each."""
     prompts, *both = pairs
-    return [
-        of_answers(reference.token_logps(prompts, each), each != PAD).contiguous() for each in both
-    ]
+    return [reference.logps(prompts, each) for each in both]
 
 
 def check_losses(contenders: dict[str, Callable[[Pairs, int], Run]], pairs: Pairs) -> None:
@@ -517,7 +509,6 @@ def step_ours(policy: TinyTransformer, reference: TinyTransformer, pairs: Pairs,
         batch_size=PAIR_BATCH,
         learning_rate=LEARNING_RATE,
         generator=torch.Generator().manual_seed(0),
-        reduce=of_answers,
         progress=partial(clocked, times=times, device=policy.wte.weight.device),
     )
     return times, history["loss"]
@@ -535,10 +526,9 @@ def step_gpt2(policy: TinyTransformer, reference: TinyTransformer, pairs: Pairs,
     for step in clocked(range(steps), times, device):
         rows = order.split(PAIR_BATCH)[step % (len(order) // PAIR_BATCH)]
         answers = torch.cat([chosen[rows], rejected[rows]])
-        read = torch.cat([prompts[rows].repeat(2)[:, None] + WORDS, answers[:, :-1]], 1)
+        read = torch.cat([policy.prompt_tokens[prompts[rows]].repeat(2, 1), answers[:, :-1]], 1)
         logits = model(read, logits_to_keep=LENGTH).logits
-        said = answers[:, -LENGTH:].unsqueeze(-1)
-        logps = logits.log_softmax(-1).gather(-1, said).sum((1, 2))
+        logps = logits.log_softmax(-1).gather(-1, answers.unsqueeze(-1)).sum((1, 2))
         chosen_logps, rejected_logps = logps.chunk(2)
         margins = chosen_logps - rejected_logps - (ref_chosen - ref_rejected)[rows]
         loss = -nn.functional.logsigmoid(DPO_BETA * margins).mean()
@@ -550,22 +540,10 @@ def step_gpt2(policy: TinyTransformer, reference: TinyTransformer, pairs: Pairs,
     return times, losses
 
 
-def multiplies_by_onednn(policy: TinyTransformer) -> bool:
-    """Whether `policies.linear_of_rows` takes oneDNN here."""
-    layer, x = policy.blocks[0].c_fc, policy.wte.weight[:1]
-    return type(linear_of_rows(layer, x).grad_fn).__name__ == "OneDNNLinearBackward"
-
-
-def by_onednn(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of matrices in float32 on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
-
-
 def multiply(
     n_layers: int,
     width: int,
     device: torch.device,
-    product: Callable[[Tensor, Tensor], Tensor],
     _: Pairs,
     steps: int,
 ) -> Run:
@@ -580,8 +558,7 @@ def multiply(
 
     and the words are one more, [64 x 15, D] x [D, 32]. Each has two of its size on the way back,
     for its left and its right factor. What is no product is left out: where a softmax, a sum or a
-    copy would stand between two of them, any matrix of the right shape goes on. `product` is how
-    torch multiplies, or how oneDNN does; the heads' small products are torch's in both.
+    copy would stand between two of them, any matrix of the right shape goes on.
     """
     n_tokens = PROMPT_LENGTH + 2 * (LENGTH - 1)
     n_rows, n_said = PAIR_BATCH * n_tokens, PAIR_BATCH * (1 + 2 * (LENGTH - 1))
@@ -599,58 +576,59 @@ def multiply(
     for _step in clocked(range(steps), times, device):
         x, kept = start, []
         for attend, project, up, down in layers:
-            qkv = product(x, attend)
+            qkv = x @ attend
             q, k, v = qkv.view(3, *heads)
             scores = q @ k.mT
             mixed = (weights @ v).view(n_rows, width)
-            attended = product(mixed, project)
-            inner = product(attended, up)
+            attended = mixed @ project
+            inner = attended @ up
             kept.append((x, qkv, scores, mixed, attended, inner))
-            x = product(inner, down)
-        logits = product(x[:n_said], words)
-        _ = product(x[:n_said].T, logits), product(logits, words.T)
+            x = inner @ down
+        logits = x[:n_said] @ words
+        _ = x[:n_said].T @ logits, logits @ words.T
         grad = x
         for (x, qkv, scores, mixed, attended, inner), (attend, project, up, down) in zip(
             reversed(kept), reversed(layers), strict=True
         ):
             q, k, v = qkv.view(3, *heads)
-            of_inner, _ = product(grad, down.T), product(inner.T, grad)
-            of_attended, _ = product(of_inner, up.T), product(attended.T, of_inner)
-            of_mixed, _ = product(of_attended, project.T), product(mixed.T, of_attended)
+            of_inner, _ = grad @ down.T, inner.T @ grad
+            of_attended, _ = of_inner @ up.T, attended.T @ of_inner
+            of_mixed, _ = of_attended @ project.T, mixed.T @ of_attended
             of_heads = of_mixed.view(heads)
             _ = of_heads @ v.mT, weights.mT @ of_heads, scores @ k, scores.mT @ q
-            grad, _ = product(qkv, attend.T), product(x.T, qkv)
+            grad, _ = qkv @ attend.T, x.T @ qkv
     return times, []
 
 
-def report_crossover(n_layers: int, width: int, device: torch.device) -> None:
-    """Where a tree of prefixes begins to cost more than rows: what `faster_reader` goes by."""
+def report_reading(dtype: torch.dtype, device: torch.device) -> None:
+    """Rows against a tree of prefixes: what `rollout.token_logps` chooses by."""
     generator = torch.Generator().manual_seed(0)
-    shape = {"n_layers": n_layers, "n_heads": HEADS, "width": width, "generator": generator}
-    sizes = (WORDS, WORDS, PROMPT_LENGTH - 1 + LENGTH)
-    policy = TinyTransformer(*sizes, end_token=None, **shape).to(device)
-    pairs = random_pairs(PAIR_BATCH, generator, device)
-    n_tokens = PAIR_BATCH * (PROMPT_LENGTH + 2 * (LENGTH - 1))
-    counts, runs = [], {}
-
-    def descend(read: Callable[..., Tensor], *batch: Tensor) -> None:
-        policy.zero_grad()
-        read(policy, *batch).sum().backward()
-
-    for n_distinct in (16, 28, 36, 44, 64):
-        batch = [column[torch.arange(PAIR_BATCH) % n_distinct] for column in pairs]
-        prefixes = torch.cat([torch.cat([batch[0][:, None], each], 1) for each in batch[1:]])
-        counts.append(count_distinct(prefixes[:, :-1]))
-        runs[counts[-1]] = partial(descend, rollout.branched_token_logps, *batch)
-    runs["rows"] = partial(descend, rollout.forked_token_logps, *pairs)
-    seconds = median_times(runs, ROUNDS, "crossover", device)
-    print(f"A gradient, {n_layers} layers, width {width}: {n_tokens} tokens in forked rows take")
-    print(f"{1e3 * seconds['rows']:.1f} ms; as a tree\n")
-    print("| distinct prefixes, of tokens in rows | ms | as many times the rows |\n|---|---|---|")
-    for count in counts:
-        print(f"| {count / n_tokens:.2f} | {1e3 * seconds[count]:.1f} ", end="")
-        print(f"| {seconds[count] / seconds['rows']:.2f} |")
+    print(f"A gradient of {READ} log-probabilities, {dtype}, 2 layers, width 32, V = 12\n")
+    print("| tokens | different rows | prefixes, of tokens in rows | rows, ms | tree, ms ", end="")
+    print("| a prefix costs, in tokens | the rule says |\n|---|---|---|---|---|---|---|")
+    for length in READ_LENGTHS:
+        policy = TinyTransformer(4, 12, length, end_token=None, generator=generator)
+        policy = policy.to(device, dtype)
+        for n_distinct in READ_DISTINCT:
+            rows = torch.arange(READ) % n_distinct
+            prompts = torch.randint(4, (READ,), generator=generator)[rows].to(device)
+            answers = torch.randint(12, (READ, length), generator=generator)[rows].to(device)
+            tree = scoring.batch_tree(policy, prompts, answers)
+            rule = scoring._rows_are_faster(policy, tree, (answers,))
+            runs = {way: partial(read_as, way, policy, prompts, answers) for way in (True, False)}
+            by_rows, by_tree = median_times(runs, READ_ROUNDS, "reading", device).values()
+            share = len(tree.tokens) / (READ * length)
+            print(f"| {length} | {n_distinct} | {share:.2f} | {1e3 * by_rows:.1f} ", end="")
+            print(f"| {1e3 * by_tree:.1f} | {by_tree / by_rows / share:.1f} ", end="")
+            print(f"| {'rows' if rule else 'tree'} |")
     print()
+
+
+def read_as(rows: bool, policy: TinyTransformer, prompts: Tensor, answers: Tensor) -> None:
+    """A gradient by rows, or by the tree; both make the tree, from which the rule is read."""
+    policy.zero_grad()
+    with mock.patch.object(scoring, "_rows_are_faster", return_value=rows):
+        rollout.token_logps(policy, prompts, answers).sum().backward()
 
 
 def answer_with_embedding(
@@ -691,10 +669,9 @@ def step_trl(
     steps: int,
 ) -> Run:
     """Steps of trl on a GPT-2 of some attention and activation, and on rows kept somehow."""
-    start = PROMPT_LENGTH - 1
     rows = [
-        {"prompt_ids": [WORDS + prompt, *one[:start]], "chosen_ids": one[start:]}
-        | {"rejected_ids": other[start:], "ref_chosen_logps": a, "ref_rejected_logps": b}
+        {"prompt_ids": policy.prompt_tokens[prompt].tolist(), "chosen_ids": one}
+        | {"rejected_ids": other, "ref_chosen_logps": a, "ref_rejected_logps": b}
         for prompt, one, other, a, b in zip(
             *(column.tolist() for column in (*pairs, *reference_logps(reference, pairs))),
             strict=True,
