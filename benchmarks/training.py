@@ -273,7 +273,7 @@ def run_ours(
         n_epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
         generator=torch.Generator(device).manual_seed(seed),
-        value_error=partial(clipped_value_loss, clip_eps=CLIP),
+        parts=train.PPOParts(value_error=partial(clipped_value_loss, clip_eps=CLIP)),
         progress=partial(clocked, times=times, device=device),
     )
     return times, history["reward"]

@@ -29,13 +29,29 @@ WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called ther
         "check_same_sizes",
         "extend",
         "follow",
+        "of_rows",
         "of_tokens",
         "outputs",
         "read_tree",
         "split",
         "take",
     },
-    "dpo_mini.train": {"check_pair_loss", "check_pairs"},
+    "dpo_mini.train": {
+        "Progress",
+        "adam",
+        "check_frozen",
+        "check_gradient",
+        "check_on_policy",
+        "check_pair_loss",
+        "check_pairs",
+        "check_settings",
+        "descend",
+        "draw_prompts",
+        "pair_measures",
+        "record",
+        "scores_of",
+        "shuffled_batches",
+    },
 }
 WRITTEN = [name for name in MODULES if name not in ("dpo_mini", "dpo_mini.real")]
 
@@ -87,7 +103,11 @@ def written_names(path: Path) -> list[str]:
 def test_a_module_says_all_that_it_has_in_its_own_order(name):
     module = load(name)
     hidden, folder = WITHOUT_UNDERSCORE.get(name, set()), Path(module.__file__).parent
-    if name in ("dpo_mini.policies", "dpo_mini.rollout"):  # folders, which write nothing themselves
+    if name in (
+        "dpo_mini.policies",
+        "dpo_mini.rollout",
+        "dpo_mini.train",
+    ):  # folders, which write nothing themselves
         files = sorted(folder.glob("*.py"))
         in_files = [own for own in map(written_names, files) if own]
         everything = {own_name for own in in_files for own_name in own}

@@ -30,6 +30,7 @@ from dpo_mini.rollout import (
     token_logps,
 )
 from dpo_mini.rollout.kv_cache import begin, extend, lengthen, take
+from dpo_mini.rollout.trees import of_rows
 from dpo_mini.tasks import Task, enumerate_completions
 
 TREES = [
@@ -756,6 +757,22 @@ def test_a_tree_holds_each_distinct_prefix_once(tree, generator):
             assert words[node] == (prompts[row].item(), *tokens[:n_read])
             used.add(node)
     assert used == set(range(len(words)))
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_tree_of_some_rows_reads_them_alone(tree, generator):
+    task = toy(*tree)
+    policy = transformer(task, generator)
+    prompts = task.prompts.repeat(20)
+    completions = sample(policy, prompts, generator=generator)
+    everything = scoring.batch_tree(policy, prompts, completions)
+    rows = torch.randperm(len(prompts), generator=generator)[:7]
+    part = of_rows(everything, rows)
+    some = prompts[rows], completions[rows]
+    got = token_logps(policy, *some, tree=part)
+    assert_close(got, policy.token_logps(*some), atol=1e-12, rtol=0)
+    # Rows that have ended are said to be at node 0, a prompt that these rows need not have.
+    assert len(part.tokens) - len(distinct_prefixes(*some)) in (0, 1)
 
 
 @pytest.mark.parametrize("make", ["shared", "separate"])

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
@@ -55,6 +56,7 @@ from dpo_mini.policy_gradient import (
 from dpo_mini.rollout import enumerate_logps, enumerate_rewards, scoring
 from dpo_mini.tasks import Task, four_answers, random_bandit, three_answers
 from dpo_mini.train import (
+    PPOParts,
     as_they_are,
     fit_online_preferences,
     fit_ppo,
@@ -515,6 +517,13 @@ def actor_critic(task):
     return SeparateNetworks(TabularPolicy(task.ref_logps), TabularPolicy(values))
 
 
+def with_parts(**options):
+    """Options of `fit_ppo`, those of `PPOParts` in their object."""
+    named = {field.name for field in fields(PPOParts)} & options.keys()
+    parts = PPOParts(**{name: options.pop(name) for name in named})
+    return {**options, "parts": parts}
+
+
 def ppo(task, both=None, score=None, **changes):
     both = both or actor_critic(task)
     options = settings(steps=120, batch_size=256, learning_rate=0.05, beta=0.5, value_weight=1.0)
@@ -523,7 +532,7 @@ def ppo(task, both=None, score=None, **changes):
         TabularPolicy(task.ref_logps),
         task.prompts,
         score or true_score(task),
-        **{**options, **changes},
+        **with_parts(**{**options, **changes}),
     )
     return both.policy.logits.detach().log_softmax(-1), history
 
@@ -1124,8 +1133,11 @@ def test_ppo_takes_the_steps_of_its_formulas_with_every_setting(kind, generator)
     history = fit_ppo(
         both, reference, task.prompts, overheard.score, batch_size=11, n_epochs=3, n_minibatches=2,
         beta=AdaptiveKLController(beta=0.5, target=0.4, horizon=30), generator=seeded(),
-        loss_penalty=kl_k2, value_error=partial(clipped_value_loss, clip_eps=0.05),
-        normalise=overheard.normalise, surrogate=overheard.surrogate, **options,
+        parts=PPOParts(
+            loss_penalty=kl_k2, value_error=partial(clipped_value_loss, clip_eps=0.05),
+            normalise=overheard.normalise, surrogate=overheard.surrogate,
+        ),
+        **options,
     )  # fmt: skip
     want = ppo_by_its_formulas(
         by_hand, reference, overheard.batches, beta=0.5, target=0.4, horizon=30, k2_in_loss=True,
@@ -1139,6 +1151,36 @@ def test_ppo_takes_the_steps_of_its_formulas_with_every_setting(kind, generator)
         orders += [batch.orders[n] + batch.orders[n + 1] for n in (0, 2, 4)]
     assert all(sorted(order) == list(range(11)) for order in orders)  # each row once in a pass
     assert len({tuple(order) for order in [*orders, range(11)]}) == 10  # shuffled in every pass
+
+
+@pytest.mark.parametrize(("n_epochs", "n_minibatches"), [(1, 1), (3, 1), (2, 20)])
+def test_an_iteration_of_ppo_makes_one_tree_and_reads_each_prefix_once_per_pass(
+    n_epochs, n_minibatches, generator, monkeypatch
+):
+    task, reference = text_task(generator)
+    both, overheard = random_heads(task, SharedTrunk, generator), Overheard(None)
+    made, reads = [], []
+    prefix_tree = scoring.prefix_tree
+    monkeypatch.setattr(scoring, "prefix_tree", lambda *of: made.append(of) or prefix_tree(*of))
+    sampled = []  # sampling reads, too, before the score is asked for
+    both.policy.blocks[-1].c_fc.register_forward_hook(lambda _, of, out: reads.append(len(out)))
+    fit_ppo(
+        both, reference, task.prompts,
+        lambda x, y: sampled.append(len(reads)) or overheard.score(x, y),
+        beta=0.5, steps=1, batch_size=40, learning_rate=0.1, generator=seeded(),
+        n_epochs=n_epochs, n_minibatches=n_minibatches,
+    )  # fmt: skip
+    (batch,) = overheard.batches
+    n_nodes = len({(x, *y[:t]) for x, row in zip(batch.x.tolist(), batch.y.tolist(), strict=True)
+                   for y in [[v for v in row if v != PAD]] for t in range(len(y))})  # fmt: skip
+    assert len(made) == 1
+    passes = reads[sampled[0] :]
+    if n_minibatches == 1:
+        assert passes == [n_nodes] * n_epochs
+    else:
+        assert len(passes) == 1 + n_epochs * n_minibatches
+        assert passes[0] == n_nodes
+        assert max(passes[1:]) < n_nodes
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -1175,6 +1217,8 @@ def on_policy(fit, *rest):
         if fit is fit_reinforce:
             weights["n_samples"] = 2
         options = {**settings(**weights), **changes}
+        if fit is fit_ppo:
+            options = with_parts(**options)
         return fit(
             both, reference or policy(), prompts, score or true_score(TASK), *rest, **options
         )
@@ -1225,7 +1269,7 @@ REFUSED = [
     (lambda: preferences((ROWS[:0], NONE, NONE)), "prompts: got shape [0], takes at least one row"),
     (
         lambda: preferences((ROWS, ANSWERS)),
-        "pairs: got 2 tensors, takes (prompts, chosen, rejected)",
+        "`pairs` must be (prompts, chosen, rejected), got 2 tensors",
     ),
     (lambda: preferences((ROWS, ANSWERS[:2], ANSWERS)), "chosen: got 2 rows, takes 4 like prompts"),
     (
@@ -1241,14 +1285,17 @@ REFUSED = [
         lambda: preferences((ROWS, ANSWERS, ANSWERS.double())),
         "`rejected` must have dtype torch.int64 (.long()), got torch.float64",
     ),
-    (lambda: preferences(loss=lambda *four: four[0] * math.nan), "loss: got nan at step 0"),
+    (
+        lambda: preferences(loss=lambda *four: four[0] * math.nan),
+        "the loss must be finite, got nan at step 0",
+    ),
     (
         lambda: fit_table(lambda logps: logps.sum(-1), TASK.ref_logps),
-        "loss: got shape [1], takes a scalar",
+        "`loss` must return a scalar, got shape [1]",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum() * math.nan, TASK.ref_logps),
-        "loss: got nan, takes a finite value",
+        "`loss` must return a finite value, got nan",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps - math.inf),
@@ -1374,7 +1421,10 @@ def test_bad_input_is_refused(call, want):
     [
         (lambda x, y: torch.full((len(y),), math.nan), "score: got nan, takes finite values"),
         (lambda x, y: torch.full((len(y),), math.inf), "score: got inf, takes finite values"),
-        (lambda x, y: torch.zeros(len(y) - 1), "score: got {less} rewards, takes {n}, one a row"),
+        (
+            lambda x, y: torch.zeros(len(y) - 1),
+            "`score` must return {n} rewards, one per row, got {less}",
+        ),
         (lambda x, y: torch.zeros(y.shape), "score: got shape [{n}, 1], takes a non-empty [B]"),
         (
             lambda x, y: x,
@@ -1402,7 +1452,7 @@ def test_a_score_that_is_no_score_is_refused(call, score, want):
         ({"discount": 2.0}, "discount: got 2.0, takes a number in [0, 1]"),
         ({"n_epochs": 0}, "n_epochs: got 0, takes a whole number >= 1"),
         ({"n_minibatches": 0}, "n_minibatches: got 0, takes a whole number >= 1"),
-        ({"n_minibatches": 5}, "n_minibatches: got 5, takes at most batch_size = 4"),
+        ({"n_minibatches": 5}, "`n_minibatches` must be at most batch_size = 4, got 5"),
         ({"value_weight": -1.0}, "value_weight: got -1.0, takes a number in [0.0, inf)"),
         ({"entropy_weight": math.inf}, "entropy_weight: got inf, takes a number in [0.0, inf)"),
         (
@@ -1455,7 +1505,7 @@ def test_on_policy_loops_refuse_a_reference_that_would_move(call):
         if view:
             reference = policy()
             reference.logits = nn.Parameter(live.logits.data.view(1, 3))
-        with pytest.raises(ValueError, match="reference: got weights that it shares with the pol"):
+        with pytest.raises(ValueError, match="^`reference` must have weights of its own"):
             call(both, reference)
 
 
@@ -1570,7 +1620,7 @@ def test_one_token_cannot_be_whitened_and_the_batch_size_is_to_blame():
 
     want = (
         "`batch_size` must be >= 2 where a completion can be one token, got 1: `whiten` needs two "
-        "tokens (or pass normalise=as_they_are)"
+        "tokens (or pass PPOParts(normalise=as_they_are))"
     )
     with pytest.raises(ValueError) as caught:
         run_ppo(batch_size=1, score=score)
@@ -1619,7 +1669,8 @@ def test_a_reference_that_would_move_with_the_policy_is_refused():
         with pytest.raises(ValueError) as caught:
             fit_preferences(shared, reference, (ROWS, ANSWERS, ANSWERS), DPO, **settings())
         assert str(caught.value) == (
-            "reference: got weights that it shares with the policy, takes a copy (copy.deepcopy)"
+            "`reference` must have weights of its own (copy.deepcopy), got weights that it shares "
+            "with the policy"
         )
 
 
@@ -1627,7 +1678,9 @@ def test_answers_of_different_widths_are_refused():
     policy, reference = Spy(torch.zeros(1, 4)), Spy(torch.zeros(1, 4))
     wide = torch.tensor([[1, -1]])
     pairs = (torch.tensor([0]), torch.tensor([[0]]), wide)
-    with pytest.raises(ValueError, match=r"rejected: got shape \[1, 2\], takes \[1, 1\] like"):
+    with pytest.raises(
+        ValueError, match=r"`rejected` must have shape \[1, 1\] like `chosen`, got \[1, 2\]"
+    ):
         fit_preferences(policy, reference, pairs, DPO, **settings())
 
 

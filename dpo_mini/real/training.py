@@ -34,7 +34,8 @@ from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoi
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
-from dpo_mini.train import History, Pairs, check_pair_loss, check_pairs
+from dpo_mini.train import History, Pairs
+from dpo_mini.train.pair_losses import check_pair_loss, check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -24,7 +24,11 @@ from dpo_mini.rollout.trees import prefix_tree, read_tree
 
 
 def token_logps(
-    policy: Scorer, prompts: Tensor, *completions: Tensor, name: str = "policy"
+    policy: Scorer,
+    prompts: Tensor,
+    *completions: Tensor,
+    name: str = "policy",
+    tree: PrefixTree | None = None,
 ) -> Tensor:
     """Log-probability of each token of K completions per prompt.
 
@@ -37,6 +41,7 @@ def token_logps(
       *completions: K tensors `[B, T]` int64, padded with `PAD`, such as the chosen answers and the
         rejected ones.
       name: what an error calls the policy.
+      tree: `batch_tree` of all these completions, if the caller has it already.
     Returns:
       `[K B, T]`, nats, the first completion of every prompt, then the second; 0 on padding.
     Raises:
@@ -56,7 +61,7 @@ def token_logps(
         check_at_most_0(f"{name}.token_logps", scored.masked_fill(answers == PAD, 0.0))
         return scored
     mask = check_completions(policy, asked, answers)
-    tree = batch_tree(policy, asked, answers)
+    tree = tree or batch_tree(policy, asked, answers)
     if isinstance(policy, TinyTransformer) and _rows_are_faster(policy, tree, completions):
         return _read_rows(policy, prompts, torch.stack(completions)) * mask
     return of_tokens(read_tree(policy, tree).log_softmax(-1), tree, answers)
@@ -85,7 +90,7 @@ def read_actor_critic(
     Args:
       actor_critic: the policy and its value function.
       prompts, completions: as in `policy.token_logps`.
-      tree: `batch_tree` of the two, if the caller has it already.
+      tree: `batch_tree` of the two, if the caller has it already; then they are not checked again.
     Returns:
       `(token_logps, values, entropies)`, `[B, T]` each, 0 on padding: of every token its
       log-probability in nats, and of the prefix before it the value and, in nats, the entropy of
@@ -93,8 +98,10 @@ def read_actor_critic(
     Raises:
       ValueError: as `policy.token_logps`.
     """
-    mask = check_completions(actor_critic.policy, prompts, completions)
-    tree = tree or batch_tree(actor_critic.policy, prompts, completions)
+    if tree is None:
+        check_completions(actor_critic.policy, prompts, completions)
+        tree = batch_tree(actor_critic.policy, prompts, completions)
+    mask = completions != PAD
     outputs = read_tree(actor_critic, tree)  # [N, V + 1]
     logps = outputs[:, :-1].log_softmax(-1)
     entropies = -(logps.exp() * logps).sum(-1)  # [N], of each distinct prefix

@@ -44,6 +44,16 @@ def prefix_tree(prompts: Tensor, tokens: Tensor, vocab_size: int) -> PrefixTree:
     return PrefixTree(read[row, depth], depth, ancestors=nodes[row], nodes=nodes)
 
 
+def of_rows(tree: PrefixTree, rows: Tensor) -> PrefixTree:
+    """The tree of some rows `[R]` of the batch, from the tree of all."""
+    kept, nodes = tree.nodes[rows].unique(return_inverse=True)
+    number = torch.zeros_like(tree.tokens).index_put(
+        (kept,), torch.arange(len(kept), device=kept.device)
+    )
+    ancestors = number[tree.ancestors[kept]]  # all of them are kept, as each row has its own
+    return PrefixTree(tree.tokens[kept], tree.depths[kept], ancestors, nodes)
+
+
 def read_tree(model: nn.Module, tree: PrefixTree) -> Tensor:
     """The outputs of `model` after each prefix of a tree, `[N, K]`.
 
