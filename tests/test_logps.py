@@ -74,21 +74,21 @@ def test_a_malformed_completion_is_refused(completions, end_token, want):
 
 def test_completions_of_another_kind_are_refused():
     for bad, kind, want in (
-        ([[1]], TypeError, "completions: got list, takes an int64 tensor [B, T]"),
+        ([[1]], TypeError, "`completions` must be an int64 tensor [B, T], got list"),
         (
             torch.ones(1, 1),
             ValueError,
             "`completions` must have dtype torch.int64 (.long()), got torch.float32",
         ),
-        (TOKENS[0], ValueError, "completions: got shape [5], takes a non-empty [B, T]"),
-        (TOKENS[:0], ValueError, "completions: got shape [0, 5], takes a non-empty [B, T]"),
+        (TOKENS[0], ValueError, "`completions` must be a non-empty [B, T], got shape [5]"),
+        (TOKENS[:0], ValueError, "`completions` must be a non-empty [B, T], got shape [0, 5]"),
     ):
         with pytest.raises(kind) as caught:
             completion_mask(bad, 0)
         assert str(caught.value) == want
     for end_token, kind, want in (
-        (-1, ValueError, "end_token: got -1, takes a whole number >= 0"),
-        (0.0, TypeError, "end_token: got float, takes a whole number >= 0"),
+        (-1, ValueError, "`end_token` must be a whole number >= 0, got -1"),
+        (0.0, TypeError, "`end_token` must be a whole number >= 0, got float"),
     ):
         with pytest.raises(kind) as caught:
             completion_mask(TOKENS.abs(), end_token)
@@ -182,19 +182,19 @@ def test_dtype_is_kept(logits):
 
 LOGITS = torch.zeros(2, 4, 5)
 REFUSED = [
-    (([0.0], TOKENS, MASK), "logits: got list, takes a floating torch.Tensor [B, S, V]"),
-    ((LOGITS[0], TOKENS, MASK), "logits: got shape [4, 5], takes a non-empty [B, S, V]"),
+    (([0.0], TOKENS, MASK), "`logits` must be a floating torch.Tensor [B, S, V], got list"),
+    ((LOGITS[0], TOKENS, MASK), "`logits` must be a non-empty [B, S, V], got shape [4, 5]"),
     (
         (LOGITS.long(), TOKENS, MASK),
         "`logits` must have a floating dtype (.double() makes one), got torch.int64",
     ),
-    ((LOGITS[:0], TOKENS, MASK), "logits: got shape [0, 4, 5], takes a non-empty [B, S, V]"),
-    ((LOGITS, [0], MASK), "tokens: got list, takes an int64 tensor [B, S + 1]"),
+    ((LOGITS[:0], TOKENS, MASK), "`logits` must be a non-empty [B, S, V], got shape [0, 4, 5]"),
+    ((LOGITS, [0], MASK), "`tokens` must be an int64 tensor [B, S + 1], got list"),
     (
         (LOGITS, TOKENS.float(), MASK),
         "`tokens` must have dtype torch.int64 (.long()), got torch.float32",
     ),
-    ((LOGITS, TOKENS[0], MASK), "tokens: got shape [5], takes a non-empty [B, S + 1]"),
+    ((LOGITS, TOKENS[0], MASK), "`tokens` must be a non-empty [B, S + 1], got shape [5]"),
     (
         (LOGITS, TOKENS[:, 1:], MASK),
         "tokens: got shape [2, 4], takes [2, 5]: one token more than logits [2, 4, 5], "
@@ -205,12 +205,12 @@ REFUSED = [
         "tokens: got shape [1, 5], takes [2, 5]: one token more than logits [2, 4, 5], "
         "which come from tokens[:, :-1]",
     ),
-    ((LOGITS, TOKENS, [0]), "completion_mask: got list, takes a bool or 0/1 tensor"),
-    ((LOGITS, TOKENS, MASK[:, 1:]), "completion_mask: got shape [2, 4], takes [2, 5]"),
-    ((LOGITS, TOKENS, MASK * 2), "completion_mask: got 2, takes 0 or 1"),
-    ((LOGITS, TOKENS, changed(MASK.long(), (1, 2), 3)), "completion_mask: got 3, takes 0 or 1"),
-    ((LOGITS, TOKENS, MASK * NAN), "completion_mask: got nan, takes 0 or 1"),
-    ((LOGITS, TOKENS, MASK * -0.5), "completion_mask: got -0.5, takes 0 or 1"),
+    ((LOGITS, TOKENS, [0]), "`completion_mask` must be a bool or 0/1 tensor, got list"),
+    ((LOGITS, TOKENS, MASK[:, 1:]), "`completion_mask` must have shape [2, 5], got [2, 4]"),
+    ((LOGITS, TOKENS, MASK * 2), "`completion_mask` must be 0 or 1, got 2"),
+    ((LOGITS, TOKENS, changed(MASK.long(), (1, 2), 3)), "`completion_mask` must be 0 or 1, got 3"),
+    ((LOGITS, TOKENS, MASK * NAN), "`completion_mask` must be 0 or 1, got nan"),
+    ((LOGITS, TOKENS, MASK * -0.5), "`completion_mask` must be 0 or 1, got -0.5"),
     (
         (LOGITS, TOKENS, changed(MASK, (1, 0), True)),
         "completion_mask: got true on the first token, takes false there: nothing predicts it",
@@ -272,18 +272,30 @@ def test_what_is_masked_out_takes_no_gradient():
 def test_bad_sums_are_refused(reduce):
     scored, mask = torch.zeros(2, 4), torch.ones(2, 4)
     for arguments, kind, want in (
-        (([0.0], mask), TypeError, "token_logps: got list, takes a floating torch.Tensor [B, T]"),
-        ((scored[0], mask), ValueError, "token_logps: got shape [4], takes a non-empty [B, T]"),
+        (
+            ([0.0], mask),
+            TypeError,
+            "`token_logps` must be a floating torch.Tensor [B, T], got list",
+        ),
+        ((scored[0], mask), ValueError, "`token_logps` must be a non-empty [B, T], got shape [4]"),
         (
             (scored.long(), mask),
             ValueError,
             "`token_logps` must have a floating dtype (.double() makes one), got torch.int64",
         ),
-        ((scored, [1]), TypeError, "completion_mask: got list, takes a bool or 0/1 tensor"),
-        ((scored, mask[:, 1:]), ValueError, "completion_mask: got shape [2, 3], takes [2, 4]"),
-        ((scored, 3 * mask), ValueError, "completion_mask: got 3.0, takes 0 or 1"),
-        ((scored * NAN, mask), ValueError, "token_logps: got NaN, takes log-probabilities < inf"),
-        ((scored + INF, mask), ValueError, "token_logps: got +inf, takes log-probabilities < inf"),
+        ((scored, [1]), TypeError, "`completion_mask` must be a bool or 0/1 tensor, got list"),
+        ((scored, mask[:, 1:]), ValueError, "`completion_mask` must have shape [2, 4], got [2, 3]"),
+        ((scored, 3 * mask), ValueError, "`completion_mask` must be 0 or 1, got 3.0"),
+        (
+            (scored * NAN, mask),
+            ValueError,
+            "`token_logps` must be log-probabilities < inf, got NaN",
+        ),
+        (
+            (scored + INF, mask),
+            ValueError,
+            "`token_logps` must be log-probabilities < inf, got +inf",
+        ),
     ):
         with pytest.raises(kind) as caught:
             reduce(*arguments)

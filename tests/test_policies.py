@@ -370,12 +370,16 @@ BAD_ROWS = {
     "token after the end": ([0], [[1, 0, 2]], "completions: got a token after the end token 0"),
     "token after padding": ([0], [[1, PAD, 2]], "completions: got a token after padding"),
     "empty completion": ([0, 1], [[1, 0], [PAD, PAD]], "completions: got an empty .* row 1"),
-    "no rows": ([0], torch.zeros(0, 3, dtype=torch.int64), "completions: got shape"),
+    "no rows": ([0], torch.zeros(0, 3, dtype=torch.int64), "`completions` must be a non-empty"),
     "too many tokens": ([0], [[1, 2, 3, 4]], "completions: got 4 tokens, takes at most 3"),
-    "prompt too large": ([2], [[1, 0]], "prompts: got 2"),
-    "prompt negative": ([-1], [[1, 0]], "prompts: got -1"),
-    "fewer prompts": ([0], [[1, 0], [2, 0]], "completions: got 2 rows, takes 1 like prompts"),
-    "prompts as a column": ([[0]], [[1, 0]], r"prompts: got shape \[1, 1\]"),
+    "prompt too large": ([2], [[1, 0]], r"`prompts` must be in 0\.\.1, got 2"),
+    "prompt negative": ([-1], [[1, 0]], r"`prompts` must be in 0\.\.1, got -1"),
+    "fewer prompts": ([0], [[1, 0], [2, 0]], "`completions` must have 1 row like `prompts`, got 2"),
+    "prompts as a column": (
+        [[0]],
+        [[1, 0]],
+        r"`prompts` must be a non-empty \[B\], got shape \[1, 1\]",
+    ),
     "prompts as floats": (
         [0.0],
         [[1, 0]],
@@ -386,7 +390,7 @@ BAD_ROWS = {
         [[1.0, 0.0]],
         r"`completions` must have dtype torch.int64 \(.long\(\)\), got torch.float",
     ),
-    "completions flat": ([0], [1, 0], r"completions: got shape \[2\]"),
+    "completions flat": ([0], [1, 0], r"`completions` must be .*, got shape \[2\]"),
 }
 
 
@@ -401,9 +405,9 @@ def test_scoring_refuses(case, generator):
 
 def test_scoring_refuses_lists(generator):
     policy = TinyTransformer(2, 5, 3, end_token=0, generator=generator)
-    with pytest.raises(TypeError, match="^prompts: got list"):
+    with pytest.raises(TypeError, match="^`prompts` must be .*, got list"):
         policy.logps([0], torch.tensor([[1, 0]]))
-    with pytest.raises(TypeError, match="^completions: got list"):
+    with pytest.raises(TypeError, match="^`completions` must be .*, got list"):
         policy.logps(torch.tensor([0]), [[1, 0]])
 
 
@@ -428,17 +432,21 @@ def test_scoring_refuses_lists(generator):
 )
 def test_transformer_refuses(change, error, generator):
     sizes = {"n_prompts": 2, "vocab_size": 5, "max_tokens": 3, "end_token": 0, "n_heads": 4}
-    with pytest.raises(error, match=f"^{next(iter(change))}: got"):
+    with pytest.raises(error, match=f"^`?{next(iter(change))}`?(: got| must be .*, got)"):
         TinyTransformer(**{**sizes, "generator": generator, **change})
 
 
 @pytest.mark.parametrize(
     ("read", "error", "message"),
     [
-        ([[0, 1]], TypeError, "prompt_tokens: got list"),
+        ([[0, 1]], TypeError, "`prompt_tokens` must be .*, got list"),
         (torch.zeros(2, 3), ValueError, "`prompt_tokens` must have dtype torch.int64"),
-        (torch.tensor([0, 1]), ValueError, r"prompt_tokens: got shape \[2\]"),
-        (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"prompt_tokens: got shape \[2, 0\]"),
+        (torch.tensor([0, 1]), ValueError, r"`prompt_tokens` must be .*, got shape \[2\]"),
+        (
+            torch.zeros(2, 0, dtype=torch.int64),
+            ValueError,
+            r"`prompt_tokens` must be .*, got shape \[2, 0\]",
+        ),
         (
             torch.tensor([[0, 1], [1, 2], [3, 4]]),
             ValueError,
@@ -629,8 +637,8 @@ def test_centring_takes_off_the_mean_every_time(generator):
             assert_close(after, before - before.mean(), atol=1e-12, rtol=0)
     assert "offset" in model.state_dict()
     for bad, want in (
-        (torch.tensor([float("nan")]), "rewards: got nan, takes finite values"),
-        (torch.zeros(0), r"rewards: got shape \[0\], takes a non-empty \[n\]"),
+        (torch.tensor([float("nan")]), "`rewards` must be finite, got nan"),
+        (torch.zeros(0), r"`rewards` must be a non-empty \[n\], got shape \[0\]"),
     ):
         with pytest.raises(ValueError, match=want):
             model.centre(bad)
