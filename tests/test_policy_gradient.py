@@ -488,7 +488,7 @@ def test_a_bad_group_is_refused(function):
     got = refusal(ValueError, function, TWO)
     assert got == "`rewards` must be a non-empty [B, K], got shape [2]"
     got = refusal(ValueError, function, TWO[:, None])
-    assert got == "rewards: got 1 sample a row, takes >= 2"
+    assert got == "`rewards` must have at least 2 samples per row, got 1"
 
 
 def test_a_bad_eps_is_refused():
@@ -522,8 +522,11 @@ def test_a_bad_table_is_refused_by_the_optimal_baseline():
         ),
         ((logps, BAD[None], one), "`rewards` must be finite, got nan"),
         ((logps, one, BAD[None]), "`squared_scores` must be finite, got nan"),
-        ((logps, one, double([[1.0, -0.5]])), "squared_scores: got -0.5, takes squares, >= 0"),
-        ((logps, one, 0 * one), "squared_scores: got only 0 in row 0, takes one > 0 at least"),
+        ((logps, one, double([[1.0, -0.5]])), "`squared_scores` must be >= 0, got -0.5"),
+        (
+            (logps, one, 0 * one),
+            "`squared_scores` must have at least one value > 0 in each row, got only 0 in row 0",
+        ),
     ]
     for arguments, want in refused:
         assert refusal(ValueError, optimal_baseline, *arguments) == want
@@ -532,7 +535,8 @@ def test_a_bad_table_is_refused_by_the_optimal_baseline():
 def test_a_row_without_scores_is_named():
     logps, one = double([[0.5, 0.5], [0.5, 0.5]]).log(), torch.ones(2, 2).double()
     got = refusal(ValueError, optimal_baseline, logps, one, double([[1.0, 0.0], [0.0, 0.0]]))
-    assert got == "squared_scores: got only 0 in row 1, takes one > 0 at least"
+    want = "`squared_scores` must have at least one value > 0 in each row, got only 0 in row 1"
+    assert got == want
 
 
 @pytest.mark.parametrize("name", ["discount", "lam"])
@@ -552,11 +556,11 @@ def test_a_bad_episode_is_refused():
         ((one, one, one[:1]), "`completion_mask` must have shape [2, 3], got [1, 3]"),
         (
             (one, one, gap),
-            "completion_mask: got a token after padding in row 1, takes padding at the end",
+            "`completion_mask` must have padding at the end only, got a token after it in row 1",
         ),
         (
             (one, one, 1 - gap),
-            "completion_mask: got a token after padding in row 1, takes padding at the end",
+            "`completion_mask` must have padding at the end only, got a token after it in row 1",
         ),
         ((one, one, 2 * gap), "`completion_mask` must be 0 or 1, got 2"),
         ((one, one[:1], one), "`values` must have shape [2, 3] like `rewards`, got [1, 3]"),
@@ -571,7 +575,7 @@ def test_a_bad_episode_is_refused():
 def test_bad_values_to_whiten_are_refused():
     one = torch.ones(1, 3)
     refused = [
-        ((one, torch.tensor([[1, 0, 0]])), "completion_mask: got 1 tokens, takes >= 2"),
+        ((one, torch.tensor([[1, 0, 0]])), "`completion_mask` must have at least 2 tokens, got 1"),
         ((one, torch.ones(1, 2)), "`completion_mask` must have shape [1, 3], got [1, 2]"),
         ((one[0], one), "`values` must be a non-empty [B, T], got shape [3]"),
         ((one * NAN, one), "`values` must be finite, got nan"),
@@ -584,9 +588,10 @@ def test_bad_values_to_whiten_are_refused():
 def test_bad_logits_of_an_entropy_are_refused():
     for bad in (NAN, INF):
         got = refusal(ValueError, entropy, double([0.0, bad]))
-        assert got == "logits: got NaN or +inf, takes values < inf"
+        assert got == "`logits` must be < inf, got NaN or +inf"
     got = refusal(ValueError, entropy, double([[0.0, 0.0], [-INF, -INF]]))
-    assert got == "logits: got a position of -inf only, takes one finite logit at least"
+    want = "`logits` must have at least one finite logit per position, got a position of -inf only"
+    assert got == want
     got = refusal(ValueError, entropy, torch.tensor([1, 2]))
     assert got == "`logits` must have a floating dtype (.double() makes one), got torch.int64"
 
@@ -604,5 +609,5 @@ def test_a_bad_controller_is_refused():
     )
     want = "`n_samples` must be a whole number >= 1, got 0"
     assert refusal(ValueError, controller.update, 1.0, 0) == want
-    want = "n_samples: got 101, takes at most horizon = 100"
+    want = "`n_samples` must be at most `horizon` = 100, got 101"
     assert refusal(ValueError, controller.update, 1.0, 101) == want

@@ -235,16 +235,19 @@ REFUSED = [
     ),
     (
         lambda: plackett_luce_logp(LIST, ORDER[:1]),
-        "ranking: got shape [1, 3], takes [2, 3] like rewards",
+        "`ranking` must have shape [2, 3] like `rewards`, got [1, 3]",
     ),
-    (lambda: plackett_luce_logp(LIST[:, :1], ORDER * 0), "rewards: got 1 item a row, takes >= 2"),
+    (
+        lambda: plackett_luce_logp(LIST[:, :1], ORDER * 0),
+        "`rewards` must have at least 2 items per row, got 1",
+    ),
     (
         lambda: plackett_luce_logp(LIST, torch.tensor([[0, 1, 2], [0, 1, 1]])),
-        "ranking: got a row that is not a permutation of 0..2",
+        "`ranking` must have a permutation of 0..2 in each row, got none in row 1",
     ),
     (
         lambda: plackett_luce_logp(LIST, ORDER + 1),
-        "ranking: got a row that is not a permutation of 0..2",
+        "`ranking` must have a permutation of 0..2 in each row, got none in row 0",
     ),
     (
         lambda: sample_plackett_luce(A, generator=GENERATOR),
@@ -252,7 +255,7 @@ REFUSED = [
     ),
     (
         lambda: sample_plackett_luce(LIST[:, :1], generator=GENERATOR),
-        "rewards: got 1 item a row, takes >= 2",
+        "`rewards` must have at least 2 items per row, got 1",
     ),
     (
         lambda: sample_plackett_luce(LIST + NAN, generator=GENERATOR),

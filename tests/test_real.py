@@ -183,9 +183,13 @@ def row(*tokens):
         (row(-2), row(1, 0), "prompts: got token -2"),
         (row(3), row(1, 290), r"completions: got token 290, takes 0\.\.289"),
         (row(3), row(1, -2), "completions: got token -2"),
-        (row(3), row(PAD, PAD), "completions: got an empty completion in row 0"),
-        (row(3), row(1, PAD, 1), "completions: got a token after padding in row 0"),
-        (row(3), row(1, 0, 1), "completions: got a token after the end token 0 in row 0"),
+        (row(3), row(PAD, PAD), "`completions` must have at least one token .* row 0"),
+        (
+            row(3),
+            row(1, PAD, 1),
+            "`completions` must have padding .*, got a token after it in row 0",
+        ),
+        (row(3), row(1, 0, 1), "`completions` must .* after the end token 0, got .* row 0"),
         (
             row(3).float(),
             row(1, 0),

@@ -366,7 +366,8 @@ def test_bad_logits_are_refused():
     ]
     for call in calls:
         assert refusal(ValueError, call, double([0.0, INF])) == "`logits` must be finite, got inf"
-        assert refusal(ValueError, call, double(1.0)) == "logits: got a scalar, takes [..., V]"
+        want = "`logits` must be [..., V], got a tensor of no dimension"
+        assert refusal(ValueError, call, double(1.0)) == want
         got = refusal(ValueError, call, torch.tensor([1, 2]))
         assert got == "`logits` must have a floating dtype (.double() makes one), got torch.int64"
 
@@ -398,7 +399,7 @@ def test_a_bad_temperature_is_refused(temperature):
 
 
 def test_what_is_not_one_hot_is_refused():
-    want = "one_hot: got another row than zeros and one 1, takes one-hot rows"
+    want = "`one_hot` must have rows of zeros and one 1, got another row"
     for row in ([0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.5, 0.5, 0.0], [2.0, -1.0, 0.0], [NAN, 1, 0]):
         got = refusal(
             ValueError, sample_conditional_logits, LOGITS, double(row), generator=seeded()
@@ -425,9 +426,9 @@ def test_bad_arguments_of_rebar_are_refused():
         assert got == f"`{name}` must have shape [3] like `logits`, got [2]"
     assert refusal(ValueError, call, scale=INF) == "`scale` must be a finite number, got inf"
     got = refusal(ValueError, call, conditional=-LOGITS)
-    assert got == "conditional: got another argmax than perturbed's, takes the same sample"
+    assert got == "`conditional` must have the argmax of `perturbed`, got another one"
     got = refusal(ValueError, call, function=lambda point: point)
-    assert got == "function: got a result of shape [3], takes []"
+    assert got == "`function` must return shape [], got [3]"
     call(conditional=double([1.0, 0.0, 1.0]))  # a tie, as rounding may make one, is no other sample
 
 
@@ -442,9 +443,9 @@ def test_bad_values_to_quantise_are_refused():
     refused = [
         (
             (double([1.0, 2.0, 3.0]), CODEBOOK),
-            "inputs: got shape [3], takes [..., 2] like the codebook",
+            "`inputs` must be [..., 2] like `codebook`, got shape [3]",
         ),
-        ((double(1.0), CODEBOOK), "inputs: got shape [], takes [..., 2] like the codebook"),
+        ((double(1.0), CODEBOOK), "`inputs` must be [..., 2] like `codebook`, got shape []"),
         ((double([1.0, NAN]), CODEBOOK), "`inputs` must be finite, got nan"),
         ((double([1.0, 2.0]), CODEBOOK * INF), "`codebook` must be finite, got nan"),
         ((double([1.0, 2.0]), CODEBOOK[0]), "`codebook` must be a non-empty [K, D], got shape [2]"),

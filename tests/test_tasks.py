@@ -804,11 +804,12 @@ REFUSED = [
     ),
     (
         lambda: SENTENCES.index(torch.tensor([[0, 1]])),
-        "completions: got a token after the end token 0 in row 0, takes only padding (-1) there",
+        "`completions` must have only padding (-1) after the end token 0, "
+        "got a token there in row 0",
     ),
     (
         lambda: SENTENCES.index(torch.tensor([[PAD, PAD]])),
-        "completions: got an empty completion in row 0, takes >= 1 token",
+        "`completions` must have at least one token in each row, got none in row 0",
     ),
     (
         lambda: TASK.index(torch.tensor([[0.0]])),

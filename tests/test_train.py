@@ -1221,7 +1221,7 @@ REFUSED = [
         "`completions` must be a non-empty [n, T], got shape [4]",
     ),
     (lambda: sft(ROWS + 1), "`prompts` must be in 0..0, got 1"),
-    (lambda: sft(completions=ANSWERS + 1), "completions: got token 3, takes 0..2"),
+    (lambda: sft(completions=ANSWERS + 1), "`completions` must have tokens in 0..2, got 3"),
     (
         lambda: preferences((ROWS[:0], NONE, NONE)),
         "`prompts` must have at least one row, got shape [0]",
