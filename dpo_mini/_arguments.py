@@ -189,7 +189,7 @@ def check_alike(first_name: str, first: Tensor, **others: Tensor) -> None:
 def check_logps(**tensors: Tensor) -> None:
     """Refuse NaN and +inf; -inf is the log-probability of the impossible and passes."""
     for name, tensor in tensors.items():
-        if values_visible(tensor) and not (tensor < math.inf).all():  # NaN is less than nothing
+        if values_visible(tensor) and not (tensor < math.inf).all():  # NaN compares as false
             got = "NaN" if torch.isnan(tensor).any() else "+inf"
             raise ValueError(f"`{name}` must be log-probabilities < inf, got {got}")
 

@@ -112,7 +112,7 @@ def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
 
 
 def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
-    """Mean log-probability a token, `[B]` nats: no longer the log of a probability.
+    """Mean log-probability per token, `[B]` nats: no longer the log of a probability.
 
     Args are those of `sum_over_tokens`.
 

@@ -65,7 +65,7 @@ def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
     Args:
       logps: `[B]` log pi_theta of completions drawn from pi_theta, or `[B, T]` of their tokens,
         nats.
-      advantages: the same shape, reward units: the reward less a baseline.
+      advantages: the same shape, reward units: the reward minus a baseline.
     Returns:
       the same shape; the gradient of its mean over samples is that of -E[r].
     Raises:
@@ -163,7 +163,7 @@ def clipped_value_loss(
 def mean_advantages(rewards: Tensor) -> Tensor:
     r"""$r_k - \bar r$: the mean of all K as baseline, the sample's own reward included.
 
-    The estimated gradient is (K-1)/K of the true one: right in direction, short.
+    The estimated gradient is (K-1)/K of the true one: the right direction, but too short.
 
     Args:
       rewards: `[B, K]`, K >= 2 completions of one prompt drawn independently.
@@ -266,7 +266,7 @@ def gae(
       completion_mask: `[B, T]` bool or 0/1, true on tokens, then false; what `rewards` and `values`
         hold where it is false does not matter.
       discount: gamma in [0, 1].
-      lam: lambda in [0, 1]: 0 gives the TD error, 1 the return less the value.
+      lam: lambda in [0, 1]: 0 gives the TD error, 1 the return minus the value.
     Returns:
       `(advantages, returns)`, `[B, T]` each, reward units, 0 after the end; without gradient.
       `returns` is advantages + values, what a value head is fitted to.
