@@ -1,3 +1,7 @@
+import ast
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -337,3 +341,53 @@ def test_only_checks_of_values_pass_inside_a_transform():
         torch.func.vmap(lambda t: arguments.check_floats("[B, T]", a=t))(torch.ones(3, 2))
     with pytest.raises(ValueError, match="`a` must have a floating dtype"):
         torch.func.vmap(lambda t: arguments.check_floats("[B]", a=t))(torch.ones(3, 2).long())
+
+
+# --- one format in the whole package ---------------------------------------------------------
+
+PACKAGE = Path(arguments.__file__).parent
+OLD_FORMAT = re.compile(r": got .*[,;] takes", re.DOTALL)
+NOT_YET = {
+    "_files.py",
+    "checks",
+    "closed_form.py",
+    "explorer",
+    "losses.py",
+    "plotting.py",
+    "real",
+    "tasks.py",
+    "train.py",
+}
+
+
+def texts(node):
+    """The texts in a piece of code, with an ellipsis for what a formatted one fills in."""
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        yield "".join(parts)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+
+def test_messages_say_what_must_be_and_then_what_it_was():
+    checked, found = set(), []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in NOT_YET:
+            continue
+        checked.add(path.stem)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise):
+                found += [text for text in texts(node) if OLD_FORMAT.search(text)]
+    assert {"_arguments", "logps", "transformer", "enumerate"} <= checked
+    assert not found
+
+
+def test_the_old_format_is_known():
+    code = 'raise ValueError(f"{name}: got {value}, "\n"takes a number > 0")'
+    (text,) = texts(ast.parse(code).body[0])
+    assert text == "…: got …, takes a number > 0"
+    assert OLD_FORMAT.search(text)
+    assert not OLD_FORMAT.search("`a` must be a number > 0, got 0: it takes one number")
