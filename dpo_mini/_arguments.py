@@ -27,7 +27,7 @@ def check_positive(name: str, value: float) -> None:
     """Refuse anything but a finite real number above zero."""
     _check_real(name, value)
     if not 0 < _finite_float(value) < math.inf:
-        raise ValueError(f"{name}: got {_shown(value)}, takes a finite number > 0")
+        raise ValueError(f"`{name}` must be a finite number > 0, got {_shown(value)}")
 
 
 def positive_scalar(name: str, value: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,22 +62,23 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
     """Refuse anything but a real number with `low <= value < high`."""
     _check_real(name, value)
     if not low <= _finite_float(value) < high:
-        raise ValueError(f"{name}: got {_shown(value)}, takes a number in [{low}, {high})")
+        raise ValueError(f"`{name}` must be a number in [{low}, {high}), got {_shown(value)}")
 
 
 def check_fraction(name: str, value: float) -> None:
     """Refuse anything but a real number with `0 <= value <= 1`."""
     _check_real(name, value)
     if not 0 <= value <= 1:
-        raise ValueError(f"{name}: got {_shown(value)}, takes a number in [0, 1]")
+        raise ValueError(f"`{name}` must be a number in [0, 1], got {_shown(value)}")
 
 
 def check_count(name: str, value: int, *, least: int = 1, most: int = _LARGEST_COUNT) -> None:
     """Refuse anything but a whole number from `least` to `most`, by default what an int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes a whole number >= {least}")
+        got = type(value).__name__
+        raise TypeError(f"`{name}` must be a whole number >= {least}, got {got}")
     if value < least:
-        raise ValueError(f"{name}: got {_shown(value)}, takes a whole number >= {least}")
+        raise ValueError(f"`{name}` must be a whole number >= {least}, got {_shown(value)}")
     if value > most:
         raise ValueError(f"`{name}` must be a whole number <= {most:,}, got {_shown(value)}")
 
@@ -85,7 +86,8 @@ def check_count(name: str, value: int, *, least: int = 1, most: int = _LARGEST_C
 def check_generator(generator: torch.Generator) -> None:
     """Refuse a missing generator: nothing here may draw from global random state."""
     if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}, takes a torch.Generator")
+        got = type(generator).__name__
+        raise TypeError(f"`generator` must be a torch.Generator, got {got}")
 
 
 def check_floats(shape: str, **tensors: Tensor) -> None:
@@ -100,8 +102,8 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise TypeError(f"{name}: got {kind}, takes a floating torch.Tensor {shape}")
+            got = type(tensor).__name__
+            raise TypeError(f"`{name}` must be a floating torch.Tensor {shape}, got {got}")
         if tensor.layout != torch.strided:
             what = "a dense tensor (.to_dense() makes one)"
             raise ValueError(f"`{name}` must be {what}, got layout {tensor.layout}")
@@ -112,10 +114,11 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
             what = f"[X, Y], one row per prompt, got shape {list(tensor.shape)}"
             raise ValueError(f"`{name}` must be {what}: for one prompt write {name}[None]")
         if n_dims not in (None, tensor.dim()) or tensor.numel() == 0:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes a non-empty {shape}")
+            got = list(tensor.shape)
+            raise ValueError(f"`{name}` must be a non-empty {shape}, got shape {got}")
         if tensor.shape != first.shape:
             got, want = list(tensor.shape), list(first.shape)
-            raise ValueError(f"{name}: got shape {got}, takes {want} like {first_name}")
+            raise ValueError(f"`{name}` must have shape {want} like `{first_name}`, got {got}")
         check_alike(first_name, first, **{name: tensor})
 
 
@@ -186,9 +189,9 @@ def check_alike(first_name: str, first: Tensor, **others: Tensor) -> None:
 def check_logps(**tensors: Tensor) -> None:
     """Refuse NaN and +inf; -inf is the log-probability of the impossible and passes."""
     for name, tensor in tensors.items():
-        if values_visible(tensor) and not (tensor < math.inf).all():  # NaN is less than nothing
+        if values_visible(tensor) and not (tensor < math.inf).all():  # NaN compares as false
             got = "NaN" if torch.isnan(tensor).any() else "+inf"
-            raise ValueError(f"{name}: got {got}, takes log-probabilities < inf")
+            raise ValueError(f"`{name}` must be log-probabilities < inf, got {got}")
 
 
 def check_at_most_0(name: str, logps: Tensor, *, n_tokens: int = 1) -> None:
@@ -217,7 +220,7 @@ def check_finite(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if values_visible(tensor) and not torch.isfinite(tensor).all():
             bad = tensor[~torch.isfinite(tensor)][0].item()
-            raise ValueError(f"{name}: got {bad}, takes finite values")
+            raise ValueError(f"`{name}` must be finite, got {bad}")
 
 
 def check_normalised(**tables: Tensor) -> None:
@@ -235,8 +238,8 @@ def check_normalised(**tables: Tensor) -> None:
         if not wrong.max() < 1e-3:
             worst = logps.logsumexp(-1).exp().flatten()[wrong.argmax()].item()
             raise ValueError(
-                f"{name}: got a row whose probabilities sum to {worst:.4g}, takes rows that sum "
-                "to 1 (logits? apply log_softmax first)"
+                f"`{name}` must have rows whose probabilities sum to 1, got a sum of {worst:.4g}: "
+                "if these are logits, apply log_softmax first"
             )
 
 
@@ -248,47 +251,49 @@ def check_indices(name: str, indices: Tensor, shape: str, size: int) -> None:
     least, most = indices.aminmax()
     if least < 0 or most >= size:
         got = indices[(indices < 0) | (indices >= size)][0].item()
-        raise ValueError(f"{name}: got {got}, takes values in 0..{size - 1}")
+        raise ValueError(f"`{name}` must be in 0..{size - 1}, got {got}")
 
 
 def check_integers(name: str, indices: Tensor, shape: str) -> None:
     """Refuse anything but a non-empty int64 tensor of `shape`."""
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{name}: got {type(indices).__name__}, takes an int64 tensor {shape}")
+        raise TypeError(f"`{name}` must be an int64 tensor {shape}, got {type(indices).__name__}")
     if indices.dtype != torch.int64:
         raise ValueError(f"`{name}` must have dtype torch.int64 (.long()), got {indices.dtype}")
     if indices.dim() != shape.count(",") + 1 or indices.numel() == 0:
-        raise ValueError(f"{name}: got shape {list(indices.shape)}, takes a non-empty {shape}")
+        got = list(indices.shape)
+        raise ValueError(f"`{name}` must be a non-empty {shape}, got shape {got}")
 
 
 def check_rows(first_name: str, first: Tensor, **others: Tensor) -> None:
     """Refuse tensors whose number of rows is 0 or differs from that of `first`."""
     for name, tensor in {first_name: first, **others}.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, takes a torch.Tensor")
+            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dim() == 0 or len(tensor) == 0:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes at least one row")
+            raise ValueError(f"`{name}` must have at least one row, got shape {list(tensor.shape)}")
     for name, other in others.items():
         if len(other) != len(first):
-            raise ValueError(f"{name}: got {len(other)} rows, takes {len(first)} like {first_name}")
+            rows = "1 row" if len(first) == 1 else f"{len(first)} rows"
+            raise ValueError(f"`{name}` must have {rows} like `{first_name}`, got {len(other)}")
 
 
 def as_bool_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask as bool, or a ValueError where its shape is another or a value is not 0/1."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: got {type(mask).__name__}, takes a bool or 0/1 tensor")
+        raise TypeError(f"`{name}` must be a bool or 0/1 tensor, got {type(mask).__name__}")
     if mask.shape != shape:
-        raise ValueError(f"{name}: got shape {list(mask.shape)}, takes {list(shape)}")
+        raise ValueError(f"`{name}` must have shape {list(shape)}, got {list(mask.shape)}")
     if mask.dtype != torch.bool and values_visible(mask):
         wrong = (mask != 0) & (mask != 1)
         if wrong.any():
-            raise ValueError(f"{name}: got {mask[wrong][0].item()}, takes 0 or 1")
+            raise ValueError(f"`{name}` must be 0 or 1, got {mask[wrong][0].item()}")
     return mask.bool()
 
 
 def _check_real(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes a number")
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
 
 
 def values_visible(tensor: Tensor) -> bool:

@@ -47,18 +47,20 @@ def completion_mask(completions: Tensor, end_token: int | None) -> Tensor:
         return mask
     if not mask[:, 0].all():
         row = int((~mask[:, 0]).nonzero()[0])
-        raise ValueError(f"completions: got an empty completion in row {row}, takes >= 1 token")
+        what = "at least one token in each row"
+        raise ValueError(f"`completions` must have {what}, got none in row {row}")
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
-        raise ValueError(f"completions: got a token after padding in row {row}, pads at the end")
+        what = f"padding ({PAD}) at the end only"
+        raise ValueError(f"`completions` must have {what}, got a token after it in row {row}")
     if end_token is not None:
         check_count("end_token", end_token, least=0)
         ended = completions[:, :-1] == end_token
         if (ended & mask[:, 1:]).any():
             row = int((ended & mask[:, 1:]).any(1).nonzero()[0])
             raise ValueError(
-                f"completions: got a token after the end token {end_token} in row {row}, "
-                f"takes only padding ({PAD}) there"
+                f"`completions` must have only padding ({PAD}) after the end token {end_token}, "
+                f"got a token there in row {row}"
             )
     return mask
 
@@ -83,8 +85,8 @@ def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tens
     n_rows, n_inputs = logits.shape[:2]
     if tokens.shape != (n_rows, n_inputs + 1):
         raise ValueError(
-            f"tokens: got shape {list(tokens.shape)}, takes {[n_rows, n_inputs + 1]}: one token "
-            f"more than logits {list(logits.shape)}, which come from tokens[:, :-1]"
+            f"`tokens` must have shape {[n_rows, n_inputs + 1]}, got {list(tokens.shape)}: one "
+            f"token more than `logits` {list(logits.shape)}, which come from tokens[:, :-1]"
         )
     mask = as_bool_mask("completion_mask", completion_mask, tokens.shape)
     if values_visible(logits) and values_visible(tokens) and values_visible(mask):
@@ -110,7 +112,7 @@ def sum_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
 
 
 def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
-    """Mean log-probability a token, `[B]` nats: no longer the log of a probability.
+    """Mean log-probability per token, `[B]` nats: no longer the log of a probability.
 
     Args are those of `sum_over_tokens`.
 
@@ -120,7 +122,8 @@ def mean_over_tokens(token_logps: Tensor, completion_mask: Tensor) -> Tensor:
     totals, counts = _totals_and_counts(token_logps, completion_mask)
     if values_visible(counts) and not counts.all():
         row = int((counts == 0).nonzero()[0])
-        raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
+        what = "at least one token in each row"
+        raise ValueError(f"`completion_mask` must have {what}, got none in row {row}")
     return totals / counts
 
 
@@ -137,20 +140,23 @@ def _check_values(logits: Tensor, tokens: Tensor, mask: Tensor) -> None:
     """Refuse what logits `[B, S, V]` cannot predict of `tokens` `[B, S + 1]`."""
     if mask[:, 0].any():
         raise ValueError(
-            "completion_mask: got true on the first token, takes false there: nothing predicts it"
+            "`completion_mask` must be false on the first token, got true: nothing predicts it"
         )
     vocab_size, mask, targets = logits.shape[-1], mask[:, 1:], tokens[:, 1:]
     if not mask.any(1).all():
         row = int((~mask.any(1)).nonzero()[0])
-        raise ValueError(f"completion_mask: got no token in row {row}, takes >= 1")
+        what = "at least one token in each row"
+        raise ValueError(f"`completion_mask` must have {what}, got none in row {row}")
     outside = mask & ((targets < 0) | (targets >= vocab_size))
     if outside.any():
         got = targets[outside][0].item()
-        raise ValueError(f"tokens: got {got} in a completion, takes values in 0..{vocab_size - 1}")
+        what = f"0..{vocab_size - 1} where `completion_mask` is true"
+        raise ValueError(f"`tokens` must be in {what}, got {got}")
     if torch.isnan(logits).any() or torch.isposinf(logits).any():
-        raise ValueError("logits: got NaN or +inf, takes values < inf")
+        raise ValueError("`logits` must be < inf, got NaN or +inf")
     if torch.isneginf(logits.amax(-1)).any():
-        raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
+        what = "at least one finite logit per position"
+        raise ValueError(f"`logits` must have {what}, got a position of -inf only")
 
 
 for _name in ("token_logps", "sum_over_tokens", "mean_over_tokens"):

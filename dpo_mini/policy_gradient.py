@@ -65,7 +65,7 @@ def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
     Args:
       logps: `[B]` log pi_theta of completions drawn from pi_theta, or `[B, T]` of their tokens,
         nats.
-      advantages: the same shape, reward units: the reward less a baseline.
+      advantages: the same shape, reward units: the reward minus a baseline.
     Returns:
       the same shape; the gradient of its mean over samples is that of -E[r].
     Raises:
@@ -163,7 +163,7 @@ def clipped_value_loss(
 def mean_advantages(rewards: Tensor) -> Tensor:
     r"""$r_k - \bar r$: the mean of all K as baseline, the sample's own reward included.
 
-    The estimated gradient is (K-1)/K of the true one: right in direction, short.
+    The estimated gradient is (K-1)/K of the true one: the right direction, but too short.
 
     Args:
       rewards: `[B, K]`, K >= 2 completions of one prompt drawn independently.
@@ -233,13 +233,14 @@ def optimal_baseline(logps: Tensor, rewards: Tensor, squared_scores: Tensor) -> 
     check_finite(rewards=rewards, squared_scores=squared_scores)
     if values_visible(squared_scores) and (squared_scores < 0).any():
         got = squared_scores.min().item()
-        raise ValueError(f"squared_scores: got {got:.4g}, takes squares, >= 0")
+        raise ValueError(f"`squared_scores` must be >= 0, got {got:.4g}")
     squares, wide_logps = widen(squared_scores), widen(logps)
     counted = wide_logps.detach().masked_fill(squares == 0, -torch.inf)
     largest = counted.amax(-1, keepdim=True)  # comes off, so that rare answers do not underflow
     if values_visible(largest) and torch.isneginf(largest).any():
         row = int(torch.isneginf(largest).flatten().nonzero()[0])
-        raise ValueError(f"squared_scores: got only 0 in row {row}, takes one > 0 at least")
+        what = "at least one value > 0 in each row"
+        raise ValueError(f"`squared_scores` must have {what}, got only 0 in row {row}")
     gaps = wide_logps - largest  # above 0 only where the score is 0: e^gap must not be infinite
     weights = gaps.clamp(max=math.log(torch.finfo(gaps.dtype).max) - 1).exp() * squares
     # Counted from the reward that weighs most: where it weighs nearly all, the others keep digits.
@@ -265,7 +266,7 @@ def gae(
       completion_mask: `[B, T]` bool or 0/1, true on tokens, then false; what `rewards` and `values`
         hold where it is false does not matter.
       discount: gamma in [0, 1].
-      lam: lambda in [0, 1]: 0 gives the TD error, 1 the return less the value.
+      lam: lambda in [0, 1]: 0 gives the TD error, 1 the return minus the value.
     Returns:
       `(advantages, returns)`, `[B, T]` each, reward units, 0 after the end; without gradient.
       `returns` is advantages + values, what a value head is fitted to.
@@ -281,7 +282,8 @@ def gae(
     if values_visible(mask) and (mask[:, 1:] & ~mask[:, :-1]).any():
         row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
         raise ValueError(
-            f"completion_mask: got a token after padding in row {row}, takes padding at the end"
+            "`completion_mask` must have padding at the end only, "
+            f"got a token after it in row {row}"
         )
     rewards = widen(rewards).detach().masked_fill(~mask, 0.0)
     values = widen(values).detach().masked_fill(~mask, 0.0)
@@ -317,7 +319,7 @@ def whiten(values: Tensor, completion_mask: Tensor) -> Tensor:
     mask = as_bool_mask("completion_mask", completion_mask, values.shape)
     n_tokens = mask.sum()
     if values_visible(mask) and n_tokens < 2:
-        raise ValueError(f"completion_mask: got {int(n_tokens)} tokens, takes >= 2")
+        raise ValueError(f"`completion_mask` must have at least 2 tokens, got {int(n_tokens)}")
     check_finite(values=values.masked_fill(~mask, 0.0))
     # One of the values comes off first, so that equal values leave exactly 0.
     lowest = widen(values).detach().masked_fill(~mask, torch.inf).amin()
@@ -344,9 +346,10 @@ def entropy(logits: Tensor) -> Tensor:
         raise ValueError("`logits` must be [..., V], got a tensor of no dimension")
     if values_visible(logits):
         if torch.isnan(logits).any() or torch.isposinf(logits).any():
-            raise ValueError("logits: got NaN or +inf, takes values < inf")
+            raise ValueError("`logits` must be < inf, got NaN or +inf")
         if torch.isneginf(logits.amax(-1)).any():
-            raise ValueError("logits: got a position of -inf only, takes one finite logit at least")
+            what = "at least one finite logit per position"
+            raise ValueError(f"`logits` must have {what}, got a position of -inf only")
     scores = widen(logits)
     logps, probs = normalise(scores)[0], scores.softmax(-1)
     value = -(logps.exp() * logps.masked_fill(torch.isneginf(logps), 0.0)).sum(-1)
@@ -431,7 +434,8 @@ class AdaptiveKLController:
         check_number("kl", kl)
         check_count("n_samples", n_samples)
         if n_samples > self.horizon:
-            raise ValueError(f"n_samples: got {n_samples}, takes at most horizon = {self.horizon}")
+            what = f"at most `horizon` = {self.horizon}"
+            raise ValueError(f"`n_samples` must be {what}, got {n_samples}")
         error = min(max(float(kl) / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * n_samples / self.horizon
 
@@ -459,7 +463,7 @@ def _groups(rewards: Tensor) -> Tensor:
     check_floats("[B, K]", rewards=rewards)
     check_finite(rewards=rewards)
     if rewards.shape[1] < 2:
-        raise ValueError(f"rewards: got {rewards.shape[1]} sample a row, takes >= 2")
+        raise ValueError(f"`rewards` must have at least 2 samples per row, got {rewards.shape[1]}")
     return widen(rewards)
 
 

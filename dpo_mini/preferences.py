@@ -135,12 +135,15 @@ def plackett_luce_logp(rewards: Table, ranking: Table) -> Tensor:
     check_integers("ranking", ranking, "[B, K]")
     if ranking.shape != scores.shape:
         raise ValueError(
-            f"ranking: got shape {list(ranking.shape)}, takes {list(scores.shape)} like rewards"
+            f"`ranking` must have shape {list(scores.shape)} like `rewards`, "
+            f"got {list(ranking.shape)}"
         )
     n_items = scores.shape[1]
     in_order = torch.arange(n_items, device=ranking.device)
     if values_visible(ranking) and (ranking.sort(-1).values != in_order).any():
-        raise ValueError(f"ranking: got a row that is not a permutation of 0..{n_items - 1}")
+        row = int((ranking.sort(-1).values != in_order).any(-1).nonzero()[0])
+        what = f"a permutation of 0..{n_items - 1} in each row"
+        raise ValueError(f"`ranking` must have {what}, got none in row {row}")
     return ranking_terms(scores.gather(1, ranking)).sum(-1)
 
 
@@ -207,7 +210,7 @@ def _listed(rewards: Table) -> Tensor:
     (scores,) = as_floats("[B, K]", {"rewards": rewards})
     check_finite(rewards=scores)
     if scores.shape[1] < 2:
-        raise ValueError(f"rewards: got {scores.shape[1]} item a row, takes >= 2")
+        raise ValueError(f"`rewards` must have at least 2 items per row, got {scores.shape[1]}")
     return widen(scores)
 
 

@@ -195,13 +195,13 @@ def rebar_surrogate(
         values_visible(conditional)
         and not ((conditional == conditional.amax(-1, keepdim=True)) | (sample == 0)).all()
     ):
-        raise ValueError("conditional: got another argmax than perturbed's, takes the same sample")
+        raise ValueError("`conditional` must have the argmax of `perturbed`, got another one")
     log_prob = (widen(logits).log_softmax(-1) * widen(sample)).sum(-1)
     soft_samples = (_soft(widen(z), temperature).to(logits) for z in (perturbed, conditional))
     hard, soft, soft_again = (widen(function(y)) for y in (sample, *soft_samples))
     if hard.shape != log_prob.shape:
         got, want = list(hard.shape), list(log_prob.shape)
-        raise ValueError(f"function: got a result of shape {got}, takes {want}")
+        raise ValueError(f"`function` must return shape {want}, got {got}")
     weight = (hard - scale * soft_again).detach()
     return weight * log_prob + scale * (soft - soft_again)
 
@@ -238,7 +238,7 @@ def vector_quantise(inputs: Tensor, codebook: Tensor) -> Quantised:
     check_floats("[K, D]", codebook=codebook)
     if inputs.dim() == 0 or inputs.shape[-1] != codebook.shape[1]:
         got, want = list(inputs.shape), codebook.shape[1]
-        raise ValueError(f"inputs: got shape {got}, takes [..., {want}] like the codebook")
+        raise ValueError(f"`inputs` must be [..., {want}] like `codebook`, got shape {got}")
     check_alike("inputs", inputs, codebook=codebook)
     check_finite(inputs=inputs, codebook=codebook)
     inputs, codebook = widen(inputs), widen(codebook)
@@ -271,7 +271,7 @@ def _soft(scores: Tensor, temperature: float) -> Tensor:
 def _check_logits(logits: Tensor) -> None:
     check_floats("[...]", logits=logits)
     if logits.dim() == 0:
-        raise ValueError("logits: got a scalar, takes [..., V]")
+        raise ValueError("`logits` must be [..., V], got a tensor of no dimension")
     check_finite(logits=logits)
 
 
@@ -281,7 +281,7 @@ def _check_one_hot(logits: Tensor, one_hot: Tensor) -> None:
     if not values_visible(one_hot):
         return
     if not (((one_hot == 0) | (one_hot == 1)).all() and (one_hot.sum(-1) == 1).all()):
-        raise ValueError("one_hot: got another row than zeros and one 1, takes one-hot rows")
+        raise ValueError("`one_hot` must have rows of zeros and one 1, got another row")
 
 
 for _name in __all__:

@@ -1,3 +1,7 @@
+import ast
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,34 +13,49 @@ NAN, INF = float("nan"), float("inf")
 KINDS = ("NoneType", "Tensor", "bool", "float", "int", "list", "str")
 
 REFUSED = [
-    (lambda: arguments.check_positive("beta", 0), "beta: got 0, takes a finite number > 0"),
-    (lambda: arguments.check_positive("beta", -1.0), "beta: got -1.0, takes a finite number > 0"),
-    (lambda: arguments.check_positive("beta", NAN), "beta: got nan, takes a finite number > 0"),
-    (lambda: arguments.check_positive("beta", INF), "beta: got inf, takes a finite number > 0"),
-    (lambda: arguments.check_positive("beta", "1"), "beta: got str, takes a number"),
-    (lambda: arguments.check_positive("beta", True), "beta: got bool, takes a number"),
-    (lambda: arguments.check_positive("beta", ONE), "beta: got Tensor, takes a number"),
-    (lambda: arguments.check_between("e", 0.5, 0, 0.5), "e: got 0.5, takes a number in [0, 0.5)"),
-    (lambda: arguments.check_between("e", -0.1, 0, 0.5), "e: got -0.1, takes a number in [0, 0.5)"),
-    (lambda: arguments.check_between("e", NAN, 0, 0.5), "e: got nan, takes a number in [0, 0.5)"),
-    (lambda: arguments.check_between("e", None, 0, 1), "e: got NoneType, takes a number"),
-    (lambda: arguments.check_fraction("lam", -0.1), "lam: got -0.1, takes a number in [0, 1]"),
-    (lambda: arguments.check_fraction("lam", 1.1), "lam: got 1.1, takes a number in [0, 1]"),
-    (lambda: arguments.check_fraction("lam", NAN), "lam: got nan, takes a number in [0, 1]"),
-    (lambda: arguments.check_fraction("lam", None), "lam: got NoneType, takes a number"),
-    (lambda: arguments.check_count("n", 0), "n: got 0, takes a whole number >= 1"),
-    (lambda: arguments.check_count("n", 1, least=2), "n: got 1, takes a whole number >= 2"),
-    (lambda: arguments.check_count("n", 1.0), "n: got float, takes a whole number >= 1"),
-    (lambda: arguments.check_count("n", True), "n: got bool, takes a whole number >= 1"),
-    (lambda: arguments.check_generator(None), "generator: got NoneType, takes a torch.Generator"),
-    (lambda: arguments.check_generator(0), "generator: got int, takes a torch.Generator"),
+    (lambda: arguments.check_positive("beta", 0), "`beta` must be a finite number > 0, got 0"),
+    (
+        lambda: arguments.check_positive("beta", -1.0),
+        "`beta` must be a finite number > 0, got -1.0",
+    ),
+    (lambda: arguments.check_positive("beta", NAN), "`beta` must be a finite number > 0, got nan"),
+    (lambda: arguments.check_positive("beta", INF), "`beta` must be a finite number > 0, got inf"),
+    (lambda: arguments.check_positive("beta", "1"), "`beta` must be a number, got str"),
+    (lambda: arguments.check_positive("beta", True), "`beta` must be a number, got bool"),
+    (lambda: arguments.check_positive("beta", ONE), "`beta` must be a number, got Tensor"),
+    (
+        lambda: arguments.check_between("e", 0.5, 0, 0.5),
+        "`e` must be a number in [0, 0.5), got 0.5",
+    ),
+    (
+        lambda: arguments.check_between("e", -0.1, 0, 0.5),
+        "`e` must be a number in [0, 0.5), got -0.1",
+    ),
+    (
+        lambda: arguments.check_between("e", NAN, 0, 0.5),
+        "`e` must be a number in [0, 0.5), got nan",
+    ),
+    (lambda: arguments.check_between("e", None, 0, 1), "`e` must be a number, got NoneType"),
+    (lambda: arguments.check_fraction("lam", -0.1), "`lam` must be a number in [0, 1], got -0.1"),
+    (lambda: arguments.check_fraction("lam", 1.1), "`lam` must be a number in [0, 1], got 1.1"),
+    (lambda: arguments.check_fraction("lam", NAN), "`lam` must be a number in [0, 1], got nan"),
+    (lambda: arguments.check_fraction("lam", None), "`lam` must be a number, got NoneType"),
+    (lambda: arguments.check_count("n", 0), "`n` must be a whole number >= 1, got 0"),
+    (lambda: arguments.check_count("n", 1, least=2), "`n` must be a whole number >= 2, got 1"),
+    (lambda: arguments.check_count("n", 1.0), "`n` must be a whole number >= 1, got float"),
+    (lambda: arguments.check_count("n", True), "`n` must be a whole number >= 1, got bool"),
+    (
+        lambda: arguments.check_generator(None),
+        "`generator` must be a torch.Generator, got NoneType",
+    ),
+    (lambda: arguments.check_generator(0), "`generator` must be a torch.Generator, got int"),
     (
         lambda: arguments.check_floats("[B]", a=[1.0]),
-        "a: got list, takes a floating torch.Tensor [B]",
+        "`a` must be a floating torch.Tensor [B], got list",
     ),
     (
         lambda: arguments.check_floats("[B]", a=ONE, b=None),
-        "b: got NoneType, takes a floating torch.Tensor [B]",
+        "`b` must be a floating torch.Tensor [B], got NoneType",
     ),
     (
         lambda: arguments.check_floats("[B]", a=torch.ones(2, dtype=torch.int64)),
@@ -48,15 +67,15 @@ REFUSED = [
     ),
     (
         lambda: arguments.check_floats("[B]", a=torch.ones(2, 2)),
-        "a: got shape [2, 2], takes a non-empty [B]",
+        "`a` must be a non-empty [B], got shape [2, 2]",
     ),
     (
         lambda: arguments.check_floats("[...]", a=torch.ones(2, 0)),
-        "a: got shape [2, 0], takes a non-empty [...]",
+        "`a` must be a non-empty [...], got shape [2, 0]",
     ),
     (
         lambda: arguments.check_floats("[B]", a=ONE, b=torch.ones(3)),
-        "b: got shape [3], takes [2] like a",
+        "`b` must have shape [2] like `a`, got [3]",
     ),
     (
         lambda: arguments.check_floats("[B]", a=ONE, b=ONE.double()),
@@ -68,41 +87,41 @@ REFUSED = [
     ),
     (
         lambda: arguments.check_logps(a=ONE, b=torch.tensor([0.0, NAN])),
-        "b: got NaN, takes log-probabilities < inf",
+        "`b` must be log-probabilities < inf, got NaN",
     ),
     (
         lambda: arguments.check_logps(a=torch.tensor([0.0, INF])),
-        "a: got +inf, takes log-probabilities < inf",
+        "`a` must be log-probabilities < inf, got +inf",
     ),
-    (lambda: arguments.check_finite(a=torch.tensor([NAN])), "a: got nan, takes finite values"),
-    (lambda: arguments.check_finite(a=torch.tensor([1, INF])), "a: got inf, takes finite values"),
-    (lambda: arguments.check_finite(a=ONE, b=-INF * ONE), "b: got -inf, takes finite values"),
+    (lambda: arguments.check_finite(a=torch.tensor([NAN])), "`a` must be finite, got nan"),
+    (lambda: arguments.check_finite(a=torch.tensor([1, INF])), "`a` must be finite, got inf"),
+    (lambda: arguments.check_finite(a=ONE, b=-INF * ONE), "`b` must be finite, got -inf"),
     (
         lambda: arguments.check_normalised(a=torch.tensor([[0.5, 0.5], [0.5, 0.25]]).log()),
-        "a: got a row whose probabilities sum to 0.75, takes rows that sum to 1 "
-        "(logits? apply log_softmax first)",
+        "`a` must have rows whose probabilities sum to 1, got a sum of 0.75: "
+        "if these are logits, apply log_softmax first",
     ),
     (
         lambda: arguments.check_normalised(a=torch.tensor([[1.0, 0.5], [0.5, 0.5]]).log()),
-        "a: got a row whose probabilities sum to 1.5, takes rows that sum to 1 "
-        "(logits? apply log_softmax first)",
+        "`a` must have rows whose probabilities sum to 1, got a sum of 1.5: "
+        "if these are logits, apply log_softmax first",
     ),
     (
         lambda: arguments.check_normalised(a=torch.tensor([[-INF, -INF]])),
-        "a: got a row whose probabilities sum to 0, takes rows that sum to 1 "
-        "(logits? apply log_softmax first)",
+        "`a` must have rows whose probabilities sum to 1, got a sum of 0: "
+        "if these are logits, apply log_softmax first",
     ),
     (
         lambda: arguments.check_indices("i", torch.tensor([0, 3]), "[B]", 3),
-        "i: got 3, takes values in 0..2",
+        "`i` must be in 0..2, got 3",
     ),
     (
         lambda: arguments.check_indices("i", torch.tensor([-1, 0]), "[B]", 3),
-        "i: got -1, takes values in 0..2",
+        "`i` must be in 0..2, got -1",
     ),
     (
         lambda: arguments.check_integers("i", [0], "[B]"),
-        "i: got list, takes an int64 tensor [B]",
+        "`i` must be an int64 tensor [B], got list",
     ),
     (
         lambda: arguments.check_integers("i", ONE, "[B]"),
@@ -110,32 +129,32 @@ REFUSED = [
     ),
     (
         lambda: arguments.check_integers("i", torch.tensor([[0]]), "[B]"),
-        "i: got shape [1, 1], takes a non-empty [B]",
+        "`i` must be a non-empty [B], got shape [1, 1]",
     ),
     (
         lambda: arguments.check_integers("i", torch.empty(0, dtype=torch.int64), "[B]"),
-        "i: got shape [0], takes a non-empty [B]",
+        "`i` must be a non-empty [B], got shape [0]",
     ),
     (
         lambda: arguments.check_rows("a", ONE, b=torch.ones(3, 2)),
-        "b: got 3 rows, takes 2 like a",
+        "`b` must have 2 rows like `a`, got 3",
     ),
-    (lambda: arguments.check_rows("a", [1.0], b=ONE), "a: got list, takes a torch.Tensor"),
-    (lambda: arguments.check_rows("a", ONE, b=None), "b: got NoneType, takes a torch.Tensor"),
+    (lambda: arguments.check_rows("a", [1.0], b=ONE), "`a` must be a torch.Tensor, got list"),
+    (lambda: arguments.check_rows("a", ONE, b=None), "`b` must be a torch.Tensor, got NoneType"),
     (
         lambda: arguments.check_rows("a", torch.ones(0), b=ONE),
-        "a: got shape [0], takes at least one row",
+        "`a` must have at least one row, got shape [0]",
     ),
     (
         lambda: arguments.check_rows("a", torch.tensor(1.0)),
-        "a: got shape [], takes at least one row",
+        "`a` must have at least one row, got shape []",
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_what_is_refused_is_named(call, message):
-    wrong_kind = any(f"got {kind}," in message for kind in KINDS)
+    wrong_kind = any(message.endswith(f"got {kind}") for kind in KINDS)
     with pytest.raises(TypeError if wrong_kind else ValueError) as refusal:
         call()
     assert str(refusal.value) == message
@@ -172,7 +191,7 @@ def test_as_bool_mask():
     assert torch.equal(arguments.as_bool_mask("mask", mask.float(), mask.shape), mask)
     with pytest.raises(ValueError) as caught:
         arguments.as_bool_mask("mask", mask, torch.Size([5, 2]))
-    assert str(caught.value) == "mask: got shape [2, 5], takes [5, 2]"
+    assert str(caught.value) == "`mask` must have shape [5, 2], got [2, 5]"
 
 
 # --- numbers that no float or int64 holds ------------------------------------------------------
@@ -318,7 +337,57 @@ def test_only_checks_of_values_pass_inside_a_transform():
         return tensor
 
     assert torch.func.vmap(check)(torch.full((3, 2), NAN)).isnan().all()
-    with pytest.raises(ValueError, match="a: got shape"):
+    with pytest.raises(ValueError, match="`a` must be a non-empty"):
         torch.func.vmap(lambda t: arguments.check_floats("[B, T]", a=t))(torch.ones(3, 2))
     with pytest.raises(ValueError, match="`a` must have a floating dtype"):
         torch.func.vmap(lambda t: arguments.check_floats("[B]", a=t))(torch.ones(3, 2).long())
+
+
+# --- one format in the whole package ---------------------------------------------------------
+
+PACKAGE = Path(arguments.__file__).parent
+OLD_FORMAT = re.compile(r": got .*[,;] takes", re.DOTALL)
+NOT_YET = {
+    "_files.py",
+    "checks",
+    "closed_form.py",
+    "explorer",
+    "losses.py",
+    "plotting.py",
+    "real",
+    "tasks.py",
+    "train.py",
+}
+
+
+def texts(node):
+    """The texts in a piece of code, with an ellipsis for what a formatted one fills in."""
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        yield "".join(parts)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+
+def test_messages_say_what_must_be_and_then_what_it_was():
+    checked, found = set(), []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in NOT_YET:
+            continue
+        checked.add(path.stem)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise):
+                found += [text for text in texts(node) if OLD_FORMAT.search(text)]
+    assert {"_arguments", "logps", "transformer", "enumerate"} <= checked
+    assert not found
+
+
+def test_the_old_format_is_known():
+    code = 'raise ValueError(f"{name}: got {value}, "\n"takes a number > 0")'
+    (text,) = texts(ast.parse(code).body[0])
+    assert text == "…: got …, takes a number > 0"
+    assert OLD_FORMAT.search(text)
+    assert not OLD_FORMAT.search("`a` must be a number > 0, got 0: it takes one number")

@@ -400,10 +400,10 @@ def test_best_of_n_never_says_what_the_reference_does_not():
 @pytest.mark.parametrize("n", [0, -1])
 def test_best_of_n_needs_a_draw(n):
     assert refusal(ValueError, best_of_n_logps, GOOD, LOGITS, n) == (
-        f"n: got {n}, takes a whole number >= 1"
+        f"`n` must be a whole number >= 1, got {n}"
     )
     assert refusal(TypeError, best_of_n_logps, GOOD, LOGITS, 2.0) == (
-        "n: got float, takes a whole number >= 1"
+        "`n` must be a whole number >= 1, got float"
     )
 
 
@@ -457,8 +457,8 @@ def test_dtype_is_kept(name, random_logps, generator):
 GOOD = torch.full((2, 3), 1 / 3, dtype=torch.float64).log()
 LOGITS = torch.zeros(2, 3, dtype=torch.float64)
 SUMS = (
-    "got a row whose probabilities sum to 3, takes rows that sum to 1 "
-    "(logits? apply log_softmax first)"
+    "must have rows whose probabilities sum to 1, got a sum of 3: "
+    "if these are logits, apply log_softmax first"
 )
 # the function, the names of its tables in order, what follows them
 TABLES = {
@@ -512,16 +512,16 @@ def test_a_table_of_another_kind_is_refused(function, at):
         f"got shape [3]: for one prompt write {names[at]}[None]"
     )
     names, message = with_table(function, at, GOOD[:0])
-    assert message == f"{names[at]}: got shape [0, 3], takes a non-empty [X, Y]"
+    assert message == f"`{names[at]}` must be a non-empty [X, Y], got shape [0, 3]"
 
 
 @pytest.mark.parametrize(("function", "at"), EACH_TABLE)
 def test_a_table_unlike_the_others_is_refused(function, at):
     names, message = with_table(function, at, GOOD[:, :2])
     if at == 0:
-        assert message == f"{names[1]}: got shape [2, 3], takes [2, 2] like {names[0]}"
+        assert message == f"`{names[1]}` must have shape [2, 2] like `{names[0]}`, got [2, 3]"
     else:
-        assert message == f"{names[at]}: got shape [2, 2], takes [2, 3] like {names[0]}"
+        assert message == f"`{names[at]}` must have shape [2, 3] like `{names[0]}`, got [2, 2]"
 
 
 @pytest.mark.parametrize(("function", "at"), EACH_TABLE)
@@ -560,13 +560,13 @@ def test_a_table_with_a_bad_value_is_refused(function, at, value):
     name = TABLES[function][0][at]
     only_finite = name == "rewards" or (function is implied_rewards and name == "ref_logps")
     if only_finite:
-        assert with_table(function, at, bad)[1] == f"{name}: got {value}, takes finite values"
+        assert with_table(function, at, bad)[1] == f"`{name}` must be finite, got {value}"
     elif name == "log_weights" and value != -INF:
         want = f"log_weights: got {value}, takes finite values or -inf"
         assert with_table(function, at, bad)[1] == want
     elif value != -INF:
         shown = "NaN" if math.isnan(value) else "+inf"
-        want = f"{name}: got {shown}, takes log-probabilities < inf"
+        want = f"`{name}` must be log-probabilities < inf, got {shown}"
         assert with_table(function, at, bad)[1] == want
 
 
@@ -574,7 +574,7 @@ def test_a_table_with_a_bad_value_is_refused(function, at, value):
 def test_logits_are_refused_where_probabilities_must_sum_to_one(function, at):
     name = TABLES[function][0][at]
     if name not in ("rewards", "log_weights") and function is not implied_rewards:
-        assert with_table(function, at, LOGITS)[1] == f"{name}: {SUMS}"
+        assert with_table(function, at, LOGITS)[1] == f"`{name}` {SUMS}"
 
 
 def test_weights_that_leave_no_mass_are_refused():
@@ -589,13 +589,15 @@ def test_weights_that_leave_no_mass_are_refused():
 
 @pytest.mark.parametrize("beta", [0, -1.0, NAN, INF])
 def test_beta_is_finite_and_positive(beta):
-    want = f"beta: got {beta}, takes a finite number > 0"
+    want = f"`beta` must be a finite number > 0, got {beta}"
     for function in (log_partition, optimal_logps, implied_rewards):
         assert refusal(ValueError, function, GOOD, GOOD, beta) == want
-        assert refusal(TypeError, function, GOOD, GOOD, "1") == "beta: got str, takes a number"
+        assert refusal(TypeError, function, GOOD, GOOD, "1") == "`beta` must be a number, got str"
     assert refusal(ValueError, objective, GOOD, GOOD, GOOD, beta) == want
-    assert refusal(TypeError, objective, GOOD, GOOD, GOOD, "1") == "beta: got str, takes a number"
-    want = f"betas: got {beta}, takes a finite number > 0"
+    assert (
+        refusal(TypeError, objective, GOOD, GOOD, GOOD, "1") == "`beta` must be a number, got str"
+    )
+    want = f"`betas` must be a finite number > 0, got {beta}"
     assert refusal(ValueError, frontier, GOOD, GOOD, [1.0, beta]) == want
 
 
@@ -614,23 +616,23 @@ def test_betas_are_several_numbers():
 V = torch.full((3,), 1 / 3, dtype=torch.float64).log()
 VV = V.expand(3, 3)
 MARKOV_REFUSED = [
-    ((V, VV, V, 0.0, 2), "beta: got 0.0, takes a finite number > 0"),
-    ((V, VV, V, 1.0, 0), "n_tokens: got 0, takes a whole number >= 1"),
-    ((VV, VV, V, 1.0, 2), "initial_logps: got shape [3, 3], takes a non-empty [V]"),
-    ((V, V, V, 1.0, 2), "transition_logps: got shape [3], takes a non-empty [V, V]"),
-    ((V, VV, V[:2], 1.0, 2), "token_rewards: got shape [2], takes [3] like initial_logps"),
+    ((V, VV, V, 0.0, 2), "`beta` must be a finite number > 0, got 0.0"),
+    ((V, VV, V, 1.0, 0), "`n_tokens` must be a whole number >= 1, got 0"),
+    ((VV, VV, V, 1.0, 2), "`initial_logps` must be a non-empty [V], got shape [3, 3]"),
+    ((V, V, V, 1.0, 2), "`transition_logps` must be a non-empty [V, V], got shape [3]"),
+    ((V, VV, V[:2], 1.0, 2), "`token_rewards` must have shape [3] like `initial_logps`, got [2]"),
     ((V, VV[:2], V, 1.0, 2), "transition_logps: got shape [2, 3], takes [3, 3]"),
     ((V, VV[:, :2], V, 1.0, 2), "transition_logps: got shape [3, 2], takes [3, 3]"),
-    ((V * 0, VV, V, 1.0, 2), f"initial_logps: {SUMS}"),
-    ((V, VV * 0, V, 1.0, 2), f"transition_logps: {SUMS}"),
-    ((V * NAN, VV, V, 1.0, 2), "initial_logps: got NaN, takes log-probabilities < inf"),
-    ((V, VV * -INF, V, 1.0, 2), "transition_logps: got +inf, takes log-probabilities < inf"),
-    ((V, VV, V * INF, 1.0, 2), "token_rewards: got -inf, takes finite values"),
+    ((V * 0, VV, V, 1.0, 2), f"`initial_logps` {SUMS}"),
+    ((V, VV * 0, V, 1.0, 2), f"`transition_logps` {SUMS}"),
+    ((V * NAN, VV, V, 1.0, 2), "`initial_logps` must be log-probabilities < inf, got NaN"),
+    ((V, VV * -INF, V, 1.0, 2), "`transition_logps` must be log-probabilities < inf, got +inf"),
+    ((V, VV, V * INF, 1.0, 2), "`token_rewards` must be finite, got -inf"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "want"), MARKOV_REFUSED)
 def test_a_bad_markov_chain_is_refused(arguments, want):
     assert refusal(ValueError, log_partition_markov, *arguments) == want
-    with pytest.raises(TypeError, match="n_tokens: got float, takes a whole number >= 1"):
+    with pytest.raises(TypeError, match="`n_tokens` must be a whole number >= 1, got float"):
         log_partition_markov(V, VV, V, 1.0, 2.0)

@@ -48,19 +48,27 @@ def test_the_mask_keeps_the_end_token_and_drops_the_padding():
 
 
 BAD_COMPLETIONS = [
-    ([[1, 2], [PAD, PAD]], 0, "got an empty completion in row 1, takes >= 1 token"),
-    ([[1, 2], [PAD, 2]], 0, "got an empty completion in row 1, takes >= 1 token"),
-    ([[1, 2, 3], [1, PAD, 3]], 0, "got a token after padding in row 1, pads at the end"),
-    ([[1, 2, 3, 1], [1, 2, PAD, 3]], 0, "got a token after padding in row 1, pads at the end"),
+    ([[1, 2], [PAD, PAD]], 0, "must have at least one token in each row, got none in row 1"),
+    ([[1, 2], [PAD, 2]], 0, "must have at least one token in each row, got none in row 1"),
+    (
+        [[1, 2, 3], [1, PAD, 3]],
+        0,
+        f"must have padding ({PAD}) at the end only, got a token after it in row 1",
+    ),
+    (
+        [[1, 2, 3, 1], [1, 2, PAD, 3]],
+        0,
+        f"must have padding ({PAD}) at the end only, got a token after it in row 1",
+    ),
     (
         [[1, 2, 3], [1, 2, 0], [2, 0, 1]],
         0,
-        f"got a token after the end token 0 in row 2, takes only padding ({PAD}) there",
+        f"must have only padding ({PAD}) after the end token 0, got a token there in row 2",
     ),
     (
         [[1, 2, 3], [3, 3, PAD]],
         3,
-        f"got a token after the end token 3 in row 1, takes only padding ({PAD}) there",
+        f"must have only padding ({PAD}) after the end token 3, got a token there in row 1",
     ),
 ]
 
@@ -69,26 +77,26 @@ BAD_COMPLETIONS = [
 def test_a_malformed_completion_is_refused(completions, end_token, want):
     with pytest.raises(ValueError) as caught:
         completion_mask(torch.tensor(completions), end_token)
-    assert str(caught.value) == f"completions: {want}"
+    assert str(caught.value) == f"`completions` {want}"
 
 
 def test_completions_of_another_kind_are_refused():
     for bad, kind, want in (
-        ([[1]], TypeError, "completions: got list, takes an int64 tensor [B, T]"),
+        ([[1]], TypeError, "`completions` must be an int64 tensor [B, T], got list"),
         (
             torch.ones(1, 1),
             ValueError,
             "`completions` must have dtype torch.int64 (.long()), got torch.float32",
         ),
-        (TOKENS[0], ValueError, "completions: got shape [5], takes a non-empty [B, T]"),
-        (TOKENS[:0], ValueError, "completions: got shape [0, 5], takes a non-empty [B, T]"),
+        (TOKENS[0], ValueError, "`completions` must be a non-empty [B, T], got shape [5]"),
+        (TOKENS[:0], ValueError, "`completions` must be a non-empty [B, T], got shape [0, 5]"),
     ):
         with pytest.raises(kind) as caught:
             completion_mask(bad, 0)
         assert str(caught.value) == want
     for end_token, kind, want in (
-        (-1, ValueError, "end_token: got -1, takes a whole number >= 0"),
-        (0.0, TypeError, "end_token: got float, takes a whole number >= 0"),
+        (-1, ValueError, "`end_token` must be a whole number >= 0, got -1"),
+        (0.0, TypeError, "`end_token` must be a whole number >= 0, got float"),
     ):
         with pytest.raises(kind) as caught:
             completion_mask(TOKENS.abs(), end_token)
@@ -182,62 +190,62 @@ def test_dtype_is_kept(logits):
 
 LOGITS = torch.zeros(2, 4, 5)
 REFUSED = [
-    (([0.0], TOKENS, MASK), "logits: got list, takes a floating torch.Tensor [B, S, V]"),
-    ((LOGITS[0], TOKENS, MASK), "logits: got shape [4, 5], takes a non-empty [B, S, V]"),
+    (([0.0], TOKENS, MASK), "`logits` must be a floating torch.Tensor [B, S, V], got list"),
+    ((LOGITS[0], TOKENS, MASK), "`logits` must be a non-empty [B, S, V], got shape [4, 5]"),
     (
         (LOGITS.long(), TOKENS, MASK),
         "`logits` must have a floating dtype (.double() makes one), got torch.int64",
     ),
-    ((LOGITS[:0], TOKENS, MASK), "logits: got shape [0, 4, 5], takes a non-empty [B, S, V]"),
-    ((LOGITS, [0], MASK), "tokens: got list, takes an int64 tensor [B, S + 1]"),
+    ((LOGITS[:0], TOKENS, MASK), "`logits` must be a non-empty [B, S, V], got shape [0, 4, 5]"),
+    ((LOGITS, [0], MASK), "`tokens` must be an int64 tensor [B, S + 1], got list"),
     (
         (LOGITS, TOKENS.float(), MASK),
         "`tokens` must have dtype torch.int64 (.long()), got torch.float32",
     ),
-    ((LOGITS, TOKENS[0], MASK), "tokens: got shape [5], takes a non-empty [B, S + 1]"),
+    ((LOGITS, TOKENS[0], MASK), "`tokens` must be a non-empty [B, S + 1], got shape [5]"),
     (
         (LOGITS, TOKENS[:, 1:], MASK),
-        "tokens: got shape [2, 4], takes [2, 5]: one token more than logits [2, 4, 5], "
+        "`tokens` must have shape [2, 5], got [2, 4]: one token more than `logits` [2, 4, 5], "
         "which come from tokens[:, :-1]",
     ),
     (
         (LOGITS, TOKENS[:1], MASK),
-        "tokens: got shape [1, 5], takes [2, 5]: one token more than logits [2, 4, 5], "
+        "`tokens` must have shape [2, 5], got [1, 5]: one token more than `logits` [2, 4, 5], "
         "which come from tokens[:, :-1]",
     ),
-    ((LOGITS, TOKENS, [0]), "completion_mask: got list, takes a bool or 0/1 tensor"),
-    ((LOGITS, TOKENS, MASK[:, 1:]), "completion_mask: got shape [2, 4], takes [2, 5]"),
-    ((LOGITS, TOKENS, MASK * 2), "completion_mask: got 2, takes 0 or 1"),
-    ((LOGITS, TOKENS, changed(MASK.long(), (1, 2), 3)), "completion_mask: got 3, takes 0 or 1"),
-    ((LOGITS, TOKENS, MASK * NAN), "completion_mask: got nan, takes 0 or 1"),
-    ((LOGITS, TOKENS, MASK * -0.5), "completion_mask: got -0.5, takes 0 or 1"),
+    ((LOGITS, TOKENS, [0]), "`completion_mask` must be a bool or 0/1 tensor, got list"),
+    ((LOGITS, TOKENS, MASK[:, 1:]), "`completion_mask` must have shape [2, 5], got [2, 4]"),
+    ((LOGITS, TOKENS, MASK * 2), "`completion_mask` must be 0 or 1, got 2"),
+    ((LOGITS, TOKENS, changed(MASK.long(), (1, 2), 3)), "`completion_mask` must be 0 or 1, got 3"),
+    ((LOGITS, TOKENS, MASK * NAN), "`completion_mask` must be 0 or 1, got nan"),
+    ((LOGITS, TOKENS, MASK * -0.5), "`completion_mask` must be 0 or 1, got -0.5"),
     (
         (LOGITS, TOKENS, changed(MASK, (1, 0), True)),
-        "completion_mask: got true on the first token, takes false there: nothing predicts it",
+        "`completion_mask` must be false on the first token, got true: nothing predicts it",
     ),
     (
         (LOGITS, TOKENS, changed(MASK, 1, False)),
-        "completion_mask: got no token in row 1, takes >= 1",
+        "`completion_mask` must have at least one token in each row, got none in row 1",
     ),
     (
         (LOGITS, changed(TOKENS, (0, 2), 5), MASK),
-        "tokens: got 5 in a completion, takes values in 0..4",
+        "`tokens` must be in 0..4 where `completion_mask` is true, got 5",
     ),
     (
         (LOGITS, changed(TOKENS, (0, 2), PAD), MASK),
-        "tokens: got -1 in a completion, takes values in 0..4",
+        "`tokens` must be in 0..4 where `completion_mask` is true, got -1",
     ),
     (
         (changed(LOGITS, (0, 0, 0), NAN), TOKENS, MASK),
-        "logits: got NaN or +inf, takes values < inf",
+        "`logits` must be < inf, got NaN or +inf",
     ),
     (
         (changed(LOGITS, (0, 0, 0), INF), TOKENS, MASK),
-        "logits: got NaN or +inf, takes values < inf",
+        "`logits` must be < inf, got NaN or +inf",
     ),
     (
         (changed(LOGITS, (0, 0), -INF), TOKENS, MASK),
-        "logits: got a position of -inf only, takes one finite logit at least",
+        "`logits` must have at least one finite logit per position, got a position of -inf only",
     ),
 ]
 
@@ -272,18 +280,30 @@ def test_what_is_masked_out_takes_no_gradient():
 def test_bad_sums_are_refused(reduce):
     scored, mask = torch.zeros(2, 4), torch.ones(2, 4)
     for arguments, kind, want in (
-        (([0.0], mask), TypeError, "token_logps: got list, takes a floating torch.Tensor [B, T]"),
-        ((scored[0], mask), ValueError, "token_logps: got shape [4], takes a non-empty [B, T]"),
+        (
+            ([0.0], mask),
+            TypeError,
+            "`token_logps` must be a floating torch.Tensor [B, T], got list",
+        ),
+        ((scored[0], mask), ValueError, "`token_logps` must be a non-empty [B, T], got shape [4]"),
         (
             (scored.long(), mask),
             ValueError,
             "`token_logps` must have a floating dtype (.double() makes one), got torch.int64",
         ),
-        ((scored, [1]), TypeError, "completion_mask: got list, takes a bool or 0/1 tensor"),
-        ((scored, mask[:, 1:]), ValueError, "completion_mask: got shape [2, 3], takes [2, 4]"),
-        ((scored, 3 * mask), ValueError, "completion_mask: got 3.0, takes 0 or 1"),
-        ((scored * NAN, mask), ValueError, "token_logps: got NaN, takes log-probabilities < inf"),
-        ((scored + INF, mask), ValueError, "token_logps: got +inf, takes log-probabilities < inf"),
+        ((scored, [1]), TypeError, "`completion_mask` must be a bool or 0/1 tensor, got list"),
+        ((scored, mask[:, 1:]), ValueError, "`completion_mask` must have shape [2, 4], got [2, 3]"),
+        ((scored, 3 * mask), ValueError, "`completion_mask` must be 0 or 1, got 3.0"),
+        (
+            (scored * NAN, mask),
+            ValueError,
+            "`token_logps` must be log-probabilities < inf, got NaN",
+        ),
+        (
+            (scored + INF, mask),
+            ValueError,
+            "`token_logps` must be log-probabilities < inf, got +inf",
+        ),
     ):
         with pytest.raises(kind) as caught:
             reduce(*arguments)
@@ -293,4 +313,5 @@ def test_bad_sums_are_refused(reduce):
 def test_a_mean_over_nothing_is_refused():
     with pytest.raises(ValueError) as caught:
         mean_over_tokens(torch.zeros(3, 2), torch.tensor([[1, 0], [1, 1], [0, 0]]))
-    assert str(caught.value) == "completion_mask: got no token in row 2, takes >= 1"
+    want = "`completion_mask` must have at least one token in each row, got none in row 2"
+    assert str(caught.value) == want

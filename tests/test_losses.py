@@ -652,18 +652,18 @@ def test_a_bad_tensor_is_named(name, at):
     argument, first = names[at], names[0]
     good_shape, bad_shape = ([3, 2], [1, 2]) if shape == "[B, K]" else ([3], [1])
     got = complaint(name, at, [0.0], TypeError)
-    assert got == f"{argument}: got list, takes a floating torch.Tensor {shape}"
+    assert got == f"`{argument}` must be a floating torch.Tensor {shape}, got list"
     got = complaint(name, at, lambda good: good.long())
     assert got == f"`{argument}` must have a floating dtype (.double() makes one), got torch.int64"
     got = complaint(name, at, torch.zeros(()))
-    assert got == f"{argument}: got shape [], takes a non-empty {shape}"
+    assert got == f"`{argument}` must be a non-empty {shape}, got shape []"
     got = complaint(name, at, lambda good: good[:0])
-    assert got == f"{argument}: got shape {[0, *good_shape[1:]]}, takes a non-empty {shape}"
+    assert got == f"`{argument}` must be a non-empty {shape}, got shape {[0, *good_shape[1:]]}"
     got = complaint(name, at, lambda good: good[:1])
     if at:
-        assert got == f"{argument}: got shape {bad_shape}, takes {good_shape} like {first}"
+        assert got == f"`{argument}` must have shape {good_shape} like `{first}`, got {bad_shape}"
     else:
-        assert got == f"{names[1]}: got shape {good_shape}, takes {bad_shape} like {first}"
+        assert got == f"`{names[1]}` must have shape {bad_shape} like `{first}`, got {good_shape}"
     got = complaint(name, at, lambda good: good.float())
     if at:
         assert (
@@ -677,7 +677,7 @@ def test_a_bad_tensor_is_named(name, at):
         )
     for value in (NAN, INF, -INF):
         got = complaint(name, at, lambda good, value=value: good + value)
-        assert got == f"{argument}: got {value}, takes finite values"
+        assert got == f"`{argument}` must be finite, got {value}"
 
 
 @pytest.mark.parametrize("beta", [0, -1.0, NAN, INF, "1", True])
@@ -686,9 +686,9 @@ def test_beta_is_finite_and_positive(name, beta):
     loss = ALL[name]
     one = torch.full((1, 2) if SHAPES[name] == "[B, K]" else (1,), -1.0)
     if isinstance(beta, (str, bool)):
-        kind, want = TypeError, f"beta: got {type(beta).__name__}, takes a number"
+        kind, want = TypeError, f"`beta` must be a number, got {type(beta).__name__}"
     else:
-        kind, want = ValueError, f"beta: got {beta}, takes a finite number > 0"
+        kind, want = ValueError, f"`beta` must be a finite number > 0, got {beta}"
     with pytest.raises(kind) as caught:
         loss(*[one] * len(NAMES[name]), beta=beta)
     assert str(caught.value) == want
@@ -700,11 +700,13 @@ def test_label_smoothing_is_below_one_half(name):
     for value in (0.5, 1.0) if name == "exo" else (0.5, -0.1, NAN, 1.0):
         with pytest.raises(ValueError) as caught:
             PAIRED[name](one, one, one, one, label_smoothing=value)
-        assert str(caught.value) == f"label_smoothing: got {value}, takes a number in [0.0, 0.5)"
-    with pytest.raises(TypeError, match="label_smoothing: got NoneType, takes a number"):
+        assert str(caught.value) == f"`label_smoothing` must be a number in [0.0, 0.5), got {value}"
+    with pytest.raises(TypeError, match="`label_smoothing` must be a number, got NoneType"):
         PAIRED[name](one, one, one, one, label_smoothing=None)
     if name == "exo":
-        with pytest.raises(ValueError, match="label_smoothing: got 0, takes a finite number > 0"):
+        with pytest.raises(
+            ValueError, match="`label_smoothing` must be a finite number > 0, got 0"
+        ):
             PAIRED[name](one, one, one, one, label_smoothing=0)
         return
     same = dpo_loss(one, one, one, one, beta=0.5)
@@ -723,11 +725,11 @@ def test_a_list_has_two_items_at_least(name):
     [
         (
             lambda x: exo_loss(x, x, x, x, beta=1.0, label_smoothing=-0.1),
-            "label_smoothing: got -0.1, takes a finite number > 0",
+            "`label_smoothing` must be a finite number > 0, got -0.1",
         ),
         (
             lambda x: discopop_loss(x, x, x, x, beta=1.0, temperature=0.0),
-            "temperature: got 0.0, takes a finite number > 0",
+            "`temperature` must be a finite number > 0, got 0.0",
         ),
         (
             lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="kl"),
@@ -739,15 +741,15 @@ def test_a_list_has_two_items_at_least(name):
         ),
         (
             lambda x: simpo_loss(x, x, beta=1.0, gamma=-0.5),
-            "gamma: got -0.5, takes a number in [0.0, inf)",
+            "`gamma` must be a number in [0.0, inf), got -0.5",
         ),
         (
             lambda x: cpo_loss(x, x, beta=1.0, nll_weight=-1.0),
-            "nll_weight: got -1.0, takes a number in [0.0, inf)",
+            "`nll_weight` must be a number in [0.0, inf), got -1.0",
         ),
         (
             lambda x: orpo_loss(x, x, beta=1.0, nll_weight=NAN),
-            "nll_weight: got nan, takes a number in [0.0, inf)",
+            "`nll_weight` must be a number in [0.0, inf), got nan",
         ),
         (lambda x: orpo_loss(x + 1, x, beta=1.0), "chosen_mean_logps: got 0.0, takes values < 0"),
         (lambda x: orpo_loss(x, -x, beta=1.0), "rejected_mean_logps: got 1.0, takes values < 0"),
@@ -757,55 +759,55 @@ def test_a_list_has_two_items_at_least(name):
         ),
         (
             lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=NAN),
-            "reference_point: got nan, takes finite values",
+            "`reference_point` must be finite, got nan",
         ),
         (
             lambda x: kto_loss(x, x, x, beta=1.0, reference_point=0.0),
-            "desirable: got -1.0, takes 0 or 1",
+            "`desirable` must be 0 or 1, got -1.0",
         ),
         (
             lambda x: kto_loss(x, x, (x > 0)[:1], beta=1.0, reference_point=0.0),
-            "desirable: got shape [1], takes [2]",
+            "`desirable` must have shape [2], got [1]",
         ),
         (
             lambda x: kto_loss(x, x[:1], x > 0, beta=1.0, reference_point=0.0),
-            "ref_logps: got shape [1], takes [2] like logps",
+            "`ref_logps` must have shape [2] like `logps`, got [1]",
         ),
         (
             lambda x: kto_loss(x / 0, x, x > 0, beta=1.0, reference_point=0.0),
-            "logps: got -inf, takes finite values",
+            "`logps` must be finite, got -inf",
         ),
         (
             lambda x: kto_loss(x, x / 0, x > 0, beta=1.0, reference_point=0.0),
-            "ref_logps: got -inf, takes finite values",
+            "`ref_logps` must be finite, got -inf",
         ),
         (
             lambda x: kto_loss(x[None], x[None], x[None] > 0, beta=1.0, reference_point=0.0),
-            "logps: got shape [1, 2], takes a non-empty [B]",
+            "`logps` must be a non-empty [B], got shape [1, 2]",
         ),
         (
             lambda x: kto_reference_point(x[None], x[None]),
-            "mismatched_logps: got shape [1, 2], takes a non-empty [B]",
+            "`mismatched_logps` must be a non-empty [B], got shape [1, 2]",
         ),
         (
             lambda x: kto_loss(x, x, x > 0, beta=0.0, reference_point=0.0),
-            "beta: got 0.0, takes a finite number > 0",
+            "`beta` must be a finite number > 0, got 0.0",
         ),
         (
             lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=0.0, desirable_weight=0.0),
-            "desirable_weight: got 0.0, takes a finite number > 0",
+            "`desirable_weight` must be a finite number > 0, got 0.0",
         ),
         (
             lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=0.0, undesirable_weight=-1),
-            "undesirable_weight: got -1, takes a finite number > 0",
+            "`undesirable_weight` must be a finite number > 0, got -1",
         ),
         (
             lambda x: kto_reference_point(x, x[:1]),
-            "ref_mismatched_logps: got shape [1], takes [2] like mismatched_logps",
+            "`ref_mismatched_logps` must have shape [2] like `mismatched_logps`, got [1]",
         ),
         (
             lambda x: kto_reference_point(x, x / 0),
-            "ref_mismatched_logps: got -inf, takes finite values",
+            "`ref_mismatched_logps` must be finite, got -inf",
         ),
     ],
 )

@@ -246,7 +246,7 @@ def test_what_is_no_triangle_is_refused():
         plotting.ternary_xy([0.5, 0.5])
     with pytest.raises(ValueError, match="probs: got a row that sums to 0.9, takes rows"):
         plotting.ternary_xy([[0.5, 0.3, 0.2], [0.5, 0.3, 0.1]])
-    with pytest.raises(ValueError, match="n_steps: got 0, takes a whole number >= 1"):
+    with pytest.raises(ValueError, match="`n_steps` must be a whole number >= 1, got 0"):
         plotting.ternary_grid(0)
 
 
@@ -359,7 +359,7 @@ def test_vector_fields_refuse_what_they_cannot_draw():
     one = np.ones((3, 3))
     with pytest.raises(ValueError, match="`named` must have at least one panel"):
         plotting.vector_fields({}, [0, 1, 2], "a", "b")
-    with pytest.raises(ValueError, match="columns: got 0, takes a whole number >= 1"):
+    with pytest.raises(ValueError, match="`columns` must be a whole number >= 1, got 0"):
         plotting.vector_fields({"f": (one, one)}, [0, 1, 2], "a", "b", columns=0)
     with pytest.raises(ValueError, match=r"named\['f'\]: got shape \[3, 3\], finite: True"):
         plotting.vector_fields({"f": (one, one)}, [0, 1], "a", "b")
@@ -403,8 +403,8 @@ REFUSED = [
         lambda: plotting.curves(ax_of_its_own(), [0], {"a": torch.zeros(1).to_sparse()}),
         "`named` must be real numbers, got others",
     ),
-    (lambda: label_lines(ax_of_its_own(), gap="wide"), "gap: got str, takes a number"),
-    (lambda: label_lines(ax_of_its_own(), gap=float("nan")), "gap: got nan, takes a number in"),
+    (lambda: label_lines(ax_of_its_own(), gap="wide"), "`gap` must be a number, got str"),
+    (lambda: label_lines(ax_of_its_own(), gap=float("nan")), "`gap` must be a number in"),
     (lambda: plotting.named_points(ax_of_its_own(), {"g": 1.0}), "`groups` must be of type Map"),
     (
         lambda: plotting.named_points(ax_of_its_own(), {"g": {"a": None}}),
@@ -419,8 +419,11 @@ REFUSED = [
         "`questions, otherwise` must be of type str, got NoneType",
     ),
     (lambda: plotting.ternary_xy(1j), "`probs` must be real numbers, got complex128"),
-    (lambda: plotting.ternary_grid(1.0), "n_steps: got float, takes a whole number"),
-    (lambda: plotting.ternary_grid(torch.zeros(2)), "n_steps: got Tensor, takes a whole number"),
+    (lambda: plotting.ternary_grid(1.0), "`n_steps` must be a whole number >= 1, got float"),
+    (
+        lambda: plotting.ternary_grid(torch.zeros(2)),
+        "`n_steps` must be a whole number >= 1, got Tensor",
+    ),
     (lambda: hill(heights=np.arange(5.0)), r"`heights` must be finite, one per row of `probs`"),
     (lambda: hill(heights=np.full(6, np.nan)), r"`heights` must .* got shape \[6\], finite: False"),
     (lambda: hill(levels=GRAD), "`levels` must be real numbers"),

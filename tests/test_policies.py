@@ -365,17 +365,37 @@ def test_tabular_policy_copies_its_logits():
 # --- bad input -------------------------------------------------------------------------------
 
 BAD_ROWS = {
-    "token outside the vocabulary": ([0], [[5, 0, PAD]], "completions: got token 5"),
-    "token below padding": ([0], [[1, -2, 0]], "completions: got token -2"),
-    "token after the end": ([0], [[1, 0, 2]], "completions: got a token after the end token 0"),
-    "token after padding": ([0], [[1, PAD, 2]], "completions: got a token after padding"),
-    "empty completion": ([0, 1], [[1, 0], [PAD, PAD]], "completions: got an empty .* row 1"),
-    "no rows": ([0], torch.zeros(0, 3, dtype=torch.int64), "completions: got shape"),
-    "too many tokens": ([0], [[1, 2, 3, 4]], "completions: got 4 tokens, takes at most 3"),
-    "prompt too large": ([2], [[1, 0]], "prompts: got 2"),
-    "prompt negative": ([-1], [[1, 0]], "prompts: got -1"),
-    "fewer prompts": ([0], [[1, 0], [2, 0]], "completions: got 2 rows, takes 1 like prompts"),
-    "prompts as a column": ([[0]], [[1, 0]], r"prompts: got shape \[1, 1\]"),
+    "token outside the vocabulary": (
+        [0],
+        [[5, 0, PAD]],
+        r"`completions` must have tokens in 0\.\.4, got 5",
+    ),
+    "token below padding": ([0], [[1, -2, 0]], r"`completions` must have tokens in 0\.\.4, got -2"),
+    "token after the end": (
+        [0],
+        [[1, 0, 2]],
+        "`completions` must .* after the end token 0, got a token",
+    ),
+    "token after padding": (
+        [0],
+        [[1, PAD, 2]],
+        "`completions` must have padding .*, got a token after it",
+    ),
+    "empty completion": (
+        [0, 1],
+        [[1, 0], [PAD, PAD]],
+        "`completions` must have at least one .* row 1",
+    ),
+    "no rows": ([0], torch.zeros(0, 3, dtype=torch.int64), "`completions` must be a non-empty"),
+    "too many tokens": ([0], [[1, 2, 3, 4]], "`completions` must have at most 3 tokens, got 4"),
+    "prompt too large": ([2], [[1, 0]], r"`prompts` must be in 0\.\.1, got 2"),
+    "prompt negative": ([-1], [[1, 0]], r"`prompts` must be in 0\.\.1, got -1"),
+    "fewer prompts": ([0], [[1, 0], [2, 0]], "`completions` must have 1 row like `prompts`, got 2"),
+    "prompts as a column": (
+        [[0]],
+        [[1, 0]],
+        r"`prompts` must be a non-empty \[B\], got shape \[1, 1\]",
+    ),
     "prompts as floats": (
         [0.0],
         [[1, 0]],
@@ -386,7 +406,7 @@ BAD_ROWS = {
         [[1.0, 0.0]],
         r"`completions` must have dtype torch.int64 \(.long\(\)\), got torch.float",
     ),
-    "completions flat": ([0], [1, 0], r"completions: got shape \[2\]"),
+    "completions flat": ([0], [1, 0], r"`completions` must be .*, got shape \[2\]"),
 }
 
 
@@ -401,9 +421,9 @@ def test_scoring_refuses(case, generator):
 
 def test_scoring_refuses_lists(generator):
     policy = TinyTransformer(2, 5, 3, end_token=0, generator=generator)
-    with pytest.raises(TypeError, match="^prompts: got list"):
+    with pytest.raises(TypeError, match="^`prompts` must be .*, got list"):
         policy.logps([0], torch.tensor([[1, 0]]))
-    with pytest.raises(TypeError, match="^completions: got list"):
+    with pytest.raises(TypeError, match="^`completions` must be .*, got list"):
         policy.logps(torch.tensor([0]), [[1, 0]])
 
 
@@ -428,17 +448,21 @@ def test_scoring_refuses_lists(generator):
 )
 def test_transformer_refuses(change, error, generator):
     sizes = {"n_prompts": 2, "vocab_size": 5, "max_tokens": 3, "end_token": 0, "n_heads": 4}
-    with pytest.raises(error, match=f"^{next(iter(change))}: got"):
+    with pytest.raises(error, match=f"^`{next(iter(change))}` must be .*, got"):
         TinyTransformer(**{**sizes, "generator": generator, **change})
 
 
 @pytest.mark.parametrize(
     ("read", "error", "message"),
     [
-        ([[0, 1]], TypeError, "prompt_tokens: got list"),
+        ([[0, 1]], TypeError, "`prompt_tokens` must be .*, got list"),
         (torch.zeros(2, 3), ValueError, "`prompt_tokens` must have dtype torch.int64"),
-        (torch.tensor([0, 1]), ValueError, r"prompt_tokens: got shape \[2\]"),
-        (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"prompt_tokens: got shape \[2, 0\]"),
+        (torch.tensor([0, 1]), ValueError, r"`prompt_tokens` must be .*, got shape \[2\]"),
+        (
+            torch.zeros(2, 0, dtype=torch.int64),
+            ValueError,
+            r"`prompt_tokens` must be .*, got shape \[2, 0\]",
+        ),
         (
             torch.tensor([[0, 1], [1, 2], [3, 4]]),
             ValueError,
@@ -629,8 +653,8 @@ def test_centring_takes_off_the_mean_every_time(generator):
             assert_close(after, before - before.mean(), atol=1e-12, rtol=0)
     assert "offset" in model.state_dict()
     for bad, want in (
-        (torch.tensor([float("nan")]), "rewards: got nan, takes finite values"),
-        (torch.zeros(0), r"rewards: got shape \[0\], takes a non-empty \[n\]"),
+        (torch.tensor([float("nan")]), "`rewards` must be finite, got nan"),
+        (torch.zeros(0), r"`rewards` must be a non-empty \[n\], got shape \[0\]"),
     ):
         with pytest.raises(ValueError, match=want):
             model.centre(bad)
@@ -644,5 +668,5 @@ def test_shared_storage_is_seen_through_views_and_copies():
     assert shares_storage(table, view)
     assert shares_storage(view, table)
     assert not shares_storage(table, copied)
-    with pytest.raises(ValueError, match="critic: got weights of the policy, takes a network of"):
+    with pytest.raises(ValueError, match="`critic` must have weights of its own"):
         SeparateNetworks(table, view)

@@ -459,23 +459,23 @@ def test_a_bad_tensor_is_named_by_every_elementwise_function():
         good = dict.fromkeys(names, TWO)
         for name in names:
             got = refusal(ValueError, function, **{**good, name: BAD}, **options)
-            assert got == f"{name}: got nan, takes finite values"
+            assert got == f"`{name}` must be finite, got nan"
             got = refusal(ValueError, function, **{**good, name: TWO.long()}, **options)
             assert (
                 got == f"`{name}` must have a floating dtype (.double() makes one), got torch.int64"
             )
         for name in names[1:]:
             got = refusal(ValueError, function, **{**good, name: double([0.5])}, **options)
-            assert got == f"{name}: got shape [1], takes [2] like {names[0]}"
+            assert got == f"`{name}` must have shape [2] like `{names[0]}`, got [1]"
             got = refusal(TypeError, function, **{**good, name: 1.0}, **options)
-            assert got == f"{name}: got float, takes a floating torch.Tensor [...]"
+            assert got == f"`{name}` must be a floating torch.Tensor [...], got float"
         tokens = dict.fromkeys(names, torch.ones(2, 3))
         assert function(**tokens, **options).shape == (2, 3)
 
 
 @pytest.mark.parametrize("clip_eps", [0.0, -0.2, NAN, INF])
 def test_a_clip_that_is_not_positive_is_refused(clip_eps):
-    want = f"clip_eps: got {clip_eps}, takes a finite number > 0"
+    want = f"`clip_eps` must be a finite number > 0, got {clip_eps}"
     for function in (clipped_surrogate_loss, clipped_value_loss):
         assert refusal(ValueError, function, TWO, TWO, TWO, clip_eps=clip_eps) == want
 
@@ -484,16 +484,16 @@ def test_a_clip_that_is_not_positive_is_refused(clip_eps):
     "function", [mean_advantages, leave_one_out_advantages, group_normalised_advantages]
 )
 def test_a_bad_group_is_refused(function):
-    assert refusal(ValueError, function, BAD[None]) == "rewards: got nan, takes finite values"
+    assert refusal(ValueError, function, BAD[None]) == "`rewards` must be finite, got nan"
     got = refusal(ValueError, function, TWO)
-    assert got == "rewards: got shape [2], takes a non-empty [B, K]"
+    assert got == "`rewards` must be a non-empty [B, K], got shape [2]"
     got = refusal(ValueError, function, TWO[:, None])
-    assert got == "rewards: got 1 sample a row, takes >= 2"
+    assert got == "`rewards` must have at least 2 samples per row, got 1"
 
 
 def test_a_bad_eps_is_refused():
     got = refusal(ValueError, group_normalised_advantages, TWO[None], eps=0.0)
-    assert got == "eps: got 0.0, takes a finite number > 0"
+    assert got == "`eps` must be a finite number > 0, got 0.0"
 
 
 def test_a_bad_table_is_refused_by_the_optimal_baseline():
@@ -514,16 +514,19 @@ def test_a_bad_table_is_refused_by_the_optimal_baseline():
             "`logps` must be [X, Y], one row per prompt, "
             "got shape [2]: for one prompt write logps[None]",
         ),
-        ((BAD[None], one, one), "logps: got NaN, takes log-probabilities < inf"),
+        ((BAD[None], one, one), "`logps` must be log-probabilities < inf, got NaN"),
         (
             (one, one, one),
-            "logps: got a row whose probabilities sum to 5.437, takes rows that sum to 1 (logits? "
-            "apply log_softmax first)",
+            "`logps` must have rows whose probabilities sum to 1, got a sum of 5.437: "
+            "if these are logits, apply log_softmax first",
         ),
-        ((logps, BAD[None], one), "rewards: got nan, takes finite values"),
-        ((logps, one, BAD[None]), "squared_scores: got nan, takes finite values"),
-        ((logps, one, double([[1.0, -0.5]])), "squared_scores: got -0.5, takes squares, >= 0"),
-        ((logps, one, 0 * one), "squared_scores: got only 0 in row 0, takes one > 0 at least"),
+        ((logps, BAD[None], one), "`rewards` must be finite, got nan"),
+        ((logps, one, BAD[None]), "`squared_scores` must be finite, got nan"),
+        ((logps, one, double([[1.0, -0.5]])), "`squared_scores` must be >= 0, got -0.5"),
+        (
+            (logps, one, 0 * one),
+            "`squared_scores` must have at least one value > 0 in each row, got only 0 in row 0",
+        ),
     ]
     for arguments, want in refused:
         assert refusal(ValueError, optimal_baseline, *arguments) == want
@@ -532,7 +535,8 @@ def test_a_bad_table_is_refused_by_the_optimal_baseline():
 def test_a_row_without_scores_is_named():
     logps, one = double([[0.5, 0.5], [0.5, 0.5]]).log(), torch.ones(2, 2).double()
     got = refusal(ValueError, optimal_baseline, logps, one, double([[1.0, 0.0], [0.0, 0.0]]))
-    assert got == "squared_scores: got only 0 in row 1, takes one > 0 at least"
+    want = "`squared_scores` must have at least one value > 0 in each row, got only 0 in row 1"
+    assert got == want
 
 
 @pytest.mark.parametrize("name", ["discount", "lam"])
@@ -540,7 +544,7 @@ def test_a_row_without_scores_is_named():
 def test_a_discount_or_lambda_outside_0_to_1_is_refused(name, value):
     options = {"discount": 1.0, "lam": 1.0, name: value}
     got = refusal(ValueError, gae, torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2), **options)
-    assert got == f"{name}: got {value}, takes a number in [0, 1]"
+    assert got == f"`{name}` must be a number in [0, 1], got {value}"
 
 
 def test_a_bad_episode_is_refused():
@@ -549,20 +553,20 @@ def test_a_bad_episode_is_refused():
     bad[1, 0] = INF
     gap = torch.tensor([[1, 1, 1], [1, 0, 1]])
     refused = [
-        ((one, one, one[:1]), "completion_mask: got shape [1, 3], takes [2, 3]"),
+        ((one, one, one[:1]), "`completion_mask` must have shape [2, 3], got [1, 3]"),
         (
             (one, one, gap),
-            "completion_mask: got a token after padding in row 1, takes padding at the end",
+            "`completion_mask` must have padding at the end only, got a token after it in row 1",
         ),
         (
             (one, one, 1 - gap),
-            "completion_mask: got a token after padding in row 1, takes padding at the end",
+            "`completion_mask` must have padding at the end only, got a token after it in row 1",
         ),
-        ((one, one, 2 * gap), "completion_mask: got 2, takes 0 or 1"),
-        ((one, one[:1], one), "values: got shape [1, 3], takes [2, 3] like rewards"),
-        ((one[0], one, one), "rewards: got shape [3], takes a non-empty [B, T]"),
-        ((bad, one, one), "rewards: got inf, takes finite values"),
-        ((one, bad, one), "values: got inf, takes finite values"),
+        ((one, one, 2 * gap), "`completion_mask` must be 0 or 1, got 2"),
+        ((one, one[:1], one), "`values` must have shape [2, 3] like `rewards`, got [1, 3]"),
+        ((one[0], one, one), "`rewards` must be a non-empty [B, T], got shape [3]"),
+        ((bad, one, one), "`rewards` must be finite, got inf"),
+        ((one, bad, one), "`values` must be finite, got inf"),
     ]
     for arguments, want in refused:
         assert refusal(ValueError, gae, *arguments, discount=1.0, lam=0.95) == want
@@ -571,10 +575,10 @@ def test_a_bad_episode_is_refused():
 def test_bad_values_to_whiten_are_refused():
     one = torch.ones(1, 3)
     refused = [
-        ((one, torch.tensor([[1, 0, 0]])), "completion_mask: got 1 tokens, takes >= 2"),
-        ((one, torch.ones(1, 2)), "completion_mask: got shape [1, 2], takes [1, 3]"),
-        ((one[0], one), "values: got shape [3], takes a non-empty [B, T]"),
-        ((one * NAN, one), "values: got nan, takes finite values"),
+        ((one, torch.tensor([[1, 0, 0]])), "`completion_mask` must have at least 2 tokens, got 1"),
+        ((one, torch.ones(1, 2)), "`completion_mask` must have shape [1, 3], got [1, 2]"),
+        ((one[0], one), "`values` must be a non-empty [B, T], got shape [3]"),
+        ((one * NAN, one), "`values` must be finite, got nan"),
     ]
     for arguments, want in refused:
         assert refusal(ValueError, whiten, *arguments) == want
@@ -584,9 +588,10 @@ def test_bad_values_to_whiten_are_refused():
 def test_bad_logits_of_an_entropy_are_refused():
     for bad in (NAN, INF):
         got = refusal(ValueError, entropy, double([0.0, bad]))
-        assert got == "logits: got NaN or +inf, takes values < inf"
+        assert got == "`logits` must be < inf, got NaN or +inf"
     got = refusal(ValueError, entropy, double([[0.0, 0.0], [-INF, -INF]]))
-    assert got == "logits: got a position of -inf only, takes one finite logit at least"
+    want = "`logits` must have at least one finite logit per position, got a position of -inf only"
+    assert got == want
     got = refusal(ValueError, entropy, torch.tensor([1, 2]))
     assert got == "`logits` must have a floating dtype (.double() makes one), got torch.int64"
 
@@ -595,14 +600,14 @@ def test_a_bad_controller_is_refused():
     good = {"beta": 0.1, "target": 6.0, "horizon": 100}
     for name in ("beta", "target"):
         got = refusal(ValueError, AdaptiveKLController, **{**good, name: -1.0})
-        assert got == f"{name}: got -1.0, takes a finite number > 0"
+        assert got == f"`{name}` must be a finite number > 0, got -1.0"
     got = refusal(ValueError, AdaptiveKLController, **{**good, "horizon": 0})
-    assert got == "horizon: got 0, takes a whole number >= 1"
+    assert got == "`horizon` must be a whole number >= 1, got 0"
     controller = AdaptiveKLController(**good)
     assert (
         refusal(ValueError, controller.update, NAN, 10) == "`kl` must be a finite number, got nan"
     )
-    want = "n_samples: got 0, takes a whole number >= 1"
+    want = "`n_samples` must be a whole number >= 1, got 0"
     assert refusal(ValueError, controller.update, 1.0, 0) == want
-    want = "n_samples: got 101, takes at most horizon = 100"
+    want = "`n_samples` must be at most `horizon` = 100, got 101"
     assert refusal(ValueError, controller.update, 1.0, 101) == want

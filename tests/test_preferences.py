@@ -187,7 +187,7 @@ def test_bad_rewards_are_refused(name):
     for arguments, kind, want in (
         (("0", A), TypeError, f"`rewards_a` must be {KINDS}, got str"),
         ((A, None), TypeError, f"`rewards_b` must be {KINDS}, got NoneType"),
-        (([0.0], A), ValueError, "rewards_b: got shape [3], takes [1] like rewards_a"),
+        (([0.0], A), ValueError, "`rewards_b` must have shape [1] like `rewards_a`, got [3]"),
         (
             (A.long(), A),
             ValueError,
@@ -199,11 +199,15 @@ def test_bad_rewards_are_refused(name):
             "`rewards_b` must have dtype torch.float32 like `rewards_a`, "
             "got torch.float64: write rewards_b.to(torch.float32)",
         ),
-        ((A, A[:2]), ValueError, "rewards_b: got shape [2], takes [3] like rewards_a"),
-        ((A, A[:, None]), ValueError, "rewards_b: got shape [3, 1], takes [3] like rewards_a"),
-        ((A[:0], A[:0]), ValueError, "rewards_a: got shape [0], takes a non-empty [...]"),
-        ((A + NAN, A), ValueError, "rewards_a: got nan, takes finite values"),
-        ((A, A - INF), ValueError, "rewards_b: got -inf, takes finite values"),
+        ((A, A[:2]), ValueError, "`rewards_b` must have shape [3] like `rewards_a`, got [2]"),
+        (
+            (A, A[:, None]),
+            ValueError,
+            "`rewards_b` must have shape [3] like `rewards_a`, got [3, 1]",
+        ),
+        ((A[:0], A[:0]), ValueError, "`rewards_a` must be a non-empty [...], got shape [0]"),
+        ((A + NAN, A), ValueError, "`rewards_a` must be finite, got nan"),
+        ((A, A - INF), ValueError, "`rewards_b` must be finite, got -inf"),
     ):
         with pytest.raises(kind) as caught:
             OF_TWO[name](*arguments)
@@ -213,46 +217,49 @@ def test_bad_rewards_are_refused(name):
 REFUSED = [
     (
         lambda: davidson_probs(A, A, tie_weight=0.0),
-        "tie_weight: got 0.0, takes a finite number > 0",
+        "`tie_weight` must be a finite number > 0, got 0.0",
     ),
     (
         lambda: davidson_probs(A, A, tie_weight=NAN),
-        "tie_weight: got nan, takes a finite number > 0",
+        "`tie_weight` must be a finite number > 0, got nan",
     ),
-    (lambda: plackett_luce_logp(A, ORDER), "rewards: got shape [3], takes a non-empty [B, K]"),
-    (lambda: plackett_luce_logp(LIST + INF, ORDER), "rewards: got inf, takes finite values"),
+    (lambda: plackett_luce_logp(A, ORDER), "`rewards` must be a non-empty [B, K], got shape [3]"),
+    (lambda: plackett_luce_logp(LIST + INF, ORDER), "`rewards` must be finite, got inf"),
     (
         lambda: plackett_luce_logp(LIST, A),
         "`ranking` must have dtype torch.int64 (.long()), got torch.float32",
     ),
     (
         lambda: plackett_luce_logp(LIST, ORDER[0]),
-        "ranking: got shape [3], takes a non-empty [B, K]",
+        "`ranking` must be a non-empty [B, K], got shape [3]",
     ),
     (
         lambda: plackett_luce_logp(LIST, ORDER[:1]),
-        "ranking: got shape [1, 3], takes [2, 3] like rewards",
+        "`ranking` must have shape [2, 3] like `rewards`, got [1, 3]",
     ),
-    (lambda: plackett_luce_logp(LIST[:, :1], ORDER * 0), "rewards: got 1 item a row, takes >= 2"),
+    (
+        lambda: plackett_luce_logp(LIST[:, :1], ORDER * 0),
+        "`rewards` must have at least 2 items per row, got 1",
+    ),
     (
         lambda: plackett_luce_logp(LIST, torch.tensor([[0, 1, 2], [0, 1, 1]])),
-        "ranking: got a row that is not a permutation of 0..2",
+        "`ranking` must have a permutation of 0..2 in each row, got none in row 1",
     ),
     (
         lambda: plackett_luce_logp(LIST, ORDER + 1),
-        "ranking: got a row that is not a permutation of 0..2",
+        "`ranking` must have a permutation of 0..2 in each row, got none in row 0",
     ),
     (
         lambda: sample_plackett_luce(A, generator=GENERATOR),
-        "rewards: got shape [3], takes a non-empty [B, K]",
+        "`rewards` must be a non-empty [B, K], got shape [3]",
     ),
     (
         lambda: sample_plackett_luce(LIST[:, :1], generator=GENERATOR),
-        "rewards: got 1 item a row, takes >= 2",
+        "`rewards` must have at least 2 items per row, got 1",
     ),
     (
         lambda: sample_plackett_luce(LIST + NAN, generator=GENERATOR),
-        "rewards: got nan, takes finite values",
+        "`rewards` must be finite, got nan",
     ),
 ]
 
@@ -270,5 +277,5 @@ def test_a_generator_is_required():
         lambda: sample_thurstone(A, A, generator=None),
         lambda: sample_plackett_luce(LIST, generator=None),
     ):
-        with pytest.raises(TypeError, match="generator: got NoneType, takes a torch.Generator"):
+        with pytest.raises(TypeError, match="`generator` must be a torch.Generator, got NoneType"):
             call()

@@ -183,9 +183,13 @@ def row(*tokens):
         (row(-2), row(1, 0), "prompts: got token -2"),
         (row(3), row(1, 290), r"completions: got token 290, takes 0\.\.289"),
         (row(3), row(1, -2), "completions: got token -2"),
-        (row(3), row(PAD, PAD), "completions: got an empty completion in row 0"),
-        (row(3), row(1, PAD, 1), "completions: got a token after padding in row 0"),
-        (row(3), row(1, 0, 1), "completions: got a token after the end token 0 in row 0"),
+        (row(3), row(PAD, PAD), "`completions` must have at least one token .* row 0"),
+        (
+            row(3),
+            row(1, PAD, 1),
+            "`completions` must have padding .*, got a token after it in row 0",
+        ),
+        (row(3), row(1, 0, 1), "`completions` must .* after the end token 0, got .* row 0"),
         (
             row(3).float(),
             row(1, 0),
@@ -196,8 +200,8 @@ def row(*tokens):
             row(1, 0),
             r"`prompts` must have dtype torch.int64 \(.long\(\)\), got torch.int32",
         ),
-        (torch.tensor([3]), row(1, 0), r"prompts: got shape \[1\], takes a non-empty \[B, P\]"),
-        (row(3).repeat(2, 1), row(1, 0), "completions: got 1 rows, takes 2 like prompts"),
+        (torch.tensor([3]), row(1, 0), r"`prompts` must be a non-empty \[B, P\], got shape \[1\]"),
+        (row(3).repeat(2, 1), row(1, 0), "`completions` must have 2 rows like `prompts`, got 1"),
         (row(*[3] * 33), row(*[1] * 33), "completions: got 66 tokens .* takes at most 65"),
     ],
 )
@@ -309,7 +313,7 @@ def test_bad_encoding_is_refused(tokenizer):
             encode(PAIRS, tokenizer, template=template)
     with pytest.raises(ValueError, match="template: got '{prompt}', which leaves an empty prompt"):
         encode([Preference("", "b", "c")], tokenizer, template="{prompt}")
-    with pytest.raises(ValueError, match="max_tokens: got 0"):
+    with pytest.raises(ValueError, match="`max_tokens` must be .*, got 0"):
         encode(PAIRS, tokenizer, max_tokens=0)
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
@@ -331,7 +335,7 @@ def test_the_tokenizer_does_not_depend_on_the_run():
 
 
 def test_bad_tokenizer_input_is_refused():
-    with pytest.raises(ValueError, match="vocab_size: got 256"):
+    with pytest.raises(ValueError, match="`vocab_size` must be .*, got 256"):
         real.train_tokenizer(["a"], vocab_size=256)
     with pytest.raises(TypeError, match="texts: got one text, takes several"):
         real.train_tokenizer("a text", vocab_size=300)
@@ -578,11 +582,11 @@ def test_a_tiny_model_is_drawn_from_its_generator_and_nothing_else(tokenizer):
     assert_close(dict(first.named_parameters()), dict(again.named_parameters()), atol=0, rtol=0)
     assert not torch.equal(first.transformer.wte.weight, other.transformer.wte.weight)
     assert first.config.vocab_size == len(tokenizer)
-    with pytest.raises(TypeError, match="generator: got NoneType"):
+    with pytest.raises(TypeError, match="`generator` must be .*, got NoneType"):
         real.tiny_gpt2(tokenizer, n_positions=64, generator=None)
     with pytest.raises(ValueError, match="width: got 30, takes a multiple of n_heads = 4"):
         real.tiny_gpt2(tokenizer, n_positions=64, width=30, generator=seeded())
-    with pytest.raises(ValueError, match="n_layers: got 0"):
+    with pytest.raises(ValueError, match="`n_layers` must be .*, got 0"):
         real.tiny_gpt2(tokenizer, n_positions=64, n_layers=0, generator=seeded())
 
 
@@ -758,7 +762,7 @@ def test_answers_are_decoded_up_to_the_end_token(tokenizer):
         real.greedy_answer(policy, tokenizer, "it was", max_tokens=65)
     with pytest.raises(ValueError, match=f"prompt: got {n_prompt} tokens, takes less than 2"):
         real.greedy_answer(policy, tokenizer, "it was", max_tokens=2)
-    with pytest.raises(TypeError, match="generator: got NoneType"):
+    with pytest.raises(TypeError, match="`generator` must be .*, got NoneType"):
         real.sample_answer(policy, tokenizer, "it was", max_tokens=60, generator=None)
 
 

@@ -268,7 +268,7 @@ def test_what_a_template_writes_after_the_end_token_is_scored_without_one(tokeni
         tokenizer, n_positions=64, width=16, generator=torch.Generator().manual_seed(0)
     )
     assert CausalLMPolicy(model, end_token=None).logps(prompts, chosen) < 0
-    with pytest.raises(ValueError, match="completions: got a token after the end token"):
+    with pytest.raises(ValueError, match="`completions` must have .* after the end token"):
         CausalLMPolicy(model, end_token=tokenizer.eos_token_id).logps(prompts, chosen)
 
 

@@ -441,11 +441,11 @@ def test_an_adapter_is_drawn_from_its_generator_and_merged_when_saved(tokenizer,
 def test_bad_adapters_are_refused(tokenizer, single):
     with pytest.raises(TypeError, match="policy: got a GPT2LMHeadModel, takes one .* adapter"):
         real.adapter_off(single)
-    with pytest.raises(ValueError, match="rank: got 0"):
+    with pytest.raises(ValueError, match="`rank` must be .*, got 0"):
         real.add_lora(gpt2(tokenizer), rank=0, generator=seeded())
-    with pytest.raises(ValueError, match="alpha: got -1"):
+    with pytest.raises(ValueError, match="`alpha` must be .*, got -1"):
         real.add_lora(gpt2(tokenizer), rank=1, alpha=-1, generator=seeded())
-    with pytest.raises(ValueError, match="dropout: got 2"):
+    with pytest.raises(ValueError, match="`dropout` must be .*, got 2"):
         real.add_lora(gpt2(tokenizer), rank=1, dropout=2, generator=seeded())
 
 
@@ -461,9 +461,9 @@ def test_every_row_is_seen_once_before_any_is_seen_again():
     other = real.shuffled_batches(7, steps=6, batch_size=4, generator=seeded(1))
     assert torch.equal(batches, again)
     assert not torch.equal(batches, other)
-    with pytest.raises(TypeError, match="generator: got NoneType"):
+    with pytest.raises(TypeError, match="`generator` must be .*, got NoneType"):
         real.shuffled_batches(7, steps=6, batch_size=4, generator=None)
-    with pytest.raises(ValueError, match="batch_size: got 0"):
+    with pytest.raises(ValueError, match="`batch_size` must be .*, got 0"):
         real.shuffled_batches(7, steps=6, batch_size=0, generator=seeded())
 
 
@@ -533,18 +533,18 @@ def test_bad_settings_are_refused(policy, pairs):
     reference, shared = copy.deepcopy(policy), CausalLMPolicy(policy.model, end_token=END)
     scored = real.reference_logps(reference, pairs)
     cases = [
-        (scored, {"beta": 0.0}, "beta: got 0.0, takes a finite number > 0"),
-        (scored, {"micro_batch_size": 0}, "micro_batch_size: got 0"),
-        (scored, {"checkpoint_every": 0}, "checkpoint_every: got 0"),
+        (scored, {"beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
+        (scored, {"micro_batch_size": 0}, "`micro_batch_size` must be .*, got 0"),
+        (scored, {"checkpoint_every": 0}, "`checkpoint_every` must be .*, got 0"),
         (scored, {"max_grad_norm": 0.0}, "max_grad_norm: got 0.0, takes a number > 0"),
-        (scored, {"batches": in_order(12, 4) + 1}, r"batches: got 12, takes values in 0\.\.11"),
+        (scored, {"batches": in_order(12, 4) + 1}, r"`batches` must be in 0\.\.11, got 12"),
         (
             scored,
             {"batches": torch.arange(12)},
-            r"batches: got shape \[12\], takes .*\[steps, B\]",
+            r"`batches` must be a non-empty \[steps, B\], got shape \[12\]",
         ),
         (shared, {}, "reference: got weights that it shares with the policy, takes"),
-        ((scored[0][:5], scored[1]), {}, "reference: got 5 rows, takes 12 like pairs"),
+        ((scored[0][:5], scored[1]), {}, "`reference` must have 12 rows like `pairs`, got 5"),
         (scored[:1], {}, r"reference: got 1 tensors, takes \(chosen, rejected\)"),
         ((-scored[0], scored[1]), {}, LIKELIHOODS.format("reference")),
         ((scored[0], -scored[1]), {}, LIKELIHOODS.format("reference")),
@@ -695,13 +695,13 @@ def test_memory_by_hand():
     # 7e9 parameters: 140 GB on one device, 17.5 GB on each of eight, 15.1 GB with adapters.
     assert 7 * real.full_memory()["total"] == 140
     assert_close(7 * real.lora_memory(0.01)["total"], 15.12)
-    with pytest.raises(ValueError, match="trained: got 1.5"):
+    with pytest.raises(ValueError, match="`trained` must be .*, got 1.5"):
         real.lora_memory(1.5)
-    with pytest.raises(ValueError, match="weights: got -1"):
+    with pytest.raises(ValueError, match="`weights` must be .*, got -1"):
         real.lora_memory(0.5, weights=-1)
-    with pytest.raises(ValueError, match="reference: got -1"):
+    with pytest.raises(ValueError, match="`reference` must be .*, got -1"):
         real.full_memory(reference=-1)
-    with pytest.raises(ValueError, match="n: got 0"):
+    with pytest.raises(ValueError, match="`n` must be .*, got 0"):
         real.sharded_memory(real.full_memory(), 0)
 
 

@@ -365,16 +365,15 @@ def test_bad_logits_are_refused():
         lambda logits: straight_through(logits, generator=seeded()),
     ]
     for call in calls:
-        assert (
-            refusal(ValueError, call, double([0.0, INF])) == "logits: got inf, takes finite values"
-        )
-        assert refusal(ValueError, call, double(1.0)) == "logits: got a scalar, takes [..., V]"
+        assert refusal(ValueError, call, double([0.0, INF])) == "`logits` must be finite, got inf"
+        want = "`logits` must be [..., V], got a tensor of no dimension"
+        assert refusal(ValueError, call, double(1.0)) == want
         got = refusal(ValueError, call, torch.tensor([1, 2]))
         assert got == "`logits` must have a floating dtype (.double() makes one), got torch.int64"
 
 
 def test_a_missing_generator_is_refused():
-    want = "generator: got NoneType, takes a torch.Generator"
+    want = "`generator` must be a torch.Generator, got NoneType"
     assert refusal(TypeError, sample_perturbed_logits, LOGITS, generator=None) == want
     one_hot = double([0.0, 0.0, 1.0])
     assert refusal(TypeError, sample_conditional_logits, LOGITS, one_hot, generator=None) == want
@@ -382,7 +381,7 @@ def test_a_missing_generator_is_refused():
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
 def test_a_bad_temperature_is_refused(temperature):
-    want = f"temperature: got {temperature}, takes a finite number > 0"
+    want = f"`temperature` must be a finite number > 0, got {temperature}"
     options = {"temperature": temperature, "generator": seeded()}
     assert refusal(ValueError, gumbel_softmax, LOGITS, **options) == want
     assert refusal(ValueError, straight_through_gumbel_softmax, LOGITS, **options) == want
@@ -400,7 +399,7 @@ def test_a_bad_temperature_is_refused(temperature):
 
 
 def test_what_is_not_one_hot_is_refused():
-    want = "one_hot: got another row than zeros and one 1, takes one-hot rows"
+    want = "`one_hot` must have rows of zeros and one 1, got another row"
     for row in ([0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.5, 0.5, 0.0], [2.0, -1.0, 0.0], [NAN, 1, 0]):
         got = refusal(
             ValueError, sample_conditional_logits, LOGITS, double(row), generator=seeded()
@@ -409,7 +408,7 @@ def test_what_is_not_one_hot_is_refused():
     got = refusal(
         ValueError, sample_conditional_logits, LOGITS, double([0.0, 1.0]), generator=seeded()
     )
-    assert got == "one_hot: got shape [2], takes [3] like logits"
+    assert got == "`one_hot` must have shape [3] like `logits`, got [2]"
 
 
 def test_bad_arguments_of_rebar_are_refused():
@@ -421,15 +420,15 @@ def test_bad_arguments_of_rebar_are_refused():
     assert call().shape == ()
     for name in ("logits", "perturbed", "conditional"):
         got = refusal(ValueError, call, **{name: double([0.0, NAN, 0.0])})
-        assert got == f"{name}: got nan, takes finite values"
+        assert got == f"`{name}` must be finite, got nan"
     for name in ("perturbed", "conditional"):
         got = refusal(ValueError, call, **{name: LOGITS[:2]})
-        assert got == f"{name}: got shape [2], takes [3] like logits"
+        assert got == f"`{name}` must have shape [3] like `logits`, got [2]"
     assert refusal(ValueError, call, scale=INF) == "`scale` must be a finite number, got inf"
     got = refusal(ValueError, call, conditional=-LOGITS)
-    assert got == "conditional: got another argmax than perturbed's, takes the same sample"
+    assert got == "`conditional` must have the argmax of `perturbed`, got another one"
     got = refusal(ValueError, call, function=lambda point: point)
-    assert got == "function: got a result of shape [3], takes []"
+    assert got == "`function` must return shape [], got [3]"
     call(conditional=double([1.0, 0.0, 1.0]))  # a tie, as rounding may make one, is no other sample
 
 
@@ -437,19 +436,19 @@ def test_bad_values_for_harden_and_pass_through_are_refused():
     got = refusal(ValueError, harden, torch.tensor([1, 2]))
     assert got == "`soft` must have a floating dtype (.double() makes one), got torch.int64"
     got = refusal(ValueError, pass_through, LOGITS, LOGITS[:2])
-    assert got == "gradient_of: got shape [2], takes [3] like value"
+    assert got == "`gradient_of` must have shape [3] like `value`, got [2]"
 
 
 def test_bad_values_to_quantise_are_refused():
     refused = [
         (
             (double([1.0, 2.0, 3.0]), CODEBOOK),
-            "inputs: got shape [3], takes [..., 2] like the codebook",
+            "`inputs` must be [..., 2] like `codebook`, got shape [3]",
         ),
-        ((double(1.0), CODEBOOK), "inputs: got shape [], takes [..., 2] like the codebook"),
-        ((double([1.0, NAN]), CODEBOOK), "inputs: got nan, takes finite values"),
-        ((double([1.0, 2.0]), CODEBOOK * INF), "codebook: got nan, takes finite values"),
-        ((double([1.0, 2.0]), CODEBOOK[0]), "codebook: got shape [2], takes a non-empty [K, D]"),
+        ((double(1.0), CODEBOOK), "`inputs` must be [..., 2] like `codebook`, got shape []"),
+        ((double([1.0, NAN]), CODEBOOK), "`inputs` must be finite, got nan"),
+        ((double([1.0, 2.0]), CODEBOOK * INF), "`codebook` must be finite, got nan"),
+        ((double([1.0, 2.0]), CODEBOOK[0]), "`codebook` must be a non-empty [K, D], got shape [2]"),
         (
             (torch.ones(2), CODEBOOK),
             "`codebook` must have dtype torch.float32 like `inputs`, "
@@ -509,7 +508,7 @@ def test_half_precision_is_float32_rounded_once(dtype):
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"`soft` must be \[..., V\]"):
         harden(torch.tensor(1.0))
-    with pytest.raises(TypeError, match="scale: got NoneType, takes a number"):
+    with pytest.raises(TypeError, match="`scale` must be a number, got NoneType"):
         rebar_surrogate(lambda s: s.sum(-1), LOGITS, LOGITS, LOGITS, temperature=1.0, scale=None)
     with pytest.raises(ValueError, match="`logits` must be a dense tensor"):
         gumbel_softmax(LOGITS.to_sparse(), temperature=1.0, generator=seeded())

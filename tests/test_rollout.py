@@ -223,11 +223,11 @@ def test_bandit_is_enumerated_like_a_text(generator):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((2, 6, 3, 0), "policy: got vocab_size = 5, takes 6"),
-        ((2, 5, 4, 0), "policy: got max_tokens = 3, takes 4"),
-        ((2, 5, 3, 1), "policy: got end_token = 0, takes 1"),
-        ((2, 5, 3, None), "policy: got end_token = 0, takes None"),
-        ((3, 5, 3, 0), "policy: got n_prompts = 2, takes 3"),
+        ((2, 6, 3, 0), "`policy` must have vocab_size = 6 like the task, got 5"),
+        ((2, 5, 4, 0), "`policy` must have max_tokens = 4 like the task, got 3"),
+        ((2, 5, 3, 1), "`policy` must have end_token = 1 like the task, got 0"),
+        ((2, 5, 3, None), "`policy` must have end_token = None like the task, got 0"),
+        ((3, 5, 3, 0), "`policy` must have n_prompts = 3 like the task, got 2"),
     ],
 )
 def test_enumerating_refuses_another_task(sizes, message, generator):
@@ -241,7 +241,7 @@ def test_enumerating_refuses_another_task(sizes, message, generator):
 )
 def test_enumerating_refuses_chunks_of_nothing(n_parents, error, generator):
     task = toy(2, 5, 3, 0)
-    with pytest.raises(error, match="^n_parents: got"):
+    with pytest.raises(error, match="^`n_parents` must be a whole number >= 1, got"):
         enumerate_logps(transformer(task, generator), task, n_parents=n_parents)
 
 
@@ -390,9 +390,9 @@ def test_an_exact_gradient_is_refused_before_anything_is_added(tree, generator):
     ):
         with pytest.raises(ValueError, match=f"^`loss` must return a scalar, got shape {shape}$"):
             exact_gradient(policy, task, loss)
-    with pytest.raises(ValueError, match="^policy: got vocab_size = 5, takes 6 like the task"):
+    with pytest.raises(ValueError, match="^`policy` must have vocab_size = 6 like the task, got 5"):
         exact_gradient(policy, toy(2, 6, *tree[2:]), lambda x, logps, columns: logps.sum())
-    with pytest.raises(ValueError, match="^n_parents: got 0"):
+    with pytest.raises(ValueError, match="^`n_parents` must be .*, got 0"):
         exact_gradient(policy, task, lambda x, logps, columns: logps.sum(), n_parents=0)
     assert all(weight.grad is None for weight in policy.parameters())
     with pytest.raises(ValueError, match="^`policy` must have a weight that requires a gradient"):
@@ -514,13 +514,17 @@ def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"prompts": torch.tensor([0, 2])}, ValueError, "prompts: got 2"),
-        ({"prompts": torch.tensor([-1])}, ValueError, "prompts: got -1"),
+        ({"prompts": torch.tensor([0, 2])}, ValueError, r"`prompts` must be in 0\.\.1, got 2"),
+        ({"prompts": torch.tensor([-1])}, ValueError, r"`prompts` must be in 0\.\.1, got -1"),
         ({"prompts": torch.tensor([0.0])}, ValueError, "`prompts` must have dtype torch.int64"),
-        ({"prompts": torch.zeros(0, dtype=torch.int64)}, ValueError, "prompts: got shape"),
-        ({"prompts": [0]}, TypeError, "prompts: got list"),
-        ({"generator": None}, TypeError, "generator: got NoneType"),
-        ({"generator": 7}, TypeError, "generator: got int"),
+        (
+            {"prompts": torch.zeros(0, dtype=torch.int64)},
+            ValueError,
+            "`prompts` must be a non-empty",
+        ),
+        ({"prompts": [0]}, TypeError, "`prompts` must be .*, got list"),
+        ({"generator": None}, TypeError, "`generator` must be .*, got NoneType"),
+        ({"generator": 7}, TypeError, "`generator` must be .*, got int"),
     ],
 )
 def test_sampling_refuses(change, error, message, generator):
@@ -563,12 +567,12 @@ def test_shared_prefixes_of_a_bandit(generator):
 @pytest.mark.parametrize(
     ("prompts", "completions", "message"),
     [
-        ([2], [[1, 0, PAD]], "prompts: got 2"),
-        ([0], [[5, 0, PAD]], "completions: got token 5"),
-        ([0], [[1, 0, 2]], "completions: got a token after the end token"),
-        ([0], [[PAD, PAD, PAD]], "completions: got an empty completion"),
-        ([0, 1], [[1, 0, PAD]], "completions: got 1 rows, takes 2"),
-        ([0], [[1, 2, 3, 4]], "completions: got 4 tokens"),
+        ([2], [[1, 0, PAD]], r"`prompts` must be in 0\.\.1, got 2"),
+        ([0], [[5, 0, PAD]], r"`completions` must have tokens in 0\.\.4, got 5"),
+        ([0], [[1, 0, 2]], "`completions` must .* after the end token 0, got a token"),
+        ([0], [[PAD, PAD, PAD]], "`completions` must have at least one token"),
+        ([0, 1], [[1, 0, PAD]], "`completions` must have 2 rows like `prompts`, got 1"),
+        ([0], [[1, 2, 3, 4]], "`completions` must have at most 3 tokens, got 4"),
     ],
 )
 def test_shared_prefixes_refuse_what_scoring_refuses(prompts, completions, message, generator):
@@ -672,14 +676,24 @@ def test_a_policy_of_another_kind_scores_by_itself():
 @pytest.mark.parametrize(
     ("prompts", "chosen", "rejected", "message"),
     [
-        ([2], [[1, 0, PAD]], [[2, 0, PAD]], "prompts: got 2"),
-        ([0], [[1, 0, PAD]], [[5, 0, PAD]], "completions: got token 5"),
-        ([0], [[1, 0, 2]], [[2, 0, PAD]], "completions: got a token after the end token"),
-        ([0], [[1, 0, PAD]], [[PAD, PAD, PAD]], "completions: got an empty completion in row 1"),
-        ([0, 1], [[1, 0, PAD]], [[2, 0, PAD]], "completions: got 2 rows, takes 4"),
+        ([2], [[1, 0, PAD]], [[2, 0, PAD]], r"`prompts` must be in 0\.\.1, got 2"),
+        ([0], [[1, 0, PAD]], [[5, 0, PAD]], r"`completions` must have tokens in 0\.\.4, got 5"),
+        (
+            [0],
+            [[1, 0, 2]],
+            [[2, 0, PAD]],
+            "`completions` must .* after the end token 0, got a token",
+        ),
+        ([0], [[1, 0, PAD]], [[PAD, PAD, PAD]], "`completions` must have at least one .* row 1"),
+        (
+            [0, 1],
+            [[1, 0, PAD]],
+            [[2, 0, PAD]],
+            "`completions` must have 4 rows like `prompts`, got 2",
+        ),
         ([0, 1], [[1, 0]], [[2, 0]] * 3, r"`completions` must have one shape, got \[\[1, 2\], \[3"),
         ([0], [[1, 0]], [[2, 0, PAD]], "`completions` must have one shape"),
-        ([0], [[1, 2, 3, 4]], [[1, 2, 3, 1]], "completions: got 4 tokens"),
+        ([0], [[1, 2, 3, 4]], [[1, 2, 3, 1]], "`completions` must have at most 3 tokens, got 4"),
     ],
 )
 def test_pairs_are_refused_as_scoring_does(
@@ -834,20 +848,20 @@ def test_rewards_refuse_what_is_no_completion(generator):
     model = reward_model(task, generator)
     prompts = torch.tensor([0, 1])
     for completions, want in (
-        ([[1, 0], [PAD, PAD]], "completions: got an empty completion in row 1, takes >= 1 token"),
-        ([[1, 0, 1], [1, 1, 1]], "completions: got a token after the end token 0 in row 0, "),
-        ([[5], [1]], "completions: got token 5, takes 0..4"),
-        ([[1] * 4, [1] * 4], "completions: got 4 tokens, takes at most 3"),
-        ([[1]], "completions: got 1 rows, takes 2 like prompts"),
+        ([[1, 0], [PAD, PAD]], "`completions` must have at least one token in each row, "),
+        ([[1, 0, 1], [1, 1, 1]], "`completions` must have only padding (-1) after the end token 0"),
+        ([[5], [1]], "`completions` must have tokens in 0..4, got 5"),
+        ([[1] * 4, [1] * 4], "`completions` must have at most 3 tokens, got 4"),
+        ([[1]], "`completions` must have 2 rows like `prompts`, got 1"),
     ):
         with pytest.raises(ValueError) as caught:
             shared_prefix_rewards(model, prompts, torch.tensor(completions))
         assert str(caught.value).startswith(want)
     for sizes, want in (
-        ((2, 6, 3, 0), "model: got vocab_size = 5, takes 6 like the task"),
-        ((2, 5, 2, 0), "model: got max_tokens = 3, takes 2 like the task"),
-        ((2, 5, 3, 1), "model: got end_token = 0, takes 1 like the task"),
-        ((3, 5, 3, 0), "model: got n_prompts = 2, takes 3"),
+        ((2, 6, 3, 0), "`model` must have vocab_size = 6 like the task, got 5"),
+        ((2, 5, 2, 0), "`model` must have max_tokens = 2 like the task, got 3"),
+        ((2, 5, 3, 1), "`model` must have end_token = 1 like the task, got 0"),
+        ((3, 5, 3, 0), "`model` must have n_prompts = 3 like the task, got 2"),
     ):
         with pytest.raises(ValueError) as caught:
             enumerate_rewards(model, toy(*sizes))

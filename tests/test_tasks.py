@@ -147,7 +147,7 @@ def test_a_vocabulary_of_one_word_and_an_end_counts_its_words():
 
 
 def test_a_vocabulary_of_one_cannot_also_end():
-    with pytest.raises(ValueError, match="vocab_size: got 1, takes a whole number >= 2"):
+    with pytest.raises(ValueError, match="`vocab_size` must be a whole number >= 2, got 1"):
         subtree_sizes(1, 3, 0)
 
 
@@ -710,9 +710,9 @@ def make(**changes):
 
 KINDS = "`rewards` must be a floating torch.Tensor [X, Y], an array or a list of numbers, got "
 REFUSED = [
-    (lambda: make(rewards=[[0.0]]), "rewards: got list, takes a floating torch.Tensor [X, Y]"),
+    (lambda: make(rewards=[[0.0]]), "`rewards` must be a floating torch.Tensor [X, Y], got list"),
     (lambda: make(rewards=torch.zeros(1, 3)), "rewards: got shape [1, 3], takes [1, 2]"),
-    (lambda: make(rewards=torch.tensor([[0, NAN]])), "rewards: got nan, takes finite values"),
+    (lambda: make(rewards=torch.tensor([[0, NAN]])), "`rewards` must be finite, got nan"),
     (
         lambda: make(ref_logps=HALF[0]),
         "`ref_logps` must be [X, Y], one row per prompt, got shape [2]: for one prompt write "
@@ -736,15 +736,15 @@ REFUSED = [
     (lambda: make(vocabulary=("a", 1)), "`vocabulary` must be a sequence of str, got int in it"),
     (
         lambda: make(prompt_tokens=[[2]]),
-        "prompt_tokens: got list, takes an int64 tensor [X, P]",
+        "`prompt_tokens` must be an int64 tensor [X, P], got list",
     ),
     (
         lambda: make(prompt_tokens=torch.tensor([2])),
-        "prompt_tokens: got shape [1], takes a non-empty [X, P]",
+        "`prompt_tokens` must be a non-empty [X, P], got shape [1]",
     ),
     (
         lambda: make(prompt_tokens=torch.zeros(1, 0, dtype=torch.int64)),
-        "prompt_tokens: got shape [1, 0], takes a non-empty [X, P]",
+        "`prompt_tokens` must be a non-empty [X, P], got shape [1, 0]",
     ),
     (
         lambda: make(prompt_tokens=torch.tensor([[2.0]])),
@@ -763,18 +763,18 @@ REFUSED = [
         "`ref_logps` must have dtype torch.float64 like `rewards`, "
         "got torch.float32: write ref_logps.to(torch.float64)",
     ),
-    (lambda: make(ref_logps=HALF * NAN), "ref_logps: got NaN, takes log-probabilities < inf"),
+    (lambda: make(ref_logps=HALF * NAN), "`ref_logps` must be log-probabilities < inf, got NaN"),
     (
         lambda: make(ref_logps=HALF * 0),
-        "ref_logps: got a row whose probabilities sum to 2, takes rows that sum to 1 "
-        "(logits? apply log_softmax first)",
+        "`ref_logps` must have rows whose probabilities sum to 1, got a sum of 2: "
+        "if these are logits, apply log_softmax first",
     ),
     (lambda: make(end_token=2), "end_token: got 2, takes None or 0..1"),
-    (lambda: make(end_token=-1), "end_token: got -1, takes a whole number >= 0"),
-    (lambda: make(end_token=0.0), "end_token: got float, takes a whole number >= 0"),
-    (lambda: make(max_tokens=0), "max_tokens: got 0, takes a whole number >= 1"),
-    (lambda: make(max_tokens=1.0), "max_tokens: got float, takes a whole number >= 1"),
-    (lambda: make(vocabulary=()), "vocab_size: got 0, takes a whole number >= 1"),
+    (lambda: make(end_token=-1), "`end_token` must be a whole number >= 0, got -1"),
+    (lambda: make(end_token=0.0), "`end_token` must be a whole number >= 0, got float"),
+    (lambda: make(max_tokens=0), "`max_tokens` must be a whole number >= 1, got 0"),
+    (lambda: make(max_tokens=1.0), "`max_tokens` must be a whole number >= 1, got float"),
+    (lambda: make(vocabulary=()), "`vocab_size` must be a whole number >= 1, got 0"),
     (
         lambda: enumerate_completions(10, 8, None),
         "`max_tokens` must leave at most 20,000,000 completions, got 8 with 10 tokens, which gives "
@@ -794,7 +794,7 @@ REFUSED = [
         lambda: subtree_sizes(1, 10_001, None),
         "`max_tokens` must be a whole number <= 10,000, got 10,001",
     ),
-    (lambda: SENTENCES.text([1, 0]), "completion: got list, takes an int64 tensor [T]"),
+    (lambda: SENTENCES.text([1, 0]), "`completion` must be an int64 tensor [T], got list"),
     (lambda: SENTENCES.text(torch.tensor([1])), "completions: got 1 columns, takes T = 2"),
     (lambda: SENTENCES.text(torch.tensor([1, 3])), "completions: got token 3, takes 0..2"),
     (lambda: SENTENCES.index(torch.tensor([[-2, 0]])), "completions: got token -2, takes 0..2"),
@@ -804,11 +804,12 @@ REFUSED = [
     ),
     (
         lambda: SENTENCES.index(torch.tensor([[0, 1]])),
-        "completions: got a token after the end token 0 in row 0, takes only padding (-1) there",
+        "`completions` must have only padding (-1) after the end token 0, "
+        "got a token there in row 0",
     ),
     (
         lambda: SENTENCES.index(torch.tensor([[PAD, PAD]])),
-        "completions: got an empty completion in row 0, takes >= 1 token",
+        "`completions` must have at least one token in each row, got none in row 0",
     ),
     (
         lambda: TASK.index(torch.tensor([[0.0]])),
@@ -816,11 +817,11 @@ REFUSED = [
     ),
     (
         lambda: TASK.sample_pairs(HALF, 0, generator=GENERATOR),
-        "n: got 0, takes a whole number >= 1",
+        "`n` must be a whole number >= 1, got 0",
     ),
     (
         lambda: TASK.sample_pairs(HALF, 1, generator=None),
-        "generator: got NoneType, takes a torch.Generator",
+        "`generator` must be a torch.Generator, got NoneType",
     ),
     (
         lambda: TASK.sample_pairs(HALF[:, :1], 1, generator=GENERATOR),
@@ -828,8 +829,8 @@ REFUSED = [
     ),
     (
         lambda: TASK.sample_pairs(HALF * 0, 1, generator=GENERATOR),
-        "logps: got a row whose probabilities sum to 2, takes rows that sum to 1 "
-        "(logits? apply log_softmax first)",
+        "`logps` must have rows whose probabilities sum to 1, got a sum of 2: "
+        "if these are logits, apply log_softmax first",
     ),
     (
         lambda: TASK.sample_pairs(double([[1.0, 0.0]]).log(), 1, generator=GENERATOR),
@@ -850,19 +851,19 @@ REFUSED = [
     ),
     (
         lambda: TASK.sample_completions(HALF, torch.tensor([[0]]), generator=GENERATOR),
-        "prompts: got shape [1, 1], takes a non-empty [B]",
+        "`prompts` must be a non-empty [B], got shape [1, 1]",
     ),
     (
         lambda: TASK.sample_completions(HALF, torch.tensor([1]), generator=GENERATOR),
-        "prompts: got 1, takes values in 0..0",
+        "`prompts` must be in 0..0, got 1",
     ),
     (
         lambda: TASK.sample_completions(HALF * NAN, torch.tensor([0]), generator=GENERATOR),
-        "logps: got NaN, takes log-probabilities < inf",
+        "`logps` must be log-probabilities < inf, got NaN",
     ),
     (
         lambda: TASK.sample_completions(HALF, torch.tensor([0]), generator=None),
-        "generator: got NoneType, takes a torch.Generator",
+        "`generator` must be a torch.Generator, got NoneType",
     ),
     (
         lambda: bandit(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])),
@@ -910,7 +911,7 @@ REFUSED = [
     ),
     (
         lambda: bandit(torch.zeros(1, 3), FULL),
-        "ref_probs: got shape [1, 2], takes [1, 3] like rewards",
+        "`ref_probs` must have shape [1, 3] like `rewards`, got [1, 2]",
     ),
     (
         lambda: bandit(torch.zeros(1, 2), FULL, actions=["only"]),
@@ -928,40 +929,40 @@ REFUSED = [
     ),
     (
         lambda: random_bandit(0, 2, generator=GENERATOR),
-        "n_prompts: got 0, takes a whole number >= 1",
+        "`n_prompts` must be a whole number >= 1, got 0",
     ),
     (
         lambda: random_bandit(2, 0, generator=GENERATOR),
-        "n_actions: got 0, takes a whole number >= 1",
+        "`n_actions` must be a whole number >= 1, got 0",
     ),
-    (lambda: random_bandit(2, 2, generator=7), "generator: got int, takes a torch.Generator"),
+    (lambda: random_bandit(2, 2, generator=7), "`generator` must be a torch.Generator, got int"),
     (
         lambda: micro_review_demonstrations(0, generator=GENERATOR),
-        "n: got 0, takes a whole number >= 1",
+        "`n` must be a whole number >= 1, got 0",
     ),
     (
         lambda: micro_review_demonstrations(1, generator=GENERATOR, slip_prob=1.0),
-        "slip_prob: got 1.0, takes a number in [0.0, 1.0)",
+        "`slip_prob` must be a number in [0.0, 1.0), got 1.0",
     ),
     (
         lambda: micro_review_demonstrations(1, generator=None),
-        "generator: got NoneType, takes a torch.Generator",
+        "`generator` must be a torch.Generator, got NoneType",
     ),
     (
         lambda: tiny_sum_demonstrations(0, generator=GENERATOR),
-        "n: got 0, takes a whole number >= 1",
+        "`n` must be a whole number >= 1, got 0",
     ),
     (
         lambda: tiny_sum_demonstrations(1, generator=GENERATOR, right_prob=1.1),
-        "right_prob: got 1.1, takes a number in [0, 1]",
+        "`right_prob` must be a number in [0, 1], got 1.1",
     ),
     (
         lambda: tiny_sort_demonstrations(1, generator=GENERATOR, right_prob=NAN),
-        "right_prob: got nan, takes a number in [0, 1]",
+        "`right_prob` must be a number in [0, 1], got nan",
     ),
     (
         lambda: tiny_sort_demonstrations(1, generator=None),
-        "generator: got NoneType, takes a torch.Generator",
+        "`generator` must be a torch.Generator, got NoneType",
     ),
 ]
 

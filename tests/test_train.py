@@ -1232,14 +1232,14 @@ ON_POLICY = [run_ppo, run_reinforce, run_online]
 
 
 SETTINGS_REFUSED = [
-    ({"steps": 0}, "steps: got 0, takes a whole number >= 1"),
-    ({"steps": 2.0}, "steps: got float, takes a whole number >= 1"),
-    ({"batch_size": 0}, "batch_size: got 0, takes a whole number >= 1"),
-    ({"batch_size": "4"}, "batch_size: got str, takes a whole number >= 1"),
-    ({"learning_rate": 0.0}, "learning_rate: got 0.0, takes a finite number > 0"),
-    ({"learning_rate": math.nan}, "learning_rate: got nan, takes a finite number > 0"),
-    ({"generator": None}, "generator: got NoneType, takes a torch.Generator"),
-    ({"generator": 0}, "generator: got int, takes a torch.Generator"),
+    ({"steps": 0}, "`steps` must be a whole number >= 1, got 0"),
+    ({"steps": 2.0}, "`steps` must be a whole number >= 1, got float"),
+    ({"batch_size": 0}, "`batch_size` must be a whole number >= 1, got 0"),
+    ({"batch_size": "4"}, "`batch_size` must be a whole number >= 1, got str"),
+    ({"learning_rate": 0.0}, "`learning_rate` must be a finite number > 0, got 0.0"),
+    ({"learning_rate": math.nan}, "`learning_rate` must be a finite number > 0, got nan"),
+    ({"generator": None}, "`generator` must be a torch.Generator, got NoneType"),
+    ({"generator": 0}, "`generator` must be a torch.Generator, got int"),
 ]
 
 
@@ -1253,33 +1253,39 @@ def test_bad_settings_are_refused_before_anything_runs(fit, changes, want):
 
 NONE = ANSWERS[:0]
 REFUSED = [
-    (lambda: sft(ROWS[:0], NONE), "prompts: got shape [0], takes at least one row"),
-    (lambda: sft(ROWS[:3]), "completions: got 4 rows, takes 3 like prompts"),
-    (lambda: sft(completions=[[0]]), "completions: got list, takes a torch.Tensor"),
+    (lambda: sft(ROWS[:0], NONE), "`prompts` must have at least one row, got shape [0]"),
+    (lambda: sft(ROWS[:3]), "`completions` must have 3 rows like `prompts`, got 4"),
+    (lambda: sft(completions=[[0]]), "`completions` must be a torch.Tensor, got list"),
     (
         lambda: sft(completions=ANSWERS.float()),
         "`completions` must have dtype torch.int64 (.long()), got torch.float32",
     ),
     (
         lambda: sft(completions=ANSWERS[:, 0]),
-        "completions: got shape [4], takes a non-empty [n, T]",
+        "`completions` must be a non-empty [n, T], got shape [4]",
     ),
-    (lambda: sft(ROWS + 1), "prompts: got 1, takes values in 0..0"),
-    (lambda: sft(completions=ANSWERS + 1), "completions: got token 3, takes 0..2"),
-    (lambda: preferences((ROWS[:0], NONE, NONE)), "prompts: got shape [0], takes at least one row"),
+    (lambda: sft(ROWS + 1), "`prompts` must be in 0..0, got 1"),
+    (lambda: sft(completions=ANSWERS + 1), "`completions` must have tokens in 0..2, got 3"),
+    (
+        lambda: preferences((ROWS[:0], NONE, NONE)),
+        "`prompts` must have at least one row, got shape [0]",
+    ),
     (
         lambda: preferences((ROWS, ANSWERS)),
         "`pairs` must be (prompts, chosen, rejected), got 2 tensors",
     ),
-    (lambda: preferences((ROWS, ANSWERS[:2], ANSWERS)), "chosen: got 2 rows, takes 4 like prompts"),
+    (
+        lambda: preferences((ROWS, ANSWERS[:2], ANSWERS)),
+        "`chosen` must have 4 rows like `prompts`, got 2",
+    ),
     (
         lambda: preferences((ROWS, ANSWERS, ANSWERS[:2])),
-        "rejected: got 2 rows, takes 4 like prompts",
+        "`rejected` must have 4 rows like `prompts`, got 2",
     ),
-    (lambda: preferences((ROWS, ANSWERS, None)), "rejected: got NoneType, takes a torch.Tensor"),
+    (lambda: preferences((ROWS, ANSWERS, None)), "`rejected` must be a torch.Tensor, got NoneType"),
     (
         lambda: preferences((ROWS, ANSWERS[:, 0], ANSWERS)),
-        "chosen: got shape [4], takes a non-empty [n, T]",
+        "`chosen` must be a non-empty [n, T], got shape [4]",
     ),
     (
         lambda: preferences((ROWS, ANSWERS, ANSWERS.double())),
@@ -1299,7 +1305,7 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps - math.inf),
-        "start_logps: got -inf, takes finite values",
+        "`start_logps` must be finite, got -inf",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps[0]),
@@ -1308,7 +1314,7 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), TASK.ref_logps, steps=0),
-        "steps: got 0, takes a whole number >= 1",
+        "`steps` must be a whole number >= 1, got 0",
     ),
     (
         lambda: population_loss(DPO, *[torch.zeros(2, 1)] * 3),
@@ -1316,11 +1322,11 @@ REFUSED = [
     ),
     (
         lambda: population_loss(DPO, torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, 3)),
-        "rewards: got shape [2, 3], takes [2, 2] like logps",
+        "`rewards` must have shape [2, 2] like `logps`, got [2, 3]",
     ),
     (
         lambda: population_loss(DPO, torch.zeros(2, 2) / 0, torch.zeros(2, 2), torch.zeros(2, 2)),
-        "logps: got nan, takes finite values",
+        "`logps` must be finite, got nan",
     ),
     (
         lambda: fit_table(lambda logps: logps.sum(), 1 - TASK.ref_logps),
@@ -1340,7 +1346,7 @@ REFUSED = [
     ),
     (
         lambda: fit_table(lambda z, v, w: z.sum(), *[TASK.ref_logps] * 2, TASK.ref_logps / 0),
-        "extra[1]: got -inf, takes finite values",
+        "`extra[1]` must be finite, got -inf",
     ),
 ]
 
@@ -1363,12 +1369,12 @@ def changed(table, entry, value):
             {"rewards": TASK.rewards, "win_probs": WINS},
             "one of `rewards` and `win_probs` must be given, got both",
         ),
-        ({"rewards": TASK.rewards / 0}, "rewards: got inf, takes finite"),
+        ({"rewards": TASK.rewards / 0}, "`rewards` must be finite, got inf"),
         (
             {"win_probs": WINS.float()},
             "`win_probs` must have dtype torch.float64 like `logps`, got torch.float32",
         ),
-        ({"win_probs": WINS[0]}, "win_probs: got shape [3, 3], takes a non-empty [X, Y, Y]"),
+        ({"win_probs": WINS[0]}, "`win_probs` must be a non-empty [X, Y, Y], got shape [3, 3]"),
         (
             {"win_probs": WINS[:, :, :2]},
             "`win_probs` must have shape [X, Y, Y] = [1, 3, 3], got [1, 3, 2]",
@@ -1385,7 +1391,7 @@ def changed(table, entry, value):
             {"win_probs": changed(changed(WINS, (0, 2, 0), -0.5), (0, 0, 2), 1.5)},
             "`win_probs` must be >= 0 and sum to 1 per pair, got 1.5 and -0.5",
         ),
-        ({"win_probs": changed(WINS, (0, 1, 0), math.nan)}, "win_probs: got nan, takes finite val"),
+        ({"win_probs": changed(WINS, (0, 1, 0), math.nan)}, "`win_probs` must be finite, got nan"),
         (
             {"win_probs": WINS, "pair_weights": changed(ALIKE, (0, 1, 0), 3.0)},
             "`pair_weights` must be symmetric, got 1 and 3 for the two orders of a pair",
@@ -1398,8 +1404,8 @@ def changed(table, entry, value):
             {"win_probs": WINS, "pair_weights": torch.eye(3, dtype=torch.float64)[None]},
             "`pair_weights` must be >= 0 and not all 0, got 0 to 0",
         ),
-        ({"win_probs": WINS, "pair_weights": ALIKE / 0}, "pair_weights: got inf, takes finite val"),
-        ({"win_probs": WINS, "pair_weights": ALIKE[0]}, "pair_weights: got shape [3, 3], takes a"),
+        ({"win_probs": WINS, "pair_weights": ALIKE / 0}, "`pair_weights` must be finite, got inf"),
+        ({"win_probs": WINS, "pair_weights": ALIKE[0]}, "`pair_weights` must be a non-empty"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -1419,18 +1425,18 @@ def test_bad_input_is_refused(call, want):
 @pytest.mark.parametrize(
     ("score", "want"),
     [
-        (lambda x, y: torch.full((len(y),), math.nan), "score: got nan, takes finite values"),
-        (lambda x, y: torch.full((len(y),), math.inf), "score: got inf, takes finite values"),
+        (lambda x, y: torch.full((len(y),), math.nan), "`score` must be finite, got nan"),
+        (lambda x, y: torch.full((len(y),), math.inf), "`score` must be finite, got inf"),
         (
             lambda x, y: torch.zeros(len(y) - 1),
             "`score` must return {n} rewards, one per row, got {less}",
         ),
-        (lambda x, y: torch.zeros(y.shape), "score: got shape [{n}, 1], takes a non-empty [B]"),
+        (lambda x, y: torch.zeros(y.shape), "`score` must be a non-empty [B], got shape [{n}, 1]"),
         (
             lambda x, y: x,
             "`score` must have a floating dtype (.double() makes one), got torch.int64",
         ),
-        (lambda x, y: [0.0] * len(y), "score: got list, takes a floating torch.Tensor [B]"),
+        (lambda x, y: [0.0] * len(y), "`score` must be a floating torch.Tensor [B], got list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -1445,27 +1451,27 @@ def test_a_score_that_is_no_score_is_refused(call, score, want):
 @pytest.mark.parametrize(
     ("changes", "want"),
     [
-        ({"beta": 0.0}, "beta: got 0.0, takes a finite number > 0"),
-        ({"beta": "adaptive"}, "beta: got str, takes a number"),
-        ({"lam": 1.1}, "lam: got 1.1, takes a number in [0, 1]"),
-        ({"lam": -0.1}, "lam: got -0.1, takes a number in [0, 1]"),
-        ({"discount": 2.0}, "discount: got 2.0, takes a number in [0, 1]"),
-        ({"n_epochs": 0}, "n_epochs: got 0, takes a whole number >= 1"),
-        ({"n_minibatches": 0}, "n_minibatches: got 0, takes a whole number >= 1"),
+        ({"beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
+        ({"beta": "adaptive"}, "`beta` must be a number, got str"),
+        ({"lam": 1.1}, "`lam` must be a number in [0, 1], got 1.1"),
+        ({"lam": -0.1}, "`lam` must be a number in [0, 1], got -0.1"),
+        ({"discount": 2.0}, "`discount` must be a number in [0, 1], got 2.0"),
+        ({"n_epochs": 0}, "`n_epochs` must be a whole number >= 1, got 0"),
+        ({"n_minibatches": 0}, "`n_minibatches` must be a whole number >= 1, got 0"),
         ({"n_minibatches": 5}, "`n_minibatches` must be at most batch_size = 4, got 5"),
-        ({"value_weight": -1.0}, "value_weight: got -1.0, takes a number in [0.0, inf)"),
-        ({"entropy_weight": math.inf}, "entropy_weight: got inf, takes a number in [0.0, inf)"),
+        ({"value_weight": -1.0}, "`value_weight` must be a number in [0.0, inf), got -1.0"),
+        ({"entropy_weight": math.inf}, "`entropy_weight` must be a number in [0.0, inf), got inf"),
         (
             {"surrogate": partial(clipped_surrogate_loss, clip_eps=-0.2)},
-            "clip_eps: got -0.2, takes a finite number > 0",
+            "`clip_eps` must be a finite number > 0, got -0.2",
         ),
         (
             {"value_error": partial(clipped_value_loss, clip_eps=0.0)},
-            "clip_eps: got 0.0, takes a finite number > 0",
+            "`clip_eps` must be a finite number > 0, got 0.0",
         ),
-        ({"normalise": lambda a, mask: a * math.nan}, "advantages: got nan, takes finite values"),
-        ({"prompts": TASK.prompts[:0]}, "prompts: got shape [0], takes a non-empty [n]"),
-        ({"prompts": TASK.prompts + 1}, "prompts: got 1, takes values in 0..0"),
+        ({"normalise": lambda a, mask: a * math.nan}, "`advantages` must be finite, got nan"),
+        ({"prompts": TASK.prompts[:0]}, "`prompts` must be a non-empty [n], got shape [0]"),
+        ({"prompts": TASK.prompts + 1}, "`prompts` must be in 0..0, got 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -1477,8 +1483,8 @@ def test_bad_settings_of_ppo_are_refused(changes, want):
 
 def test_bad_settings_of_reinforce_are_refused():
     for changes, want in (
-        ({"beta": -1.0}, "beta: got -1.0, takes a finite number > 0"),
-        ({"n_samples": 0}, "n_samples: got 0, takes a whole number >= 1"),
+        ({"beta": -1.0}, "`beta` must be a finite number > 0, got -1.0"),
+        ({"n_samples": 0}, "`n_samples` must be a whole number >= 1, got 0"),
         *(
             (
                 {"n_samples": 1, **advantages},
@@ -1652,10 +1658,13 @@ def test_a_horizon_that_a_batch_exceeds_is_refused_at_once():
 def test_token_rewards_refuse():
     two, mask = torch.zeros(2), torch.ones(2, 3).bool()
     for arguments, want in (
-        ((torch.zeros(3), torch.zeros(2, 3), mask), "penalties: got 2 rows, takes 3 like scores"),
-        ((two, torch.zeros(2, 2), mask), "completion_mask: got shape [2, 3], takes [2, 2]"),
-        ((two / 0, torch.zeros(2, 3), mask), "scores: got nan, takes finite values"),
-        ((two, torch.zeros(2), mask), "penalties: got shape [2], takes a non-empty [B, T]"),
+        (
+            (torch.zeros(3), torch.zeros(2, 3), mask),
+            "`penalties` must have 3 rows like `scores`, got 2",
+        ),
+        ((two, torch.zeros(2, 2), mask), "`completion_mask` must have shape [2, 2], got [2, 3]"),
+        ((two / 0, torch.zeros(2, 3), mask), "`scores` must be finite, got nan"),
+        ((two, torch.zeros(2), mask), "`penalties` must be a non-empty [B, T], got shape [2]"),
     ):
         with pytest.raises(ValueError) as caught:
             token_rewards(*arguments)

@@ -152,13 +152,14 @@ def check_completions(model: HasSizes, prompts: Tensor, completions: Tensor) -> 
     check_rows("prompts", prompts, completions=completions)
     if completions.shape[1] > model.max_tokens:
         got = completions.shape[1]
-        raise ValueError(f"completions: got {got} tokens, takes at most {model.max_tokens}")
+        raise ValueError(f"`completions` must have at most {model.max_tokens} tokens, got {got}")
     if values_visible(completions):
         least, most = completions.aminmax()
         if least < PAD or most >= model.vocab_size:
             bad = (completions >= model.vocab_size) | (completions < PAD)
             token = int(completions[bad][0])
-            raise ValueError(f"completions: got token {token}, takes 0..{model.vocab_size - 1}")
+            what = f"tokens in 0..{model.vocab_size - 1}"
+            raise ValueError(f"`completions` must have {what}, got {token}")
     return mask
 
 
@@ -169,8 +170,8 @@ def check_sizes(model: HasSizes, prompt_tokens: Tensor | None) -> Tensor:
     if model.end_token is not None:
         check_count("end_token", model.end_token, least=0)
         if model.end_token >= model.vocab_size:
-            most = model.vocab_size - 1
-            raise ValueError(f"end_token: got {model.end_token}, takes None or 0..{most}")
+            what = f"None or in 0..{model.vocab_size - 1}"
+            raise ValueError(f"`end_token` must be {what}, got {model.end_token}")
     if prompt_tokens is None:
         return model.vocab_size + torch.arange(model.n_prompts).unsqueeze(1)
     check_integers("prompt_tokens", prompt_tokens, "[X, P]")

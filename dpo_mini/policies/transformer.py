@@ -97,7 +97,7 @@ class TinyTransformer(Policy):
         for name, size in {"n_layers": n_layers, "n_heads": n_heads, "width": width}.items():
             check_count(name, size)
         if width % n_heads:
-            raise ValueError(f"width: got {width}, takes a multiple of n_heads = {n_heads}")
+            raise ValueError(f"`width` must be a multiple of `n_heads` = {n_heads}, got {width}")
         check_generator(generator)
         self.n_prompts, self.vocab_size = n_prompts, vocab_size
         self.max_tokens, self.end_token = max_tokens, end_token

@@ -104,7 +104,7 @@ class SeparateNetworks(nn.Module):
     def __init__(self, policy: Policy, critic: ScalarTransformer | TabularPolicy) -> None:
         super().__init__()
         if shares_storage(policy, critic):
-            raise ValueError("critic: got weights of the policy, takes a network of its own")
+            raise ValueError("`critic` must have weights of its own, got some of `policy`")
         self.policy, self.critic = policy, critic
         self.vocab_size = policy.vocab_size
 

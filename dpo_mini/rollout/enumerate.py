@@ -181,10 +181,10 @@ def check_same_sizes(argument: str, model: HasSizes, task: Task) -> None:
     for name in ("vocab_size", "max_tokens", "end_token"):
         if getattr(model, name) != getattr(task, name):
             got, want = getattr(model, name), getattr(task, name)
-            raise ValueError(f"{argument}: got {name} = {got}, takes {want} like the task")
+            raise ValueError(f"`{argument}` must have {name} = {want} like the task, got {got}")
     if model.n_prompts != len(task.prompts):
         got, want = model.n_prompts, len(task.prompts)
-        raise ValueError(f"{argument}: got n_prompts = {got}, takes {want}")
+        raise ValueError(f"`{argument}` must have n_prompts = {want} like the task, got {got}")
 
 
 def _first(policy: Policy, prompts: Tensor) -> Prefixes:

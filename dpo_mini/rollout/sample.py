@@ -1,4 +1,4 @@
-"""Completions drawn from a policy, rows that begin alike read together."""
+"""Completions drawn from a policy; rows with the same beginning are read together."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from dpo_mini.rollout.kv_cache import begin, follow
 
 
 def sample(policy: Policy, prompts: Tensor, *, generator: torch.Generator) -> Tensor:
-    """One completion for each prompt; rows that begin alike go through the policy together.
+    """One completion per prompt; rows with the same beginning go through the policy together.
 
     Each distinct prefix is read once until 7 rows of 8 have one of their own; from there on sorting
     them out costs more than it saves, and each row is read.
