@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from course import chapters
-from kernels import bare_environment, kernel_of
+from jupyter_kernels import bare_environment, kernel_of
 from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 from run_chapters import execute

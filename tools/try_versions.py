@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 from course import ROOT, chapters, project
-from kernels import bare_environment, kernel_of
+from jupyter_kernels import bare_environment, kernel_of
 from nbclient.exceptions import CellExecutionError
 from run_chapters import execute
 from wheel import build_wheel
