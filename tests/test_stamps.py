@@ -105,7 +105,7 @@ def test_no_other_file_knows_the_address():
 @pytest.mark.parametrize("given", ["https://example.org/dpo", f"{FORK}/", f"{FORK}.git/x"])
 def test_an_address_that_colab_cannot_open_is_refused(copy, given):
     in_one_line(copy, f'"{address()}"', f'"{given}"')
-    with pytest.raises(AssertionError, match=re.escape(f"got {given}, takes https://github")):
+    with pytest.raises(AssertionError, match=re.escape(f"OWNER/NAME, got {given}")):
         stamp(copy)
 
 

@@ -35,7 +35,7 @@ def oldest(requirement: str) -> str:
     """`torch>=2.6,<2.14` becomes `torch==2.6`."""
     found = re.fullmatch(r"([\w-]+)>=([\d.]+),<[\d.]+", requirement)
     if not found:
-        raise ValueError(f"requirement: got {requirement}, takes NAME>=LOWEST,<NEXT")
+        raise ValueError(f"a requirement must be NAME>=LOWEST,<NEXT, got {requirement}")
     return f"{found[1]}=={found[2]}"
 
 
