@@ -15,6 +15,11 @@ from urllib.parse import unquote
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tools"))
+
+from public_names import GATHERING, MODULES  # noqa: E402
+
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "_build" / "source"
 CITED = re.compile(r"arXiv:((?:[a-z-]+/)?\d+(?:\.\d+)?)")
@@ -23,17 +28,10 @@ API = {
     "On exact tables": ["closed_form", "preferences", "losses"],
     "Gradients through samples": ["policy_gradient", "relaxations"],
     "Models and tasks": ["logps", "tasks", "policies", "rollout", "train", "real"],
-    "Around it": [
-        "plotting",
-        "explorer",
-        "progress",
-        "checks",
-        "checks.homework",
-        "checks.museum",
-    ],
 }
-
-sys.path.insert(0, str(ROOT))
+_placed = {name for names in API.values() for name in names}
+_others = (name.removeprefix("dpo_mini.") for name in MODULES[1:])
+API["Around it"] = [name for name in _others if name not in _placed]
 
 
 def anchor(title: str) -> str:
@@ -147,8 +145,7 @@ def api_pages() -> list[str]:
         index += toctree(part, modules).replace(":hidden:\n", "")
         for name in modules:
             title = f"dpo_mini.{name}"
-            folders = ("policies", "real", "rollout")  # whose names are written in files of theirs
-            options = "   :imported-members:\n" if name in folders else ""
+            options = "   :imported-members:\n" if title in GATHERING else ""
             write(
                 f"api/{name}.rst",
                 f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n{options}",

@@ -48,7 +48,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     if path.exists():
-        raise FileExistsError(f"path: got {path}, which is there, takes a new folder")
+        raise FileExistsError(f"`path` must be a new folder, got {path}, which is there")
     for left in path.parent.glob(".*.part"):
         if left.is_dir():
             shutil.rmtree(left)

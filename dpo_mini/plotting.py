@@ -84,7 +84,7 @@ def style(method: str, **changes: object) -> dict[str, Any]:
       ValueError: `method` has no style; `STYLES` has those that do.
     """
     if method not in STYLES:
-        raise ValueError(f"method: got {method!r}, takes one of {sorted(STYLES)}")
+        raise ValueError(f"`method` must be one of {sorted(STYLES)}, got {method!r}")
     return {**STYLES[method], **changes}
 
 
@@ -123,8 +123,8 @@ def panels(
       ValueError: titles and labels differ in number.
     """
     if not len(titles) == len(x_labels) == len(y_labels):
-        got = (len(titles), len(x_labels), len(y_labels))
-        raise ValueError(f"titles, x_labels, y_labels: got {got} of them, takes one number")
+        got = f"{len(titles)}, {len(x_labels)} and {len(y_labels)}"
+        raise ValueError(f"`titles`, `x_labels` and `y_labels` must be equally many, got {got}")
     with matplotlib.rc_context(_FONT):
         fig = Figure(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(fig)
@@ -177,7 +177,7 @@ def curves(ax: Axes, x: Sequence[float], named: Mapping[str, Sequence[float]]) -
     looks = (("black", "--"), ("#D55E00", "-"), ("#0072B2", "-."), ("#009E73", (0, (5, 1))),
              ("#CC79A7", ":"), ("#E69F00", (0, (3, 1, 1, 1))))  # fmt: skip
     if not 1 <= len(named) <= len(looks):
-        raise ValueError(f"named: got {len(named)} names, takes 1 to {len(looks)}")
+        raise ValueError(f"`named` must have 1 to {len(looks)} names, got {len(named)}")
     for (name, y), (color, dash) in zip(named.items(), looks, strict=False):
         ax.plot(_numbers("x", x), _numbers("named", y), color=color, linestyle=dash, label=name)
     ax.legend(frameon=False, fontsize=8)
@@ -237,12 +237,12 @@ def named_points(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
     )
     values = _numbers("groups", [value for group in groups.values() for value in group.values()])
     if not values.size:
-        raise ValueError("groups: got no names, takes at least one")
+        raise ValueError("`groups` must have at least one name, got none")
     if len(groups) > len(looks):
-        raise ValueError(f"groups: got {len(groups)} labels, takes at most {len(looks)}")
+        raise ValueError(f"`groups` must have at most {len(looks)} labels, got {len(groups)}")
     if not np.isfinite(values).all():
         bad = values[~np.isfinite(values)][0]
-        raise ValueError(f"groups: got {bad}, takes finite values")
+        raise ValueError(f"`groups` must have finite values, got {bad}")
     row = 0
     for (label, group), (color, marker) in zip(groups.items(), looks, strict=False):
         rows = row + np.arange(len(group))
@@ -276,8 +276,10 @@ def decision_chart(ax: Axes, questions: Mapping[str, str], *, otherwise: str) ->
     for text in texts:
         _check_is("questions, otherwise", text, str)
     if not questions or not all(text.strip() for text in texts):
-        got = f"{len(questions)} questions, texts {texts!r}"
-        raise ValueError(f"questions, otherwise: got {got}, takes at least one and no empty text")
+        got = f"{len(questions)} questions and the texts {texts!r}"
+        raise ValueError(
+            f"`questions` must be at least one, and neither they nor `otherwise` empty, got {got}"
+        )
     last = len(questions)
     ax.set(xlim=(0, 1), ylim=(last + 0.5, -0.5), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -313,7 +315,7 @@ def ternary(ax: Axes, corners: Sequence[str]) -> None:
     """
     _check_is("ax", ax, Axes)
     if len(corners) != 3:
-        raise ValueError(f"corners: got {len(corners)} names, takes 3")
+        raise ValueError(f"`corners` must be 3 names, got {len(corners)}")
     x, y = ternary_xy(np.eye(3)[[0, 1, 2, 0]])
     ax.plot(x, y, color="black", linewidth=0.8, label="_frame")
     for i, (name, shift) in enumerate(zip(corners, [(-8, -4), (8, -4), (0, 8)], strict=True)):
@@ -337,11 +339,11 @@ def ternary_xy(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     table = _numbers("probs", probs)
     if table.ndim == 0 or table.shape[-1] != 3:
-        raise ValueError(f"probs: got shape {list(table.shape)}, takes [n, 3]")
+        raise ValueError(f"`probs` must have shape [n, 3] or [3], got {list(table.shape)}")
     totals = table.sum(-1)
     if not np.allclose(totals, 1.0, atol=1e-6):
         worst = totals.flat[np.abs(totals - 1).argmax()]
-        raise ValueError(f"probs: got a row that sums to {worst:.4g}, takes rows that sum to 1")
+        raise ValueError(f"`probs` must have rows that sum to 1, got one that sums to {worst:.4g}")
     return table[..., 1] + 0.5 * table[..., 2], np.sqrt(0.75) * table[..., 2]
 
 
@@ -433,7 +435,7 @@ def vector_fields(
             for part in (u, v):
                 if part.shape != (len(at), len(at)) or not np.isfinite(part).all():
                     got = f"shape {list(part.shape)}, finite: {bool(np.isfinite(part).all())}"
-                    raise ValueError(f"named[{name!r}]: got {got}, takes finite [n, n]")
+                    raise ValueError(f"`named[{name!r}]` must be finite [n, n], got {got}")
             length = np.ma.masked_equal(np.hypot(u, v), 0.0)
             shades += [ax.pcolormesh(at, at, np.ma.log10(length), cmap="Blues", norm=norm)]
             few = (slice(None, None, 2), slice(None, None, 2))
@@ -472,7 +474,7 @@ def show(fig: Figure, *, alt: str) -> None:
     _check_is("fig", fig, Figure)
     _check_is("alt", alt, str)
     if not alt.strip():
-        raise ValueError("alt: got an empty text, takes a description of the figure")
+        raise ValueError("`alt` must be a description of the figure, got an empty text")
     if not in_notebook():
         print(alt)
         _show_window(fig)

@@ -103,7 +103,7 @@ class Task:
         completions = enumerate_completions(self.vocab_size, self.max_tokens, self.end_token)
         want = [len(self.prompt_texts), len(completions)]
         if list(self.rewards.shape) != want:
-            raise ValueError(f"rewards: got shape {list(self.rewards.shape)}, takes {want}")
+            raise ValueError(f"`rewards` must have shape {want}, got {list(self.rewards.shape)}")
         object.__setattr__(self, "completions", completions.to(self.rewards.device))
         prompts = torch.arange(want[0], device=self.rewards.device)
         object.__setattr__(self, "prompts", prompts)
@@ -161,18 +161,20 @@ class Task:
         mask = completion_mask(completions, self.end_token)
         if completions.shape[1] != self.max_tokens:
             got = completions.shape[1]
-            raise ValueError(f"completions: got {got} columns, takes T = {self.max_tokens}")
+            raise ValueError(f"`completions` must have T = {self.max_tokens} columns, got {got}")
         outside = mask & ((completions < 0) | (completions >= self.vocab_size))
         if outside.any():
             token = int(completions[outside][0])
-            raise ValueError(f"completions: got token {token}, takes 0..{self.vocab_size - 1}")
+            raise ValueError(
+                f"`completions` must have tokens in 0..{self.vocab_size - 1}, got {token}"
+            )
         stopped = ~mask.all(1)
         if self.end_token is not None:
             stopped &= ~(completions == self.end_token).any(1)
         if stopped.any():
             row = int(stopped.nonzero()[0])
             raise ValueError(
-                f"completions: got row {row} cut short, takes an end token or T tokens"
+                f"`completions` must have an end token or T tokens, got row {row} cut short"
             )
         sizes = subtree_sizes(self.vocab_size, self.max_tokens, self.end_token)
         below = torch.tensor(sizes[1:], device=completions.device)  # completions after t + 1 tokens
@@ -224,7 +226,9 @@ class Task:
         check_generator(generator)
         self._check_policy(logps)
         if ((logps > -math.inf).sum(-1) < 2).any():
-            raise ValueError("logps: got a row with all its mass on one completion, takes >= 2")
+            raise ValueError(
+                "`logps` must give mass to 2 completions of every prompt, got a row with all on one"
+            )
         device = self.rewards.device
         prompts = torch.randint(len(self.prompts), (n,), generator=generator, device=device)
         cdf = _cdf(logps)
@@ -251,7 +255,7 @@ class Task:
         check_floats("[X, Y]", logps=logps)
         if logps.shape != self.rewards.shape:
             got, want = list(logps.shape), list(self.rewards.shape)
-            raise ValueError(f"logps: got shape {got}, takes {want}")
+            raise ValueError(f"`logps` must have shape {want}, got {got}")
         check_logps(logps=logps)
         check_normalised(logps=logps)
 
@@ -306,7 +310,7 @@ def enumerate_completions(vocab_size: int, max_tokens: int, end_token: int | Non
     if end_token is not None:
         check_count("end_token", end_token, least=0)
         if end_token >= vocab_size:
-            raise ValueError(f"end_token: got {end_token}, takes None or 0..{vocab_size - 1}")
+            raise ValueError(f"`end_token` must be None or in 0..{vocab_size - 1}, got {end_token}")
     completions = torch.empty(sizes[0], max_tokens, dtype=torch.int64)
     place = torch.arange(sizes[0])  # of a completion among those that begin with its first t tokens
     ended = torch.zeros_like(place, dtype=torch.bool)
@@ -351,13 +355,15 @@ def bandit(
     tables = {"rewards": rewards, "ref_probs": ref_probs}
     rewards, probs = as_floats("[X, Y]", tables, cast_up=True)
     if not (probs > 0).all():
-        raise ValueError("ref_probs: got a probability <= 0 or NaN, takes positive ones")
+        raise ValueError("`ref_probs` must be positive, got a probability <= 0 or NaN")
     (given,) = as_floats("[X, Y]", {"ref_probs": ref_probs})
     totals = given.double().sum(-1, keepdim=True)
     rounding = torch.finfo(given.dtype).eps
     if ((totals - 1).abs() > 1e-3 + rounding).any():
         worst = totals.flatten()[(totals - 1).abs().argmax()].item()
-        raise ValueError(f"ref_probs: got a row that sums to {worst:.4g}, takes rows that sum to 1")
+        raise ValueError(
+            f"`ref_probs` must have rows that sum to 1, got one that sums to {worst:.4g}"
+        )
     if rounding > torch.finfo(probs.dtype).eps:  # cast up, but not its rounding
         probs = (probs / totals).to(probs.dtype)
     n_prompts, n_actions = rewards.shape

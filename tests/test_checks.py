@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_mini.checks import Exercise, check, diagnose, exercises, homework, slips
+from dpo_mini import closed_form
+from dpo_mini.checks import Exercise, check, diagnose, exercises, homework, slips, theorems
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = exercises()
@@ -410,3 +411,45 @@ def test_a_check_imports_its_own_chapter_alone():
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "['dpo_mini.checks.chapter_02']"
+
+
+# --- what the judges have in common --------------------------------------------------------------
+
+
+def test_what_judges_state_theorems_with_is_what_the_library_computes():
+    """A second writing, since no judge may import what it judges."""
+    for seed, (refs, rewards, beta) in enumerate(homework.other_instances(seed=8)):
+        probs, ref_logps = homework.random_policies(refs, seed), refs.log()
+        for got, wanted in (
+            (theorems.optimum(refs, rewards, beta).log(),
+             closed_form.optimal_logps(ref_logps, rewards, beta)),
+            (theorems.implied_rewards(probs, refs, beta),
+             closed_form.implied_rewards(probs.log(), ref_logps, beta)),
+            (theorems.kl(probs, refs), closed_form.kl(probs.log(), ref_logps)),
+            (theorems.objective(probs, refs, rewards, beta),
+             closed_form.objective(probs.log(), ref_logps, rewards, beta)),
+        ):  # fmt: skip
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    certain = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert theorems.kl(certain, torch.full_like(certain, 0.5)).item() == math.log(2)
+
+
+def test_every_draw_is_every_row_of_answers_with_its_probability():
+    probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    drawn, chances = theorems.every_draw(probs, 2)
+    assert drawn.tolist() == [[y, z] for y in range(3) for z in range(3)]
+    torch.testing.assert_close(chances.view(3, 3), probs.outer(probs))
+
+
+def test_a_theorem_raises_its_sentence_where_it_does_not_hold():
+    x = torch.tensor([0.2, 0.8], dtype=torch.float64, requires_grad=True)
+    theorems.sum_to_one(x)
+    theorems.differ_alike(x + 3, x, "why")
+    theorems.no_slope((x - 0.5).square().sum() - 0.6 * (x[1] - x[0]), x, "why")
+    for theorem, arguments in (
+        (theorems.sum_to_one, (x / 2, "why")),
+        (theorems.differ_alike, (2 * x, x, "why")),
+        (theorems.no_slope, (x.square().sum(), x, "why")),
+    ):
+        with pytest.raises(AssertionError, match="^why "):
+            theorem(*arguments)

@@ -85,22 +85,28 @@ def test_longer_completions_are_named_by_their_words():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "four"}, "task: got str, takes a Task"),
-        ({"task": tasks.micro_reviews()}, "task: got one without a table ref_logps"),
-        ({"prompt": 1}, r"prompt: got 1, takes 0\.\.0"),
-        ({"chosen": 4}, r"chosen: got 4, takes 0\.\.3"),
-        ({"chosen": 1.0}, r"chosen: got 1\.0, takes"),
-        ({"chosen": True, "rejected": 0}, "chosen: got True, takes"),
-        ({"prompt": 10**30}, "prompt: got 10+, takes"),
-        ({"rejected": 0}, "rejected: got 0, the chosen one"),
+        ({"task": "four"}, "`task` must be a Task, got str"),
+        ({"task": tasks.micro_reviews()}, "`task` must have a table ref_logps, got one without"),
+        ({"prompt": 1}, r"`prompt` must be a whole number in 0\.\.0, got 1"),
+        ({"chosen": 4}, r"`chosen` must be a whole number in 0\.\.3, got 4"),
+        ({"chosen": 1.0}, r"`chosen` must .*, got 1\.0"),
+        ({"chosen": True, "rejected": 0}, "`chosen` must .*, got True"),
+        ({"prompt": 10**30}, "`prompt` must .*, got 10+"),
+        ({"rejected": 0}, "`rejected` must be another answer than `chosen`, got 0 twice"),
         ({"beta": 0.0}, "beta: got 0.0"),
-        ({"divergence": "kl"}, "divergence: got 'kl', takes reverse_kl"),
-        ({"loss": "dpo"}, "loss: got 'dpo', takes dpo_loss"),
-        ({"towards_optimum": torch.zeros(2)}, r"towards_optimum: got tensor.*, takes 0 to 2"),
-        ({"towards_optimum": True}, "towards_optimum: got True, takes 0 to 2"),
-        ({"towards_optimum": None}, "towards_optimum: got None, takes 0 to 2"),
-        ({"towards_optimum": float("nan")}, "towards_optimum: got nan, takes 0 to 2"),
-        ({"towards_optimum": 2.5}, "towards_optimum: got 2.5, takes 0 to 2"),
+        ({"divergence": "kl"}, "`divergence` must be one of reverse_kl, .*, got 'kl'"),
+        ({"loss": "dpo"}, "`loss` must be one of dpo_loss, .*, got 'dpo'"),
+        (
+            {"towards_optimum": torch.zeros(2)},
+            r"`towards_optimum` must be a number from 0 to 2, got tensor",
+        ),
+        ({"towards_optimum": True}, "`towards_optimum` must be a number from 0 to 2, got True"),
+        ({"towards_optimum": None}, "`towards_optimum` must be a number from 0 to 2, got None"),
+        (
+            {"towards_optimum": float("nan")},
+            "`towards_optimum` must be a number from 0 to 2, got nan",
+        ),
+        ({"towards_optimum": 2.5}, "`towards_optimum` must be a number from 0 to 2, got 2.5"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -110,7 +116,7 @@ def test_bad_input_is_named(change, message):
 
 def test_too_many_answers_are_refused():
     task = tasks.random_bandit(1, 7, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="task: got 7 completions, takes 2 to 6"):
+    with pytest.raises(ValueError, match="`task` must have 2 to 6 completions, got 7"):
         Explorer(task)
 
 

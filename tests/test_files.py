@@ -49,7 +49,9 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
     assert (tmp_path / "new" / "inner" / "a").read_bytes() == b"a"
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     with (
-        pytest.raises(FileExistsError, match="path: got .*new, which is there, takes a new folder"),
+        pytest.raises(
+            FileExistsError, match="`path` must be a new folder, got .*new, which is there"
+        ),
         whole_folder(tmp_path / "new"),
     ):
         pass

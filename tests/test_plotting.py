@@ -41,7 +41,7 @@ def test_methods_differ_in_colour_and_drawn_lines_do_not_share_both():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match=r"method: got 'a2c', takes one of \['dpo'"):
+    with pytest.raises(ValueError, match=r"`method` must be one of \['dpo'.*, got 'a2c'"):
         style("a2c")
 
 
@@ -96,7 +96,9 @@ def test_show_gives_a_picture_alt_text_and_a_receipt(notebook):
     assert data["image/png"].startswith(b"\x89PNG")
     assert data["text/plain"] == "a rising line\n" + receipt(fig)
     assert options["metadata"] == {"image/png": {"alt": "a rising line"}}
-    with pytest.raises(ValueError, match="alt: got an empty text"):
+    with pytest.raises(
+        ValueError, match="`alt` must be a description of the figure, got an empty text"
+    ):
         plotting.show(fig, alt=" ")
 
 
@@ -200,7 +202,7 @@ assert plotting.receipt(fig) == before
 
 
 def test_panels_need_one_label_each():
-    with pytest.raises(ValueError, match=r"got \(2, 1, 2\) of them"):
+    with pytest.raises(ValueError, match="`y_labels` must be equally many, got 2, 1 and 2"):
         panels(["a", "b"], ["x"], ["y", "y"])
 
 
@@ -240,11 +242,13 @@ def test_a_triangle_draws_its_frame_its_corners_and_the_heights():
 
 def test_what_is_no_triangle_is_refused():
     _, ax = axes("t", "", "")
-    with pytest.raises(ValueError, match="corners: got 2 names, takes 3"):
+    with pytest.raises(ValueError, match="`corners` must be 3 names, got 2"):
         plotting.ternary(ax, ["a", "b"])
-    with pytest.raises(ValueError, match=r"probs: got shape \[2\], takes \[n, 3\]"):
+    with pytest.raises(ValueError, match=r"`probs` must have shape \[n, 3\] or \[3\], got \[2\]"):
         plotting.ternary_xy([0.5, 0.5])
-    with pytest.raises(ValueError, match="probs: got a row that sums to 0.9, takes rows"):
+    with pytest.raises(
+        ValueError, match="`probs` must have rows that sum to 1, got one that sums to 0.9"
+    ):
         plotting.ternary_xy([[0.5, 0.3, 0.2], [0.5, 0.3, 0.1]])
     with pytest.raises(ValueError, match="`n_steps` must be a whole number >= 1, got 0"):
         plotting.ternary_grid(0)
@@ -283,20 +287,20 @@ def test_a_decision_chart_leads_from_question_to_question():
 
 def test_a_decision_chart_refuses_empty_texts():
     _, ax = axes("t", "x", "y")
-    with pytest.raises(ValueError, match="questions, otherwise: got 0 questions"):
+    with pytest.raises(ValueError, match="`questions` must be at least one, .*, got 0 questions"):
         plotting.decision_chart(ax, {}, otherwise="stop")
     for chart, otherwise in (({"a?": " "}, "stop"), ({"": "b"}, "stop"), ({"a?": "b"}, "")):
-        with pytest.raises(ValueError, match="got 1 questions, .*takes at least one and no empty"):
+        with pytest.raises(ValueError, match="neither they nor `otherwise` empty, got 1 questions"):
             plotting.decision_chart(ax, chart, otherwise=otherwise)
 
 
 def test_named_points_refuse_what_they_cannot_draw():
     _, ax = axes("t", "", "")
-    with pytest.raises(ValueError, match="groups: got no names"):
+    with pytest.raises(ValueError, match="`groups` must have at least one name, got none"):
         plotting.named_points(ax, {"empty": {}})
-    with pytest.raises(ValueError, match="groups: got nan, takes finite"):
+    with pytest.raises(ValueError, match="`groups` must have finite values, got nan"):
         plotting.named_points(ax, {"g": {"a": float("nan")}})
-    with pytest.raises(ValueError, match="groups: got 7 labels, takes at most 6"):
+    with pytest.raises(ValueError, match="`groups` must have at most 6 labels, got 7"):
         plotting.named_points(ax, {str(i): {"a": 0.0} for i in range(7)})
 
 
@@ -309,7 +313,7 @@ def test_curves_have_looks_of_their_own():
     assert (ax.lines[0].get_color(), ax.lines[0].get_linestyle()) == ("black", "--")
     assert ax.get_legend() is not None
     for count in (0, 7):
-        with pytest.raises(ValueError, match=f"named: got {count} names, takes 1 to 6"):
+        with pytest.raises(ValueError, match=f"`named` must have 1 to 6 names, got {count}"):
             plotting.curves(ax, [0], {str(i): [0] for i in range(count)})
 
 
@@ -361,9 +365,14 @@ def test_vector_fields_refuse_what_they_cannot_draw():
         plotting.vector_fields({}, [0, 1, 2], "a", "b")
     with pytest.raises(ValueError, match="`columns` must be a whole number >= 1, got 0"):
         plotting.vector_fields({"f": (one, one)}, [0, 1, 2], "a", "b", columns=0)
-    with pytest.raises(ValueError, match=r"named\['f'\]: got shape \[3, 3\], finite: True"):
+    with pytest.raises(
+        ValueError,
+        match=r"`named\['f'\]` must be finite \[n, n\], got shape \[3, 3\], finite: True",
+    ):
         plotting.vector_fields({"f": (one, one)}, [0, 1], "a", "b")
-    with pytest.raises(ValueError, match=r"got shape \[3, 3\], finite: False, takes finite"):
+    with pytest.raises(
+        ValueError, match=r"must be finite \[n, n\], got shape \[3, 3\], finite: False"
+    ):
         plotting.vector_fields({"f": (one, one * np.inf)}, [0, 1, 2], "a", "b")
 
 
@@ -408,7 +417,7 @@ REFUSED = [
     (lambda: plotting.named_points(ax_of_its_own(), {"g": 1.0}), "`groups` must be of type Map"),
     (
         lambda: plotting.named_points(ax_of_its_own(), {"g": {"a": None}}),
-        "groups: got nan, takes finite values",
+        "`groups` must have finite values, got nan",
     ),
     (
         lambda: plotting.decision_chart(ax_of_its_own(), ["a"], otherwise="c"),

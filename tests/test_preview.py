@@ -141,7 +141,7 @@ def test_pictures_are_there_and_are_described(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_keeps_no_state_of_widgets_or_of_an_editor(path):
     notebook = nbformat.read(path, as_version=4)
-    assert set(notebook.metadata) <= {"kernelspec", "language_info", "dpo_mini"}
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             kinds = set(output.get("data", {}))

@@ -33,3 +33,11 @@ def test_another_seed_prints_the_verdicts_that_change_and_writes_nothing(chapter
         assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == said
     assert chapter.read_text(encoding="utf-8") == committed
     assert [path.name for path in chapter.parent.iterdir()] == [chapter.name]
+
+
+def test_a_second_run_writes_nothing_new(chapter):
+    """As on another machine: nothing that was measured is in the file."""
+    first = chapter.read_bytes()
+    run_chapters.run_chapter(chapter)
+    assert chapter.read_bytes() == first
+    assert set(nbformat.read(chapter, as_version=4).metadata) == {"kernelspec", "language_info"}

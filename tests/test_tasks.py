@@ -398,7 +398,9 @@ def test_probabilities_in_half_precision_sum_to_one_as_nearly_as_they_can(dtype,
     torch.testing.assert_close(task.ref_logps.exp().sum(-1), torch.ones(500).double())
     spacing = torch.finfo(dtype).eps
     torch.testing.assert_close(task.ref_logps.exp(), exact, rtol=2 * spacing, atol=1e-7)
-    with pytest.raises(ValueError, match="ref_probs: got a row that sums to 1.0"):
+    with pytest.raises(
+        ValueError, match="`ref_probs` must have rows that sum to 1, got one that sums to 1.0"
+    ):
         bandit(torch.zeros_like(logits), (1.02 * exact).to(dtype))
 
 
@@ -711,7 +713,7 @@ def make(**changes):
 KINDS = "`rewards` must be a floating torch.Tensor [X, Y], an array or a list of numbers, got "
 REFUSED = [
     (lambda: make(rewards=[[0.0]]), "`rewards` must be a floating torch.Tensor [X, Y], got list"),
-    (lambda: make(rewards=torch.zeros(1, 3)), "rewards: got shape [1, 3], takes [1, 2]"),
+    (lambda: make(rewards=torch.zeros(1, 3)), "`rewards` must have shape [1, 2], got [1, 3]"),
     (lambda: make(rewards=torch.tensor([[0, NAN]])), "`rewards` must be finite, got nan"),
     (
         lambda: make(ref_logps=HALF[0]),
@@ -769,7 +771,7 @@ REFUSED = [
         "`ref_logps` must have rows whose probabilities sum to 1, got a sum of 2: "
         "if these are logits, apply log_softmax first",
     ),
-    (lambda: make(end_token=2), "end_token: got 2, takes None or 0..1"),
+    (lambda: make(end_token=2), "`end_token` must be None or in 0..1, got 2"),
     (lambda: make(end_token=-1), "`end_token` must be a whole number >= 0, got -1"),
     (lambda: make(end_token=0.0), "`end_token` must be a whole number >= 0, got float"),
     (lambda: make(max_tokens=0), "`max_tokens` must be a whole number >= 1, got 0"),
@@ -795,12 +797,15 @@ REFUSED = [
         "`max_tokens` must be a whole number <= 10,000, got 10,001",
     ),
     (lambda: SENTENCES.text([1, 0]), "`completion` must be an int64 tensor [T], got list"),
-    (lambda: SENTENCES.text(torch.tensor([1])), "completions: got 1 columns, takes T = 2"),
-    (lambda: SENTENCES.text(torch.tensor([1, 3])), "completions: got token 3, takes 0..2"),
-    (lambda: SENTENCES.index(torch.tensor([[-2, 0]])), "completions: got token -2, takes 0..2"),
+    (lambda: SENTENCES.text(torch.tensor([1])), "`completions` must have T = 2 columns, got 1"),
+    (lambda: SENTENCES.text(torch.tensor([1, 3])), "`completions` must have tokens in 0..2, got 3"),
+    (
+        lambda: SENTENCES.index(torch.tensor([[-2, 0]])),
+        "`completions` must have tokens in 0..2, got -2",
+    ),
     (
         lambda: SENTENCES.index(torch.tensor([[1, 0], [1, PAD]])),
-        "completions: got row 1 cut short, takes an end token or T tokens",
+        "`completions` must have an end token or T tokens, got row 1 cut short",
     ),
     (
         lambda: SENTENCES.index(torch.tensor([[0, 1]])),
@@ -825,7 +830,7 @@ REFUSED = [
     ),
     (
         lambda: TASK.sample_pairs(HALF[:, :1], 1, generator=GENERATOR),
-        "logps: got shape [1, 1], takes [1, 2]",
+        "`logps` must have shape [1, 2], got [1, 1]",
     ),
     (
         lambda: TASK.sample_pairs(HALF * 0, 1, generator=GENERATOR),
@@ -834,11 +839,11 @@ REFUSED = [
     ),
     (
         lambda: TASK.sample_pairs(double([[1.0, 0.0]]).log(), 1, generator=GENERATOR),
-        "logps: got a row with all its mass on one completion, takes >= 2",
+        "`logps` must give mass to 2 completions of every prompt, got a row with all on one",
     ),
     (
         lambda: TASK.sample_pairs(double([[-INF, -INF, 0.0]])[:, 1:], 1, generator=GENERATOR),
-        "logps: got a row with all its mass on one completion, takes >= 2",
+        "`logps` must give mass to 2 completions of every prompt, got a row with all on one",
     ),
     (
         lambda: TASK.sample_pairs(HALF.to_sparse(), 1, generator=GENERATOR),
@@ -867,15 +872,15 @@ REFUSED = [
     ),
     (
         lambda: bandit(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])),
-        "ref_probs: got a probability <= 0 or NaN, takes positive ones",
+        "`ref_probs` must be positive, got a probability <= 0 or NaN",
     ),
     (
         lambda: bandit(torch.zeros(1, 2), FULL * 1.5),
-        "ref_probs: got a row that sums to 1.5, takes rows that sum to 1",
+        "`ref_probs` must have rows that sum to 1, got one that sums to 1.5",
     ),
     (
         lambda: bandit(torch.zeros(3, 2), torch.tensor([[0.5, 0.5], [1.0, 1.5], [0.5, 0.4]])),
-        "ref_probs: got a row that sums to 2.5, takes rows that sum to 1",
+        "`ref_probs` must have rows that sum to 1, got one that sums to 2.5",
     ),
     (
         lambda: bandit(torch.zeros(4), torch.full((4,), 0.25)),

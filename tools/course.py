@@ -39,7 +39,7 @@ def address() -> str:
     # Colab opens notebooks from GitHub and from no other host.
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", given):
         raise ValueError(
-            f"Repository in pyproject.toml: got {given}, takes https://github.com/OWNER/NAME"
+            f"Repository in pyproject.toml must be https://github.com/OWNER/NAME, got {given}"
         )
     return given
 

@@ -122,10 +122,10 @@ def main() -> None:
     parser.add_argument("--sheet", type=int, help="only this one, 1 to 4")
     given = parser.parse_args()
     if given.seed < 0:
-        parser.error(f"--seed: got {given.seed}, takes an integer >= 0")
+        parser.error(f"--seed must be a whole number >= 0, got {given.seed}")
     wanted = [path for path in sheets() if given.sheet in (None, int(path.name[0]))]
     if not wanted:
-        parser.error(f"--sheet: got {given.sheet}, takes one of 1 to {len(sheets())}")
+        parser.error(f"--sheet must be one of 1 to {len(sheets())}, got {given.sheet}")
     folder = (given.out / f"seed_{given.seed}").resolve()
     make_course(folder, given.seed, wanted)
     print(f"student copies: {folder / 'release'}")

@@ -4,36 +4,47 @@ python tools/public_names.py writes the list anew; a test compares the library w
 name goes, and no argument, without a thought for those who use it (CONTRIBUTING.md, Versions).
 """
 
+import ast
 import inspect
 from importlib import import_module
 from pathlib import Path
 
-MODULES = (
-    "dpo_mini",
-    *(
-        f"dpo_mini.{name}"
-        for name in (
-            "checks",
-            "checks.homework",
-            "checks.museum",
-            "closed_form",
-            "explorer",
-            "logps",
-            "losses",
-            "plotting",
-            "policies",
-            "policy_gradient",
-            "preferences",
-            "progress",
-            "real",
-            "relaxations",
-            "rollout",
-            "tasks",
-            "train",
-        )
-    ),
-)
-LIST = Path(__file__).resolve().parent.parent / "tests" / "public_names.txt"
+ROOT = Path(__file__).resolve().parent.parent
+LIST = ROOT / "tests" / "public_names.txt"
+
+
+def written_names(path: Path) -> list[str]:
+    """The names without an underscore that a file itself defines, in its order."""
+    names = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.append(node.target.id)
+    names = dict.fromkeys(names)  # a name once: typing.overload writes it several times
+    return [name for name in names if not name.startswith("_")]
+
+
+def _public_files() -> dict[str, Path]:
+    """Every module that says in `__all__` what it has, and whose path has no underscore."""
+    found = {}
+    for path in (ROOT / "dpo_mini").rglob("*.py"):
+        inside = path.parent if path.name == "__init__.py" else path.with_suffix("")
+        parts = inside.relative_to(ROOT).parts
+        says = "\n__all__ = " in path.read_text(encoding="utf-8")
+        if says and not any(part.startswith("_") for part in parts):
+            found[".".join(parts)] = path
+    return dict(sorted(found.items()))
+
+
+_FILES = _public_files()
+MODULES = tuple(_FILES)  # "dpo_mini" is the first
+# Folders whose `__init__` defines nothing: all their names are written in files beside it.
+GATHERING = tuple(
+    name for name, path in _FILES.items() if path.name == "__init__.py" and not written_names(path)
+)[1:]
 
 
 def public_names() -> list[str]:
@@ -77,4 +88,4 @@ class _LeftOut:
 
 if __name__ == "__main__":
     LIST.write_text("\n".join(public_names()) + "\n", encoding="utf-8")
-    print(f"{LIST.relative_to(LIST.parent.parent)}: {len(public_names())} names")
+    print(f"{LIST.relative_to(ROOT)}: {len(public_names())} names")

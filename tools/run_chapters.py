@@ -1,8 +1,9 @@
 """Execute chapters in order, refresh their outputs and figures, and print a line for each.
 
 python tools/run_chapters.py runs all, python tools/run_chapters.py 02 05 some. It stamps what the
-chapters' heads say, their minutes included (tools/stamp_chapters.py). With --seed 7 they run as
-copies with another SEED, nothing is written, and the verdicts that do not hold are printed.
+chapters' heads say of the address and of reading (tools/stamp_chapters.py), and writes nothing that
+it measures: the seconds of each run are printed and no more. With --seed 7 chapters run as copies
+with another SEED, nothing is written, and the verdicts that do not hold are printed.
 """
 
 import argparse
@@ -14,9 +15,7 @@ import time
 from pathlib import Path
 
 import nbformat
-import psutil
 from course import NOTEBOOKS, chapters, text_of
-from minutes import REFERENCE_SECONDS, calibrate, within
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from stamp_chapters import main as stamp
@@ -36,11 +35,8 @@ def execute(
     *,
     env: dict[str, str] | None = None,
     **settings: object,
-) -> float:
-    """Run a notebook's cells and return the kernel's processor seconds.
-
-    They are those of the machine that `minutes` refers to: its work, timed before and after, says
-    how fast this one is just now.
+) -> None:
+    """Run a notebook's cells.
 
     Args:
       notebook: gets its outputs, in place.
@@ -48,31 +44,21 @@ def execute(
       env: the kernel's environment variables; those of this process when left out.
       settings: of `NotebookClient`, such as which kernel.
     """
-    used = 0.0
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     # disable=None: no bar where the output goes to a file
     bar = tqdm(total=len(code), unit="cell", leave=False, disable=None)
-
-    def look(**_: object) -> None:
-        nonlocal used
-        bar.update()
-        times = psutil.Process(client.km.provisioner.pid).cpu_times()
-        used = times.user + times.system
-
     client = NotebookClient(
         notebook,
         timeout=600,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
-        on_cell_executed=look,
+        on_cell_executed=lambda **_: bar.update(),
         **settings,
     )
-    before = calibrate()
     # Without the first of these a kernel of somebody else's manager would live on.
     with bar:
         client.execute(cleanup_kc=True, **({} if env is None else {"env": env}))
-    return used * 2 * REFERENCE_SECONDS / (before + calibrate())
 
 
 def run_chapter(path: Path) -> None:
@@ -82,13 +68,9 @@ def run_chapter(path: Path) -> None:
     notebook = nbformat.reads(text_of(given), as_version=4)
     # `plotting.save` writes where this says.
     env = {**os.environ, "DPO_MINI_FIGURES": str(NOTEBOOKS.parent / "figures")}
-    seconds = execute(notebook, path.parent, env=env, **QUIET_KERNEL)
-    known = notebook.metadata.get("dpo_mini", {}).get("seconds")
-    if known is None or not within(1.5, known, seconds):
-        known = float(f"{seconds:.2g}")
+    execute(notebook, path.parent, env=env, **QUIET_KERNEL)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": LANGUAGE}
-    notebook.metadata["dpo_mini"] = {"seconds": known}
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
     stamp_chapter(notebook, path.name)

@@ -1,8 +1,9 @@
-"""Write what the head of every chapter says about where the course stands and how long it takes.
+"""Write what the head of every chapter says about where the course stands and how long it is.
 
 The address in pyproject.toml goes into each chapter's badge, into the cell that installs the
-package where it is missing, into README.md and CITATION.cff. Minutes go into each chapter's first
-cell and into README's table; a number that is still right stays.
+package where it is missing, into README.md and CITATION.cff. Minutes of reading and of exercises go
+into each chapter's first cell and into README's table; a number that is still right stays. What
+follows them in their line, how long the chapter runs, is its author's.
 
 python tools/stamp_chapters.py writes what has changed and names it. Run again, it writes nothing.
 """
@@ -11,7 +12,7 @@ import json
 import re
 
 from course import ROOT, address, chapters, sheets, text_of, write
-from minutes import exercise_minutes, nearest, reading_minutes, within
+from minutes import exercise_minutes, reading_minutes, within
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github/"
@@ -31,8 +32,9 @@ if spec is None or spec.origin is None:  # a mere folder has no origin
         raise RuntimeError(f"could not install {{source}}: {{done.stderr}}")
 """
 ID = "bootstrap"
-SPENT = re.compile(r"^- \*\*You'll spend\*\*: about (\d+) minutes .*$", re.M)
-RUN = re.compile(r"; it runs in about (a|\d+) (second|minute)s?\.$", re.M)
+SPENT = re.compile(
+    r"^- \*\*You'll spend\*\*: about (\d+) minutes to read and (\d+) for the exercises", re.M
+)
 
 
 def bootstrap() -> str:
@@ -46,41 +48,19 @@ def open_line(name: str) -> str:
     return f"{badge} · [All chapters]({address()}#the-chapters)"
 
 
-def in_words(seconds: int) -> str:
-    if seconds == 1:
-        return "a second"
-    if seconds < 60 or seconds % 60:
-        return f"{seconds} seconds"
-    return "a minute" if seconds == 60 else f"{seconds // 60} minutes"
-
-
-def stated_seconds(title: str) -> int | None:
-    """What a chapter's first cell says of its run, in seconds; None where it says nothing."""
-    found = RUN.search(title)
-    if not found:
-        return None
-    number = 1 if found[1] == "a" else int(found[1])
-    return number * {"second": 1, "minute": 60}[found[2]]
-
-
 def stated_minutes(title: str) -> int | None:
     """What a chapter's first cell says of its reading; None where it says nothing."""
     found = SPENT.search(title)
     return int(found[1]) if found else None
 
 
-def spent_line(notebook: dict, title: str) -> str:
+def spent(notebook: dict, title: str) -> str:
     """What the chapter takes: what is stated while it is about right, and else the number anew."""
     by_formula, minutes = reading_minutes(notebook), stated_minutes(title)
     if minutes is None or not within(1.25, minutes, by_formula):
         minutes = max(5, 5 * round(by_formula / 5))
-    line = f"about {minutes} minutes to read and {exercise_minutes(notebook)} for the exercises"
-    measured = notebook["metadata"].get("dpo_mini", {}).get("seconds")
-    seconds = stated_seconds(title)
-    if measured and (seconds is None or not within(1.5, seconds, measured)):
-        seconds = nearest(measured)
-    ran = f"; it runs in about {in_words(seconds)}" if seconds else ""
-    return f"- **You'll spend**: {line}{ran}."
+    doing = exercise_minutes(notebook)
+    return f"- **You'll spend**: about {minutes} minutes to read and {doing} for the exercises"
 
 
 def stamp_title(notebook: dict, name: str) -> None:
@@ -88,11 +68,11 @@ def stamp_title(notebook: dict, name: str) -> None:
     heading, _, rest = "".join(cell["source"]).partition("\n\n")
     if rest.startswith("[![Open in Colab]"):
         rest = rest.partition("\n\n")[2]
-    line = spent_line(notebook, rest)
+    start = spent(notebook, rest)
     if SPENT.search(rest):
-        rest = SPENT.sub(lambda _: line, rest)
+        rest = SPENT.sub(lambda _: start, rest)
     else:  # at the end of the list of what the reader will do, learn and need
-        rest = re.sub(r"(\*\*You'll need\*\*.*?)\n\n", lambda f: f"{f[1]}\n{line}\n\n", rest,
+        rest = re.sub(r"(\*\*You'll need\*\*.*?)\n\n", lambda f: f"{f[1]}\n{start}.\n\n", rest,
                       count=1, flags=re.S)  # fmt: skip
     cell["source"] = f"{heading}\n\n{open_line(name)}\n\n{rest}"
 
@@ -131,9 +111,9 @@ def stamped_readme(text: str, titles: dict[str, str]) -> str:
     text = re.sub(rf"{re.escape(COLAB)}[\w.-]+/[\w.-]+/blob", f"{COLAB}{slug}/blob", text)
     text = re.sub(r"(git\+|git clone )https://\S+", rf"\1{address()}", text)
     for name, title in titles.items():
-        spent = re.search(r"about (\d+) minutes to read and (\d+) for", title)
+        reading, doing = SPENT.search(title).groups()
         row = re.compile(rf"^(\| \[[^\]]*\]\(notebooks/{re.escape(name)}\) \|.*\|)[^|]*\|$", re.M)
-        text = row.sub(lambda found, s=spent: f"{found[1]} {s[1]} + {s[2]} |", text)
+        text = row.sub(lambda found, m=f"{reading} + {doing}": f"{found[1]} {m} |", text)
     return text
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 from course import ROOT, chapters, project
-from kernels import bare_environment, kernel_of
+from jupyter_kernels import bare_environment, kernel_of
 from nbclient.exceptions import CellExecutionError
 from run_chapters import execute
 from wheel import build_wheel
@@ -35,7 +35,7 @@ def oldest(requirement: str) -> str:
     """`torch>=2.6,<2.14` becomes `torch==2.6`."""
     found = re.fullmatch(r"([\w-]+)>=([\d.]+),<[\d.]+", requirement)
     if not found:
-        raise ValueError(f"requirement: got {requirement}, takes NAME>=LOWEST,<NEXT")
+        raise ValueError(f"a requirement must be NAME>=LOWEST,<NEXT, got {requirement}")
     return f"{found[1]}=={found[2]}"
 
 

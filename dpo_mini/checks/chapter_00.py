@@ -4,6 +4,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, other_instances
+from dpo_mini.checks.theorems import differ_alike, implied_rewards, optimum, sum_to_one
 
 REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
@@ -13,11 +14,10 @@ def judge_tilt(tilt):
     """0.1: a policy whose log-ratios to the reference differ as the rewards do, over beta."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
         probs = tilt(ref_probs, rewards, beta)
-        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
-        gains = beta * (probs / ref_probs).log()
-        agree(
-            gains - gains[0],
-            rewards - rewards[0],
+        sum_to_one(probs)
+        differ_alike(
+            implied_rewards(probs, ref_probs, beta),
+            rewards,
             "beta log(pi / pi_ref) of two answers does not differ as their rewards do",
         )
 
@@ -52,7 +52,7 @@ def _reference_divides(ref_probs, rewards, beta):
 def judge_reward_margin(reward_margin):
     """0.2: read off a policy that was made with known rewards, the margin is theirs."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
-        probs = torch.softmax(ref_probs.log() + rewards / beta, -1)
+        probs = optimum(ref_probs, rewards, beta)
         agree(
             reward_margin(probs, ref_probs, beta),
             rewards[0] - rewards[1],

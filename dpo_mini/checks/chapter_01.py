@@ -6,6 +6,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, other_instances, random_policies, require
+from dpo_mini.checks.theorems import implied_rewards, kl, no_slope, optimum
 
 POLICY = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -16,15 +17,11 @@ HUMPS = 0.3 * torch.exp(-0.5 * (POINTS + 2) ** 2) + 0.1 * torch.exp(-0.125 * (PO
 TARGET = HUMPS / HUMPS.sum()
 
 
-def _nats(probs, other_probs):
-    return torch.xlogy(probs, probs / other_probs).sum()
-
-
 def judge_objective(objective):
     """1.1: J is known where the rewards make the policy optimal, and linear in the rewards."""
     for seed, ((ref, _), (rewards, _), beta) in enumerate(other_instances(seed=1)):
         probs = random_policies(ref, seed)
-        own_rewards = beta * (probs.log() - ref.log())  # probs is their optimum, with Z = 1
+        own_rewards = implied_rewards(probs, ref, beta)  # probs is their optimum, with Z = 1
         agree(
             objective(probs, ref, own_rewards + 0.7, beta),
             0.7,
@@ -55,12 +52,12 @@ def _judge_answers_never_given(objective, probs, ref, rewards, beta):
 
 def _kl_turned_round(probs, ref_probs, rewards, beta):
     """The KL is reversed: it must average over what the policy says, not the reference."""
-    return (probs * rewards).sum() - beta * _nats(ref_probs, probs)
+    return (probs * rewards).sum() - beta * kl(ref_probs, probs)
 
 
 def _penalty_added(probs, ref_probs, rewards, beta):
     """The penalty has the wrong sign: leaving the reference must cost."""
-    return (probs * rewards).sum() + beta * _nats(probs, ref_probs)
+    return (probs * rewards).sum() + beta * kl(probs, ref_probs)
 
 
 def _zero_times_infinity(probs, ref_probs, rewards, beta):
@@ -70,7 +67,7 @@ def _zero_times_infinity(probs, ref_probs, rewards, beta):
 
 def _beta_on_the_reward(probs, ref_probs, rewards, beta):
     """Beta multiplies the reward: it is the price of a nat and belongs to the KL."""
-    return beta * (probs * rewards).sum() - _nats(probs, ref_probs)
+    return beta * (probs * rewards).sum() - kl(probs, ref_probs)
 
 
 def _entropy_only(probs, ref_probs, rewards, beta):
@@ -85,12 +82,12 @@ def _kl_missing(probs, ref_probs, rewards, beta):
 
 def _rewards_summed(probs, ref_probs, rewards, beta):
     """The rewards are added up: their mean under the policy weighs each by its probability."""
-    return rewards.sum() - beta * _nats(probs, ref_probs)
+    return rewards.sum() - beta * kl(probs, ref_probs)
 
 
 def _reward_of_the_reference(probs, ref_probs, rewards, beta):
     """This is the reference's mean reward: J asks for the policy's."""
-    return (ref_probs * rewards).sum() - beta * _nats(probs, ref_probs)
+    return (ref_probs * rewards).sum() - beta * kl(probs, ref_probs)
 
 
 def _cross_entropy(probs, ref_probs, rewards, beta):
@@ -111,11 +108,11 @@ def judge_safe_beta(safe_beta):
             require(beta > 0, "your beta is not above 0")
             for draw in range(5):
                 ref = random_policies(rewards, 10 * seed + draw)
-                shares = torch.softmax(ref.log() + rewards / beta, 0) / ref
+                shares = optimum(ref, rewards, beta) / ref
                 require(shares.min() >= floor, "with your beta an answer falls below the floor")
             worst_ref = torch.full_like(rewards, 1e-13)
             worst_ref[rewards.argmax()] = 1.0
-            shares = torch.softmax(worst_ref.log() + rewards / beta, 0) / worst_ref
+            shares = optimum(worst_ref, rewards, beta) / worst_ref
             agree(
                 shares.min(),
                 floor,
@@ -157,9 +154,11 @@ def judge_forward_gaussian(forward_gaussian):
         gaussian = forward_gaussian(points, probs).requires_grad_()
         require(gaussian[1] > 0, "the standard deviation is not above 0")
         log_density = torch.distributions.Normal(*gaussian).log_prob(points)
-        kl = (probs * (probs.log() - log_density)).sum()
-        (slopes,) = torch.autograd.grad(kl, gaussian)
-        agree(slopes, 0.0, "another Gaussian has a smaller forward KL: its gradient is not 0")
+        no_slope(
+            (probs * (probs.log() - log_density)).sum(),
+            gaussian,
+            "another Gaussian has a smaller forward KL: its gradient is not 0",
+        )
 
 
 def _variance(points, probs):

@@ -4,6 +4,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, other_instances, random_policies, require
+from dpo_mini.checks.theorems import implied_rewards, kl, no_slope, objective, sum_to_one
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 POLICY = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -17,41 +18,32 @@ def _tilt(ref_probs, rewards, beta):
     return weights / weights.sum()
 
 
-def _nats(probs, other_probs):
-    return torch.xlogy(probs, probs / other_probs).sum()
-
-
-def _objective(probs, ref_probs, rewards, beta):
-    return (probs * rewards).sum() - beta * _nats(probs, ref_probs)
-
-
 def judge_shortfall(shortfall):
     """2.1: it is 0 at an optimum that is known beforehand, and it grows as J falls."""
     for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=1)):
         best, probs = (random_policies(ref_probs, 2 * seed + n) for n in (0, 1))
-        rewards = beta * (best / ref_probs).log() + 0.3  # so best is their optimum
+        rewards = implied_rewards(best, ref_probs, beta) + 0.3  # so best is their optimum
         agree(shortfall(best, ref_probs, rewards, beta), 0.0, "the optimum falls short of itself")
         agree(
             shortfall(probs, ref_probs, rewards, beta),
-            _objective(best, ref_probs, rewards, beta)
-            - _objective(probs, ref_probs, rewards, beta),
+            objective(best, ref_probs, rewards, beta) - objective(probs, ref_probs, rewards, beta),
             "between two policies the shortfalls do not differ as their J does",
         )
 
 
 def _shortfall_turned_round(probs, ref_probs, rewards, beta):
     """The KL is reversed: here it averages over the optimum and not over the policy."""
-    return beta * _nats(_tilt(ref_probs, rewards, beta), probs)
+    return beta * kl(_tilt(ref_probs, rewards, beta), probs)
 
 
 def _shortfall_in_nats(probs, ref_probs, rewards, beta):
     """Beta is missing: a shortfall of J is in units of reward, this is in nats."""
-    return _nats(probs, _tilt(ref_probs, rewards, beta))
+    return kl(probs, _tilt(ref_probs, rewards, beta))
 
 
 def _shortfall_from_reference(probs, ref_probs, rewards, beta):
     """This is the distance from the reference: a policy falls short of the optimum."""
-    return beta * _nats(probs, ref_probs)
+    return beta * kl(probs, ref_probs)
 
 
 def _shortfall_of_reward(probs, ref_probs, rewards, beta):
@@ -62,7 +54,7 @@ def _shortfall_of_reward(probs, ref_probs, rewards, beta):
 def _log_z_alone(probs, ref_probs, rewards, beta):
     """J* is beta log Z: the beta before the logarithm is missing."""
     log_z = torch.logsumexp(ref_probs.log() + rewards / beta, -1)
-    return log_z - ((probs * rewards).sum() - beta * _nats(probs, ref_probs))
+    return log_z - ((probs * rewards).sum() - beta * kl(probs, ref_probs))
 
 
 def _best_value(ref_probs, rewards, beta):
@@ -71,7 +63,7 @@ def _best_value(ref_probs, rewards, beta):
 
 def _shortfall_negative(probs, ref_probs, rewards, beta):
     """The sign is reversed: no policy is above the optimum, so a shortfall is never negative."""
-    return _objective(probs, ref_probs, rewards, beta) - _best_value(ref_probs, rewards, beta)
+    return objective(probs, ref_probs, rewards, beta) - _best_value(ref_probs, rewards, beta)
 
 
 def _objective_without_kl(probs, ref_probs, rewards, beta):
@@ -82,74 +74,74 @@ def _objective_without_kl(probs, ref_probs, rewards, beta):
 def _best_without_kl(probs, ref_probs, rewards, beta):
     """J* has lost its KL term: the optimum, too, pays for leaving the reference."""
     reward = (_tilt(ref_probs, rewards, beta) * rewards).sum()
-    return reward - _objective(probs, ref_probs, rewards, beta)
+    return reward - objective(probs, ref_probs, rewards, beta)
 
 
 def _best_is_the_largest_reward(probs, ref_probs, rewards, beta):
     """The largest reward stands for J*: with a KL to pay, the optimum stays below it."""
-    return rewards.max() - _objective(probs, ref_probs, rewards, beta)
+    return rewards.max() - objective(probs, ref_probs, rewards, beta)
 
 
 def _objective_alone(probs, ref_probs, rewards, beta):
     """This is J of the policy: how far is it below J*?"""
-    return _objective(probs, ref_probs, rewards, beta)
+    return objective(probs, ref_probs, rewards, beta)
 
 
 def _objective_with_the_penalty_added(probs, ref_probs, rewards, beta):
     """In the policy's J the penalty has the wrong sign: leaving the reference must cost."""
-    value = (probs * rewards).sum() + beta * _nats(probs, ref_probs)
+    value = (probs * rewards).sum() + beta * kl(probs, ref_probs)
     return _best_value(ref_probs, rewards, beta) - value
 
 
 def _objective_in_nats(probs, ref_probs, rewards, beta):
     """In the policy's J the KL has lost its beta: nats are subtracted from units of reward."""
-    value = (probs * rewards).sum() - _nats(probs, ref_probs)
+    value = (probs * rewards).sum() - kl(probs, ref_probs)
     return _best_value(ref_probs, rewards, beta) - value
 
 
 def _objective_with_reverse_kl(probs, ref_probs, rewards, beta):
     """In the policy's J the KL is reversed: it averages over the policy, not over the reference."""
-    value = (probs * rewards).sum() - beta * _nats(ref_probs, probs)
+    value = (probs * rewards).sum() - beta * kl(ref_probs, probs)
     return _best_value(ref_probs, rewards, beta) - value
 
 
 def _best_without_reference(probs, ref_probs, rewards, beta):
     """J* has lost the reference: Z weighs each answer by its probability there."""
     best = beta * torch.logsumexp(rewards / beta, -1)
-    return best - _objective(probs, ref_probs, rewards, beta)
+    return best - objective(probs, ref_probs, rewards, beta)
 
 
 def _best_at_beta_one(probs, ref_probs, rewards, beta):
     """Inside Z the rewards are not divided by beta."""
     best = beta * torch.logsumexp(ref_probs.log() + rewards, -1)
-    return best - _objective(probs, ref_probs, rewards, beta)
+    return best - objective(probs, ref_probs, rewards, beta)
 
 
 def _best_without_logarithm(probs, ref_probs, rewards, beta):
     """The logarithm is missing: this takes beta Z for J*."""
     best = beta * (ref_probs * torch.exp(rewards / beta)).sum()
-    return best - _objective(probs, ref_probs, rewards, beta)
+    return best - objective(probs, ref_probs, rewards, beta)
 
 
 def _shortfall_over_beta(probs, ref_probs, rewards, beta):
     """The KL is divided by beta: beta is the price of a nat and multiplies it."""
-    return _nats(probs, _tilt(ref_probs, rewards, beta)) / beta
+    return kl(probs, _tilt(ref_probs, rewards, beta)) / beta
 
 
 def _shortfall_of_tilt_upside_down(probs, ref_probs, rewards, beta):
     """The optimum is tilted by beta r: it is r / beta that counts."""
-    return beta * _nats(probs, _tilt(ref_probs, rewards, 1 / beta))
+    return beta * kl(probs, _tilt(ref_probs, rewards, 1 / beta))
 
 
 def _shortfall_reversed_in_nats(probs, ref_probs, rewards, beta):
     """Two things: the KL is reversed (it averages over the optimum), and its beta is missing."""
-    return _nats(_tilt(ref_probs, rewards, beta), probs)
+    return kl(_tilt(ref_probs, rewards, beta), probs)
 
 
 def _below_the_reference(probs, ref_probs, rewards, beta):
     """This compares with the reference's J: a policy falls short of the optimum's."""
-    value = _objective(probs, ref_probs, rewards, beta)
-    return _objective(ref_probs, ref_probs, rewards, beta) - value
+    value = objective(probs, ref_probs, rewards, beta)
+    return objective(ref_probs, ref_probs, rewards, beta) - value
 
 
 def _multiplier(total, low, high):
@@ -164,13 +156,15 @@ def judge_forward_kl_policy(forward_kl_policy):
     """2.2: a policy where the objective, which is concave, is stationary, by autograd."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
         probs = forward_kl_policy(ref_probs, rewards, beta)
-        agree(probs.sum(), 1.0, "the probabilities do not sum to 1: lambda must see to it")
+        sum_to_one(probs, "the probabilities do not sum to 1: lambda must see to it")
         require(probs.min() > 0, "a probability is not above 0: forward KL would be infinite")
         logits = probs.log().requires_grad_()
         policy = logits.softmax(0)
-        objective = policy @ rewards - beta * (ref_probs * (ref_probs / policy).log()).sum()
-        (slopes,) = torch.autograd.grad(objective, logits)
-        agree(slopes, 0.0, "another policy is better: the gradient of the objective is not 0")
+        no_slope(
+            policy @ rewards - beta * kl(ref_probs, policy),
+            logits,
+            "another policy is better: the gradient of the objective is not 0",
+        )
 
 
 def _solved_for_lambda(ref_probs, rewards, beta):
@@ -224,7 +218,7 @@ def judge_chi_squared_policy(chi_squared_policy):
         for weight in (beta, beta / 8):  # with the smaller one answers are dropped
             probs = chi_squared_policy(ref_probs, rewards, weight)
             require(probs.min() >= 0, "some of your probabilities are negative")
-            agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+            sum_to_one(probs)
             policy = probs.clone().requires_grad_()
             penalty = (ref_probs * (policy / ref_probs - 1) ** 2).sum()
             (slopes,) = torch.autograd.grad(policy @ rewards - weight * penalty, policy)

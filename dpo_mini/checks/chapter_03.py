@@ -1,12 +1,12 @@
 """Chapter 03: the partition function."""
 
 import math
-from itertools import product
 
 import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, other_instances
+from dpo_mini.checks.theorems import every_draw, kl, optimum
 
 PROBS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
@@ -18,10 +18,8 @@ def judge_log_z_of_tokens(log_z_of_tokens):
     """3.1: the sum over every sentence, one by one."""
     for (token_probs, _), (token_rewards, _), beta in other_instances(seed=1):
         for n_tokens in (1, 2, 4):
-            z = 0.0
-            for sentence in product(range(len(token_probs)), repeat=n_tokens):
-                said = list(sentence)
-                z = z + token_probs[said].prod() * (token_rewards[said].sum() / beta).exp()
+            said, chances = every_draw(token_probs, n_tokens)
+            z = chances @ (token_rewards[said].sum(1) / beta).exp()
             agree(
                 log_z_of_tokens(token_probs, token_rewards, beta, n_tokens),
                 z.log(),
@@ -69,10 +67,8 @@ def judge_draws_needed(draws_needed):
         weights = (rewards / beta).exp()
         z = ref_probs @ weights
         for n_draws in (1, 2, 3):
-            variance = 0.0
-            for drawn in product(range(len(ref_probs)), repeat=n_draws):
-                at = list(drawn)
-                variance = variance + ref_probs[at].prod() * (weights[at].mean() / z - 1) ** 2
+            drawn, chances = every_draw(ref_probs, n_draws)
+            variance = chances @ (weights[drawn].mean(1) / z - 1) ** 2
             agree(
                 draws_needed(ref_probs, rewards, beta, float(variance.sqrt())),
                 n_draws,
@@ -107,8 +103,8 @@ def _second_moment(ref_probs, rewards, beta, error):
 
 def _kl_for_chi(ref_probs, rewards, beta, error):
     """KL stands where chi-squared belongs: the variance is of the weight, not of its logarithm."""
-    optimum = torch.softmax(ref_probs.log() + rewards / beta, 0)
-    return (optimum * (optimum / ref_probs).log()).sum() / error**2
+    best = optimum(ref_probs, rewards, beta)
+    return kl(best, ref_probs) / error**2
 
 
 def _divided_by_z(ref_probs, rewards, beta, error):
@@ -120,8 +116,8 @@ def _divided_by_z(ref_probs, rewards, beta, error):
 
 def _reverse_chi(ref_probs, rewards, beta, error):
     """The chi-squared is reversed: the draws come from the reference."""
-    optimum = torch.softmax(ref_probs.log() + rewards / beta, 0)
-    return (optimum * (ref_probs / optimum - 1) ** 2).sum() / error**2
+    best = optimum(ref_probs, rewards, beta)
+    return (best * (ref_probs / best - 1) ** 2).sum() / error**2
 
 
 def _rounded_up(ref_probs, rewards, beta, error):

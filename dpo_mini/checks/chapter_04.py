@@ -4,6 +4,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, other_instances, random_policies
+from dpo_mini.checks.theorems import differ_alike, optimum, sum_to_one
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
@@ -18,7 +19,7 @@ def judge_representative(representative):
     """4.1: it is of the same class, and its Z is 1."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=1):
         found = representative(rewards, ref_probs, beta)
-        agree(found - found[0], rewards - rewards[0], "two answers no longer differ as they did")
+        differ_alike(found, rewards, "two answers no longer differ as they did")
         z = (ref_probs * (found / beta).exp()).sum()
         agree(z, 1.0, "Z of what you return is not 1, so it is no implied reward")
 
@@ -66,7 +67,7 @@ def _reference_left_in(rewards, ref_probs, beta):
 def judge_anchored_rewards(anchored_rewards):
     """4.2: read off a policy that was made with known rewards, they come back."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
-        probs = torch.softmax(ref_probs.log() + rewards / beta, 0)
+        probs = optimum(ref_probs, rewards, beta)
         agree(
             anchored_rewards(probs, ref_probs, beta, float(rewards[0])),
             rewards,
@@ -117,9 +118,9 @@ def judge_move_to_reference(move_to_reference):
     """4.3: optima of one reward and beta at two references, made with both known."""
     for seed, ((old, _), (rewards, _), beta) in enumerate(other_instances(seed=3)):
         new = random_policies(old, seed)
-        optima = [torch.softmax(ref.log() + rewards / beta, 0) for ref in (old, new)]
+        optima = [optimum(ref, rewards, beta) for ref in (old, new)]
         got = move_to_reference(optima[0], old, new)
-        agree(got.sum(), 1.0, "your probabilities do not sum to 1")
+        sum_to_one(got)
         agree(got, optima[1], "the optimum of the same reward at the new reference is another")
 
 

@@ -6,6 +6,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, other_instances
+from dpo_mini.checks.theorems import implied_rewards, no_slope, optimum, sum_to_one
 
 REF = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 REWARDS = torch.tensor([[1.0, 0.2, -0.4, 0.8], [2.2, 0.9, 1.6, 0.4]], dtype=torch.float64)
@@ -16,8 +17,7 @@ SCORES = torch.tensor([1.5, 0.2, -0.6, 0.7], dtype=torch.float64)
 def judge_missing_margin(missing_margin):
     """5.1: with it every implied margin across the prompts is that of the known rewards."""
     for ref_probs, rewards, beta in other_instances(seed=1):
-        best = torch.softmax(ref_probs.log() + rewards / beta, 1)
-        implied = beta * (best / ref_probs).log()
+        implied = implied_rewards(optimum(ref_probs, rewards, beta), ref_probs, beta)
         missing = missing_margin(ref_probs, rewards, beta)
         agree(
             implied[0][:, None] - implied[1] + missing,
@@ -137,7 +137,7 @@ def judge_ranking_logp(ranking_logp):
                     - ranking_logp(logratios[turned[1:]], beta),
                     f"who comes after the first, here {head}, depends on who is first",
                 )
-        agree(firsts.sum(), 1.0, "the probabilities of all rankings do not sum to 1")
+        sum_to_one(firsts, "the probabilities of all rankings do not sum to 1")
         agree(firsts, wins, "over all rankings the first place is no softmax of implied rewards")
 
 
@@ -241,8 +241,7 @@ def judge_best_value(best_value):
     for _, (logratios, scores), beta in other_instances(seed=3):
         value = best_value(logratios, scores, beta).requires_grad_()
         error = (scores - beta * logratios - value).pow(2).sum()
-        (slope,) = torch.autograd.grad(error, value)
-        agree(slope, 0.0, "another V has a smaller squared error: its slope is not 0")
+        no_slope(error, value, "another V has a smaller squared error: its slope is not 0")
 
 
 def _value_of_scores(logratios, scores, beta):

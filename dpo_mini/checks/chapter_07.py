@@ -1,12 +1,12 @@
 """Chapter 07: estimate a gradient that cannot be backpropagated."""
 
 import math
-from itertools import product
 
 import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree
+from dpo_mini.checks.theorems import every_draw
 
 
 def judge_leave_one_out(leave_one_out):
@@ -24,9 +24,9 @@ def judge_leave_one_out(leave_one_out):
             agree(others, -0.6 / (n_rewards - 1), "the baseline of a sample is no mean of the rest")
     probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     scores, estimate = torch.eye(3, dtype=torch.float64) - probs, 0.0  # of a softmax's logits
-    for drawn in product(range(3), repeat=3):
-        advantages = leave_one_out(REWARDS[1][list(drawn)])
-        estimate = estimate + probs[list(drawn)].prod() * (advantages @ scores[list(drawn)]) / 3
+    for drawn, chance in zip(*every_draw(probs, 3), strict=True):
+        advantages = leave_one_out(REWARDS[1][drawn])
+        estimate = estimate + chance * (advantages @ scores[drawn]) / 3
     truth = probs * (REWARDS[1] - probs @ REWARDS[1])
     agree(estimate, truth, "over all draws of three samples the estimate is biased")
 
@@ -139,9 +139,8 @@ def judge_stretch(stretch):
     """7.3: every table of rewards that a group can draw, with GRPO's gradient of each."""
     for p, size in ((0.3, 5), (0.6, 2), (0.85, 3), (0.05, 7)):
         mean_gradient = 0.0
-        for outcome in product((0.0, 1.0), repeat=size):
-            rewards = torch.tensor(outcome, dtype=torch.float64)
-            chance = (p * rewards + (1 - p) * (1 - rewards)).prod()
+        outcomes, chances = every_draw(torch.tensor([1 - p, p], dtype=torch.float64), size)
+        for rewards, chance in zip(outcomes.double(), chances, strict=True):
             deviation = rewards.std(correction=0)
             if deviation > 0:
                 advantages = (rewards - rewards.mean()) / deviation

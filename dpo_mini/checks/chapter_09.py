@@ -1,11 +1,10 @@
 """Chapter 09: compare PPO with DPO."""
 
-from itertools import product
-
 import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, draws, other_instances, random_policies
+from dpo_mini.checks.theorems import every_draw, kl, objective, optimum
 
 REF_PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
@@ -22,11 +21,11 @@ def judge_advantages(advantages):
     for ref_probs, rewards, beta in other_instances(seed=0):
         ref_logps = ref_probs.log()
         log_z = (ref_logps + rewards / beta).logsumexp(1, keepdim=True)
-        best = ref_logps + rewards / beta - log_z
-        for start in (best, ref_logps, random_policies(ref_probs, seed=1).log()):
-            logits = start.clone().requires_grad_()
+        best = optimum(ref_probs, rewards, beta)
+        for start in (best, ref_probs, random_policies(ref_probs, seed=1)):
+            logits = start.log().requires_grad_()
             logps = logits.log_softmax(1)
-            objectives = _objectives(logps, ref_logps, rewards, beta)
+            objectives = objective(logps.exp(), ref_probs, rewards, beta)
             (slopes,) = torch.autograd.grad(objectives.sum(), logits)
             tables = rewards, logps.detach(), ref_logps, log_z.expand_as(logps)
             weights = advantages(*(table.flatten() for table in tables), beta).reshape(logps.shape)
@@ -46,15 +45,10 @@ def judge_advantages(advantages):
             )
             agree(
                 means[:, 0],
-                objectives - _objectives(best, ref_logps, rewards, beta),
+                objectives - objective(best, ref_probs, rewards, beta),
                 "the mean of your weights under the policy is not J - J*, what the objective lacks "
                 "to its optimum",
             )
-
-
-def _objectives(logps, ref_logps, rewards, beta):
-    """The expected reward less beta times the KL, of each prompt."""
-    return (logps.exp() * (rewards - beta * (logps - ref_logps))).sum(-1)
 
 
 def _without_kl(rewards, logps, ref_logps, log_z, beta):
@@ -95,21 +89,14 @@ def _times_logp(rewards, logps, ref_logps, log_z, beta):
 def judge_frontier_gap(frontier_gap):
     """9.2: lifted by the gap, a policy beats no known J*, and reaches one of them."""
     for n, ((ref_probs, _), (rewards, _), _) in enumerate(other_instances(seed=1), 1):
-        ref_logps = ref_probs.log()
         betas = draws(n, seed=n).exp()
-        optima = [(ref_logps + rewards / beta).log_softmax(0) for beta in betas]
-        best_values = torch.stack(
-            [
-                _objectives(best, ref_logps, rewards, beta)
-                for best, beta in zip(optima, betas, strict=True)
-            ]
-        )
-        others = [random_policies(ref_probs, seed).log() for seed in range(4)]
-        for logps in [ref_logps, *optima, *others]:
-            reward = (logps.exp() @ rewards).item()
-            kl = (logps.exp() @ (logps - ref_logps)).item()
-            gap = frontier_gap(reward, kl, betas, best_values)
-            surplus = (reward + gap - betas * kl - best_values).max()
+        optima = optimum(ref_probs, rewards, betas[:, None])
+        best_values = objective(optima, ref_probs, rewards, betas)
+        others = [random_policies(ref_probs, seed) for seed in range(4)]
+        for probs in [ref_probs, *optima, *others]:
+            reward, nats = (probs @ rewards).item(), kl(probs, ref_probs).item()
+            gap = frontier_gap(reward, nats, betas, best_values)
+            surplus = (reward + gap - betas * nats - best_values).max()
             agree(
                 surplus.clamp(min=0),
                 0.0,
@@ -175,9 +162,9 @@ def judge_best_of_n(best_of_n):
 
 def _best_of_all_draws(ref_probs, rewards, n):
     kept = torch.zeros_like(ref_probs)
-    for drawn in product(range(len(ref_probs)), repeat=n):
-        best = max(drawn, key=lambda y: float(rewards[y]))
-        kept[best] += ref_probs[list(drawn)].prod()
+    for drawn, chance in zip(*every_draw(ref_probs, n), strict=True):
+        best = max(drawn.tolist(), key=lambda y: float(rewards[y]))
+        kept[best] += chance
     return kept
 
 

@@ -4,6 +4,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, draws, other_instances
+from dpo_mini.checks.theorems import no_slope, sum_to_one
 
 SHOWN = torch.tensor([0.69, 0.31, 0.5, 0.74], dtype=torch.float64)
 REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -77,12 +78,11 @@ def judge_ipo_policy(ipo_policy):
         scores = draws(len(ref_probs), len(ref_probs), seed=seed)
         wins = (scores - scores.T).sigmoid()
         probs = ipo_policy(ref_probs, wins, beta)
-        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        sum_to_one(probs)
         log_ratios = (probs / ref_probs).log().requires_grad_()
         margins = log_ratios[:, None] - log_ratios[None, :]
         loss = (wins * (margins - 1 / (2 * beta)) ** 2).mean()  # every ordered pair as often
-        (slope,) = torch.autograd.grad(loss, log_ratios)
-        agree(slope, 0.0, "the IPO loss over all pairs still has a slope at your policy")
+        no_slope(loss, log_ratios, "the IPO loss over all pairs still has a slope at your policy")
 
 
 def _policy_without_reference(ref_probs, wins, beta):
@@ -146,7 +146,7 @@ def judge_nash_policy(nash_policy):
             wins[action, beaten] += margin
             wins[beaten, action] -= margin
         probs = nash_policy(wins)
-        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
+        sum_to_one(probs)
         agree(probs, probs.clamp(min=0), "a probability is below 0")
         against = wins @ probs
         agree(

@@ -7,6 +7,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, draws, random_policies
+from dpo_mini.checks.theorems import every_draw
 
 BEST = torch.tensor([0.7, 0.1, 0.15, 0.05], dtype=torch.float64)
 WRITER = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -72,9 +73,8 @@ def _ranks_of_n_plus_one(n, beta):
 def judge_expected_value(expected_value):
     """11.2: the mean over every outcome of n draws."""
     for p, beta, n in ((0.3, 0.5, 1), (0.6, 2.0, 3), (0.05, 0.25, 5), (0.9, 1.25, 8)):
-        rewards = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64)
-        chances = (p * rewards + (1 - p) * (1 - rewards)).prod(1)
-        values = beta * (torch.logsumexp(rewards / beta, 1) - math.log(n))
+        rewards, chances = every_draw(torch.tensor([1 - p, p], dtype=torch.float64), n)
+        values = beta * (torch.logsumexp(rewards.double() / beta, 1) - math.log(n))
         agree(
             expected_value(p, beta, n),
             chances @ values,

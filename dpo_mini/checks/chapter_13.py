@@ -6,6 +6,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, draws, other_instances
+from dpo_mini.checks.theorems import differ_alike, implied_rewards, optimum, sum_to_one
 
 REF_PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
@@ -17,9 +18,9 @@ def judge_nats_gained(nats_gained):
     """12.1: the gains take the reference to a policy, and differ as the rewards do over beta."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
         gained = nats_gained(ref_probs, rewards, beta)
-        agree(
-            beta * (gained - gained[0]),
-            rewards - rewards[0],
+        differ_alike(
+            beta * gained,
+            rewards,
             "times beta, the gains of two answers do not differ as their rewards do",
         )
         agree(
@@ -62,7 +63,7 @@ def _gained_optimum(ref_probs, rewards, beta):
 
 def _gained_in_probability(ref_probs, rewards, beta):
     """This is the gain in probability: nats are a difference of logarithms."""
-    return torch.softmax(ref_probs.log() + rewards / beta, 0) - ref_probs
+    return optimum(ref_probs, rewards, beta) - ref_probs
 
 
 def _gained_at_beta_one(ref_probs, rewards, beta):
@@ -161,11 +162,10 @@ def judge_mean_policy(mean_policy):
     for seed, ((ref_probs, _), (rewards, _), beta) in enumerate(other_instances(seed=0)):
         lengths = 1 + draws(len(ref_probs), seed=seed).abs().mul(3).floor()
         probs = mean_policy(ref_probs, rewards, lengths, beta)
-        agree(probs.sum(), 1.0, "your probabilities do not sum to 1")
-        implied = beta * (probs / ref_probs).log() / lengths
-        agree(
-            implied - implied[0],
-            rewards - rewards[0],
+        sum_to_one(probs)
+        differ_alike(
+            implied_rewards(probs, ref_probs, beta) / lengths,
+            rewards,
             "the implied rewards, beta times the log-ratio over the length, of two answers do not "
             "differ as their rewards do",
         )

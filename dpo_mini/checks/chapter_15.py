@@ -6,6 +6,7 @@ import torch
 
 from dpo_mini.checks import Exercise
 from dpo_mini.checks.homework import agree, draws, other_instances, random_policies
+from dpo_mini.checks.theorems import objective, sum_to_one
 
 GUESS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -106,14 +107,13 @@ def judge_token_credit(token_credit):
             "the credits of two tokens do not differ as their Q* do",
         )
         best = ref_probs * torch.exp(credit / beta)
-        agree(
-            best.sum(),
-            1.0,
+        sum_to_one(
+            best,
             "credit over beta is the log-ratio of a policy to the reference, and with yours its "
             "probabilities do not sum to 1",
         )
         for probs in (ref_probs, *(random_policies(ref_probs, seed) for seed in range(4))):
-            gets = probs @ q_values - beta * probs @ (probs / ref_probs).log()
+            gets = objective(probs, ref_probs, q_values, beta)
             agree(
                 gets,
                 gets.clamp(max=values[0].item()),

@@ -64,7 +64,7 @@ def exhibit(name: str) -> Exhibit:
         if shown.name == name:
             return shown
     known = ", ".join(repr(shown.name) for shown in EXHIBITS)
-    raise ValueError(f"name: got {name!r}, takes one of {known}")
+    raise ValueError(f"`name` must be one of {known}, got {name!r}")
 
 
 def diagnose(name: str, candidate: Candidate) -> tuple[bool, str]:

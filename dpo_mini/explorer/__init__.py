@@ -68,25 +68,28 @@ class Explorer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, Task):
-            raise ValueError(f"task: got {type(self.task).__name__}, takes a Task")
+            raise ValueError(f"`task` must be a Task, got {type(self.task).__name__}")
         _reference(self.task)
         size = self.task.rewards.shape[1]
         if not 2 <= size <= _MOST_ANSWERS:
-            raise ValueError(f"task: got {size} completions, takes 2 to {_MOST_ANSWERS}")
+            raise ValueError(f"`task` must have 2 to {_MOST_ANSWERS} completions, got {size}")
         check_positive("beta", self.beta)
         way = self.towards_optimum
         if isinstance(way, bool) or not isinstance(way, Real) or not 0 <= way <= 2:
-            raise ValueError(f"towards_optimum: got {way}, takes 0 to 2")
+            raise ValueError(f"`towards_optimum` must be a number from 0 to 2, got {way}")
         for name, names in {"divergence": DIVERGENCES, "loss": LOSSES}.items():
             if getattr(self, name) not in names:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, takes {', '.join(names)}")
+                known = ", ".join(names)
+                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}")
         limits = {"prompt": len(self.task.prompt_texts), "chosen": size, "rejected": size}
         for name, limit in limits.items():
             got = getattr(self, name)
             if isinstance(got, bool) or not isinstance(got, int) or not 0 <= got < limit:
-                raise ValueError(f"{name}: got {got!r}, takes 0..{limit - 1}")
+                raise ValueError(f"`{name}` must be a whole number in 0..{limit - 1}, got {got!r}")
         if self.chosen == self.rejected:
-            raise ValueError(f"rejected: got {self.rejected}, the chosen one, takes another")
+            raise ValueError(
+                f"`rejected` must be another answer than `chosen`, got {self.rejected} twice"
+            )
 
     def show(self) -> None:
         """Show it in a notebook, as a table where scripts do not run; elsewhere print `text()`."""
@@ -194,7 +197,7 @@ def _instance(title: str, task: Task, prompt: int) -> _Instance:
 
 def _reference(task: Task) -> Tensor:
     if task.ref_logps is None:
-        raise ValueError("task: got one without a table ref_logps, takes one that has it")
+        raise ValueError("`task` must have a table ref_logps, got one without")
     return task.ref_logps
 
 
