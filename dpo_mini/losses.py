@@ -599,7 +599,7 @@ def _checked(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(loss)
     def checked(*arguments: Any, **named: Any) -> Tensor:
         given = {**dict(zip(names, arguments, strict=False)), **named}
-        if given.keys() >= set(floats):  # otherwise Python says which one is missing
+        if all(name in given for name in floats):  # otherwise Python says which is missing
             tensors = {name: given[name] for name in floats}
             check_positive("beta", given.get("beta", 1.0))
             check_floats("[B, K]" if of_lists else "[B]", **tensors)
