@@ -58,7 +58,7 @@ __all__ = [
 def tilt(prior_logps: Table, log_weights: Table) -> tuple[Tensor, Tensor]:
     r"""A prior times weights, normalised: $\log p(y) + w(y) - \log Z$, and $\log Z$.
 
-    What maximises $E_q[w] - KL(q\|p)$ over all q, where the maximum is $\log Z = \log\sum_y
+    It maximises $E_q[w] - KL(q\|p)$ over all q, and the maximum is $\log Z = \log\sum_y
     p(y)\,e^{w(y)}$. With $w = r/\beta$ that is $\pi^*$; with w a log-likelihood it is Bayes'
     posterior, and Z the evidence.
 
@@ -78,11 +78,11 @@ def tilt(prior_logps: Table, log_weights: Table) -> tuple[Tensor, Tensor]:
         bad = torch.isnan(weights) | torch.isposinf(weights)
         if bad.any():
             got = weights[bad][0].item()
-            raise ValueError(f"log_weights: got {got}, takes finite values or -inf")
+            raise ValueError(f"`log_weights` must have finite values or -inf, got {got}")
         if torch.isneginf(prior + weights).all(-1).any():
             raise ValueError(
-                "log_weights: got a row of -inf wherever the prior has mass, takes one finite "
-                "weight there"
+                "`log_weights` must have a finite value where the prior has mass, got a row of "
+                "-inf there"
             )
     return _tilted(prior, weights), log_mean_exp(prior, weights)
 
@@ -215,9 +215,9 @@ def frontier(
         each = [positive_scalar("betas", beta, scores.dtype) for beta in betas]
     except TypeError:
         kind = type(betas).__name__
-        raise TypeError(f"betas: got {kind}, takes a sequence of numbers > 0") from None
+        raise TypeError(f"`betas` must be a sequence of numbers > 0, got {kind}") from None
     if not each:
-        raise ValueError("betas: got none, takes at least one number > 0")
+        raise ValueError("`betas` must have at least one number > 0, got none")
     points = [_frontier_point(reference, scores, beta) for beta in each]
     kls, values = (torch.stack(numbers) for numbers in zip(*points, strict=True))
     return kls, values
@@ -334,7 +334,8 @@ def log_partition_markov(
     vocab_size = len(initial)
     if transitions.shape != (vocab_size, vocab_size):
         got = list(transitions.shape)
-        raise ValueError(f"transition_logps: got shape {got}, takes {[vocab_size, vocab_size]}")
+        want = [vocab_size, vocab_size]
+        raise ValueError(f"`transition_logps` must have shape {want}, got {got}")
     (transitions,) = _read({"transition_logps": transition_logps}, "[V, V]")
     dtype = torch.promote_types(initial.dtype, transitions.dtype)
     initial, transitions, rewards = (t.to(dtype) for t in (initial, transitions, rewards))
@@ -353,7 +354,7 @@ def _optimal_logps(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> Tensor:
 
 
 def _tilted(prior_logps: Tensor, weights: Tensor) -> Tensor:
-    """Of a prior times e^w, normalised: the logarithm."""
+    """log of the prior times e^w, normalised."""
     return normalise(prior_logps + _below_the_best(prior_logps, weights))[0]
 
 

@@ -1,10 +1,13 @@
-r"""Preference losses: log-probabilities of a batch in, one loss a row out.
+r"""Preference losses: log-probabilities of a batch in, one loss per row out.
 
-Every loss is pure and leaves the reduction to its caller. In the formulas $d = a - b$ with
+Most losses take four log-probabilities of a pair: of the chosen completion y_w and of the rejected
+one y_l of a prompt x, under the policy and under the reference. In the formulas $d = a - b$ with
 $a = \log\frac{\pi_\theta(y_w|x)}{\pi_{ref}(y_w|x)}$ and
-$b = \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}$, where y_w is the chosen and y_l the rejected
-completion of one prompt x. A loss whose arguments are `..._mean_logps` takes the log-probability of
-a completion divided by its number of tokens.
+$b = \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}$. A loss whose arguments are `..._mean_logps`
+takes the log-probability of a completion divided by its number of tokens.
+
+A loss is its formula and nothing more: the caller takes the mean over rows. `_checked`, at the end
+of this file, refuses tensors and a beta that no loss can use. In signatures `B` is a tensor `[B]`.
 
 On log-ratios of ten thousand nats no loss and no gradient is NaN or infinite, in float64, float32
 and bfloat16. Where a formula is an exponential (`discopop_loss`, `f_dpo_loss` with forward KL or
@@ -12,7 +15,11 @@ alpha) its docstring says how. Half precision is computed in float32 and rounded
 there a loss above the largest float16, 65,504, is that number.
 """
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,15 +34,7 @@ from dpo_mini._arguments import (
     check_positive,
     values_visible,
 )
-from dpo_mini._numerics import (
-    dtype_of_input,
-    expm1,
-    hold,
-    kl_terms,
-    ranking_terms,
-    sigmoid,
-    widen,
-)
+from dpo_mini._numerics import dtype_of_input, expm1, hold, kl_terms, ranking_terms, sigmoid, widen
 
 __all__ = [
     "dpo_loss",
@@ -66,18 +65,15 @@ __all__ = [
     "reward_model_loss",
 ]
 
+B: TypeAlias = Tensor  # of shape [B]: one number per row
+
 # --- functions of the difference d -----------------------------------------------------------
 
 
 def dpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    r"""DPO loss, one value per pair: $-\log\sigma(\beta d)$.
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
+    r"""DPO loss: $-\log\sigma(\beta d)$.
 
     Args:
       chosen_logps: `[B]`, log pi_theta(y_w|x) summed over completion tokens, nats.
@@ -86,182 +82,121 @@ def dpo_loss(
       ref_rejected_logps: `[B]`, log pi_ref(y_l|x), nats.
       beta: > 0, weight of the KL term, reward units per nat.
     Returns:
-      `[B]`, nats per pair; reduce with `.mean()`.
+      `[B]`, nats, one value per pair; reduce with `.mean()`.
     Raises:
-      ValueError: `beta <= 0`; the four shapes, dtypes or devices differ; a value is not finite.
+      ValueError: a number out of range; tensors not finite, or unlike in shape, dtype or device.
     Source: Rafailov et al. 2023, Eq. 7, arXiv:2305.18290.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    d = a - b
+    d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     # -log(sigmoid(beta * d)) overflows for beta * d < -100; logsigmoid does not.
     return -logsigmoid(beta * d)
 
 
 def cdpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen_logps: B,
+    rejected_logps: B,
+    ref_chosen_logps: B,
+    ref_rejected_logps: B,
     *,
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> B:
     r"""Conservative DPO: $-(1-e)\log\sigma(\beta d) - e\log\sigma(-\beta d)$.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-      label_smoothing: e in [0, 0.5), the probability given to the other answer.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: as `dpo_loss`, or `label_smoothing` outside [0, 0.5).
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`, and `label_smoothing`: e in
+    [0, 0.5), the probability given to the other answer.
     Source: Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3.
     """
-    check_positive("beta", beta)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    d = a - b
+    d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     return -(1 - label_smoothing) * logsigmoid(beta * d) - label_smoothing * logsigmoid(-beta * d)
 
 
 def rdpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen_logps: B,
+    rejected_logps: B,
+    ref_chosen_logps: B,
+    ref_rejected_logps: B,
     *,
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> B:
     r"""Robust DPO: $[-(1-e)\log\sigma(\beta d) + e\log\sigma(-\beta d)]/(1-2e)$.
 
     Its mean over labels flipped with probability e is the DPO loss of the labels before the flip.
-
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-      label_smoothing: e in [0, 0.5), the known probability that a label was flipped.
-    Returns:
-      `[B]`, nats per pair; unbounded below for e > 0.
-    Raises:
-      ValueError: as `dpo_loss`, or `label_smoothing` outside [0, 0.5).
+    Returns: `[B]`, nats, unbounded below for e > 0. Args and errors: as in `dpo_loss`, and
+    `label_smoothing`: e in [0, 0.5), the known probability that a label was flipped.
     Source: Chowdhury et al. 2024, section 3.1, arXiv:2403.00409.
     """
-    check_positive("beta", beta)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    d = a - b
+    d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     kept = -(1 - label_smoothing) * logsigmoid(beta * d)
     return (kept + label_smoothing * logsigmoid(-beta * d)) / (1 - 2 * label_smoothing)
 
 
 def ipo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
     r"""IPO on summed log-probabilities, as in the paper: $(d - \frac{1}{2\beta})^2$.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: as in `dpo_loss`.
-      beta: > 0, the paper's tau; the target margin is 1 / (2 beta) nats.
-    Returns:
-      `[B]`, nats squared per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, nats squared. Args and errors: as in `dpo_loss`; beta is the paper's tau.
     Source: Azar et al. 2023, Eq. 17, arXiv:2310.12036.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    d = a - b
+    d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     return (d - 1 / (2 * beta)) ** 2
 
 
 def ipo_mean_loss(
-    chosen_mean_logps: Tensor,
-    rejected_mean_logps: Tensor,
-    ref_chosen_mean_logps: Tensor,
-    ref_rejected_mean_logps: Tensor,
+    chosen_mean_logps: B,
+    rejected_mean_logps: B,
+    ref_chosen_mean_logps: B,
+    ref_rejected_mean_logps: B,
     *,
     beta: float,
-) -> Tensor:
+) -> B:
     r"""IPO on means over tokens: $(a/n_w - b/n_l - \frac{1}{2\beta})^2$.
 
-    Several libraries have it in the place of `ipo_loss`; with unequal lengths n_w and n_l it fits
-    another target.
-
-    Args:
-      chosen_mean_logps: `[B]`, log pi_theta(y_w|x) divided by its number of tokens, nats a token.
-      rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps: `[B]`, likewise.
-      beta: > 0; the target margin is 1 / (2 beta) nats a token.
-    Returns:
-      `[B]`, squared nats a token, per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Several libraries have it as "IPO". Where the lengths n_w and n_l differ, so does its target.
+    Returns: `[B]`, squared nats per token. Args and errors: as in `dpo_mean_loss`.
     Source: `DPOTrainer` of Hugging Face TRL with `loss_type="ipo"`; compare arXiv:2310.12036.
     """
-    check_positive("beta", beta)
-    a, b = _mean_logratios(
-        chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps
-    )
+    a, b = chosen_mean_logps - ref_chosen_mean_logps, rejected_mean_logps - ref_rejected_mean_logps
     return (a - b - 1 / (2 * beta)) ** 2
 
 
 def hinge_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
     r"""Hinge on the margin: $\max(0, 1 - \beta d)$.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-    Returns:
-      `[B]`, without unit, per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, without unit. Args and errors: as in `dpo_loss`.
     Source: Liu et al. 2023 (RSO), Eq. 10, arXiv:2309.06657: the hinge of Zhao et al.
       2023 (SLiC-HF), arXiv:2305.10425, with the reference.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    d = a - b
+    d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     return (1 - beta * d).relu()
 
 
 def exo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen_logps: B,
+    rejected_logps: B,
+    ref_chosen_logps: B,
+    ref_rejected_logps: B,
     *,
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> B:
     r"""EXO: $q[\log q - \log(1-e)] + (1-q)[\log(1-q) - \log e]$ with $q = \sigma(\beta d)$.
 
     The KL *from* the policy's preference to the label, where cDPO has the KL to it.
-
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-      label_smoothing: e in (0, 0.5), the probability given to the other answer.
-    Returns:
-      `[B]`, nats per pair; 0 where q = 1 - e.
-    Raises:
-      ValueError: as `dpo_loss`, or `label_smoothing` outside (0, 0.5).
+    Returns: `[B]`, nats, 0 where q = 1 - e. Args and errors: as in `dpo_loss`, and
+    `label_smoothing`: e in (0, 0.5), the probability given to the other answer.
     Source: Ji et al. 2024, Eq. 16, arXiv:2402.00856.
     """
-    check_positive("beta", beta)
     check_positive("label_smoothing", label_smoothing)
     check_between("label_smoothing", label_smoothing, 0.0, 0.5)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    wins, loses = logsigmoid(beta * (a - b)), logsigmoid(beta * (b - a))  # log q, log(1 - q)
+    d = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
+    wins, loses = logsigmoid(beta * d), logsigmoid(-beta * d)  # log q, log(1 - q)
     right = torch.full_like(wins, math.log1p(-label_smoothing))
     wrong = torch.full_like(wins, math.log(label_smoothing))
     # A KL: as sums of terms >= 0, which near q = 1 - e keep the digits that the formula loses.
@@ -269,50 +204,39 @@ def exo_loss(
 
 
 def discopop_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen_logps: B,
+    rejected_logps: B,
+    ref_chosen_logps: B,
+    ref_rejected_logps: B,
     *,
     beta: float,
     temperature: float = 0.05,
-) -> Tensor:
+) -> B:
     r"""DiscoPOP: $-(1-m)\log\sigma(L) + m e^{-L}$ with $L = \beta d$, $m = \sigma(L/\tau)$.
 
-    A language model found it by search. It is not convex, and as it falls from L = 0 it has a dip
-    and a bump.
-
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-      temperature: tau > 0. For tau <= 1 the exponential is outweighed by m and the loss is finite
-        everywhere; for tau > 1 it is held at its largest value (and slope) once
-        $-L(1 - 1/\tau)$ is above 0.9 log(largest float): 639 in float64, 79 in float32.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: as `dpo_loss`, or `temperature <= 0`.
+    A language model found it by search. It is not convex: as it falls from L = 0 it has a dip and a
+    bump. For tau <= 1 the exponential is outweighed by m. For tau > 1 its value and slope are held
+    once $-L(1 - 1/\tau)$ is above 0.9 log(largest float): 639 in float64, 79 in float32.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`, and `temperature`: tau > 0.
     Source: Lu et al. 2024, Eq. 5, arXiv:2406.08414.
     """
-    check_positive("beta", beta)
     check_positive("temperature", temperature)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    margins = beta * (a - b)
+    margins = beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
     # m * exp(-L) is 0 * inf for L < -710; one exponential of log m - L is not.
-    exponents = logsigmoid(margins / temperature) - margins
-    exponential = hold(exponents).exp()
+    exponential = hold(logsigmoid(margins / temperature) - margins).exp()
     return exponential - sigmoid(-margins / temperature) * logsigmoid(margins)
 
 
 def f_dpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen_logps: B,
+    rejected_logps: B,
+    ref_chosen_logps: B,
+    ref_rejected_logps: B,
     *,
     beta: float,
     divergence: str,
     alpha: float = 0.5,
-) -> Tensor:
+) -> B:
     r"""DPO for another penalty: $-\log\sigma(\beta[f'(e^a) - f'(e^b)])$.
 
     The optimum of $E[r] - \beta D_f(\pi\Vert\pi_{ref})$ has $r = \beta f'(\pi/\pi_{ref})$ plus
@@ -323,23 +247,15 @@ def f_dpo_loss(
     - `"js"`: $\log 2 + \log\sigma(u)$, the divergence as the paper scales it;
     - `"alpha"`: $(e^{(\alpha-1)u} - 1)/(\alpha-1)$: forward KL at alpha = 0, reverse KL at 1.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: as in `dpo_loss`.
-      beta: > 0, weight of the divergence, reward units per nat.
-      divergence: one of the four names.
-      alpha: finite; used by `"alpha"` alone.
-    Returns:
-      `[B]`, nats per pair. Forward KL and alpha are exponentials: where -u, or (alpha - 1) u, is
-      above 0.9 log(largest float) (639 in float64, 79 in float32; lower by log beta for a beta
-      above 1), both value and slope of the exponential are held at what they are there; the sign of
-      the margin stays right.
-    Raises:
-      ValueError: as `dpo_loss`; an unknown `divergence`; an `alpha` that is not finite.
+    Forward KL and alpha are exponentials. Their value and slope are held where -u or (alpha - 1) u
+    is above 0.9 log(largest float), 639 in float64 and 79 in float32, minus log beta for beta > 1.
+    The sign of the margin stays right.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`, and `divergence`: one of the four
+    names; `alpha`: finite, used by `"alpha"` alone.
     Source: Wang et al. 2023, arXiv:2309.16240.
     """
-    check_positive("beta", beta)
     check_number("alpha", alpha)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     if divergence == "reverse_kl":
         margins = a - b
     elif divergence == "forward_kl":
@@ -350,7 +266,7 @@ def f_dpo_loss(
         margins = a - b if alpha == 1 else _difference_of_powers(a, b, alpha - 1.0, beta)
     else:
         names = "'reverse_kl', 'forward_kl', 'js' or 'alpha'"
-        raise ValueError(f"divergence: got {divergence!r}, takes {names}")
+        raise ValueError(f"`divergence` must be {names}, got {divergence!r}")
     return -logsigmoid(beta * margins)
 
 
@@ -358,122 +274,64 @@ def f_dpo_loss(
 
 
 def nca_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    r"""NCA of a pair: $-\log\sigma(\beta a) - \frac12\log\sigma(-\beta a)
-    - \frac12\log\sigma(-\beta b)$.
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
+    r"""NCA: $-\log\sigma(\beta a) - \frac12[\log\sigma(-\beta a) + \log\sigma(-\beta b)]$.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`.
     Source: Chen et al. 2024, section 4.1, arXiv:2402.05369.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     noise = 0.5 * logsigmoid(-beta * a) + 0.5 * logsigmoid(-beta * b)
     return -logsigmoid(beta * a) - noise
 
 
 def bco_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
     r"""BCO of a pair, without its reward shift: $-\log\sigma(\beta a) - \log\sigma(-\beta b)$.
 
     Two binary labels, "good" and "bad"; never below the DPO loss of the pair.
-
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`.
     Source: Jung et al. 2024, section 4, arXiv:2404.04656, with a reward shift of 0.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     return -logsigmoid(beta * a) - logsigmoid(-beta * b)
 
 
 def sppo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
     r"""SPPO with hard labels: $(a - \frac{1}{2\beta})^2 + (b + \frac{1}{2\beta})^2$.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: as in `dpo_loss`.
-      beta: > 0, the inverse of the paper's eta; the targets are +-1 / (2 beta) nats.
-    Returns:
-      `[B]`, nats squared per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, nats squared. Args and errors: as in `dpo_loss`; beta is 1 / the paper's eta.
     Source: Wu et al. 2024, Eq. 4.12 over eta squared, arXiv:2405.00675, with win rates of 1 and 0.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     return (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2
 
 
 def apo_zero_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
     r"""APO-zero: $1 - \sigma(\beta a) + \sigma(\beta b)$: the chosen answer up, the other down.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-    Returns:
-      `[B]`, without unit, in 0..2.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, without unit, in 0..2. Args and errors: as in `dpo_loss`.
     Source: D'Oosterlinck et al. 2024, Eq. 7, arXiv:2408.06266.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     return sigmoid(-beta * a) + sigmoid(beta * b)
 
 
 def apo_down_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+    chosen_logps: B, rejected_logps: B, ref_chosen_logps: B, ref_rejected_logps: B, *, beta: float
+) -> B:
     r"""APO-down: $\sigma(\beta a) + 1 - \sigma(\beta d)$: both down, the rejected answer more.
 
-    Args:
-      chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: as in `dpo_loss`.
-    Returns:
-      `[B]`, without unit, in 0..2.
-    Raises:
-      ValueError: as `dpo_loss`.
+    Returns: `[B]`, without unit, in 0..2. Args and errors: as in `dpo_loss`.
     Source: D'Oosterlinck et al. 2024, Eq. 8, arXiv:2408.06266.
     """
-    check_positive("beta", beta)
-    a, b = _logratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     return sigmoid(beta * a) + sigmoid(beta * (b - a))
 
 
@@ -481,372 +339,219 @@ def apo_down_loss(
 
 
 def dpo_mean_loss(
-    chosen_mean_logps: Tensor,
-    rejected_mean_logps: Tensor,
-    ref_chosen_mean_logps: Tensor,
-    ref_rejected_mean_logps: Tensor,
+    chosen_mean_logps: B,
+    rejected_mean_logps: B,
+    ref_chosen_mean_logps: B,
+    ref_rejected_mean_logps: B,
     *,
     beta: float,
-) -> Tensor:
+) -> B:
     r"""Length-normalised DPO: $-\log\sigma(\beta(a/n_w - b/n_l))$.
 
     Args:
-      chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps: as in
-        `ipo_mean_loss`.
-      beta: > 0, reward units per nat a token.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: as `dpo_loss`.
+      chosen_mean_logps: `[B]`, log pi_theta(y_w|x) divided by its number of tokens, nats per token.
+      rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps: `[B]`, likewise.
+      beta: > 0, reward units per nat per token.
+    Returns: `[B]`, nats. Errors as in `dpo_loss`.
     Source: Lambert et al. 2024 (Tulu 3), Eq. 6, arXiv:2411.15124; Meng et al. 2024, appendix,
       arXiv:2405.14734.
     """
-    check_positive("beta", beta)
-    a, b = _mean_logratios(
-        chosen_mean_logps, rejected_mean_logps, ref_chosen_mean_logps, ref_rejected_mean_logps
-    )
+    a, b = chosen_mean_logps - ref_chosen_mean_logps, rejected_mean_logps - ref_rejected_mean_logps
     return -logsigmoid(beta * (a - b))
 
 
-def simpo_loss(
-    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float, gamma: float
-) -> Tensor:
+def simpo_loss(chosen_mean_logps: B, rejected_mean_logps: B, *, beta: float, gamma: float) -> B:
     r"""SimPO: $-\log\sigma(\beta(m_w - m_l) - \gamma)$, m the mean log-probability of a token.
 
-    Args:
-      chosen_mean_logps: `[B]`, log pi_theta(y_w|x) divided by its number of tokens, nats a token.
-      rejected_mean_logps: `[B]`, likewise.
-      beta: > 0, reward units per nat a token.
-      gamma: >= 0, the target margin, reward units. Some libraries take gamma / beta instead.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: `beta <= 0` or `gamma < 0`; shapes or dtypes differ; a value is not finite.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_mean_loss`, and `gamma`: >= 0, the target
+    margin, reward units. Some libraries take gamma / beta instead.
     Source: Meng et al. 2024, Eq. 6, arXiv:2405.14734.
     """
-    check_positive("beta", beta)
     check_between("gamma", gamma, 0.0, math.inf)
-    means = {"chosen_mean_logps": chosen_mean_logps, "rejected_mean_logps": rejected_mean_logps}
-    check_floats("[B]", **means)
-    check_finite(**means)
-    margins = widen(chosen_mean_logps) - widen(rejected_mean_logps)
+    margins = chosen_mean_logps - rejected_mean_logps
     return -logsigmoid(beta * margins - gamma)
 
 
-def cpo_loss(
-    chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, nll_weight: float = 1.0
-) -> Tensor:
+def cpo_loss(chosen_logps: B, rejected_logps: B, *, beta: float, nll_weight: float = 1.0) -> B:
     r"""CPO: $-\log\sigma(\beta[\log\pi(y_w) - \log\pi(y_l)]) - w\log\pi(y_w)$.
 
-    Args:
-      chosen_logps: `[B]`, log pi_theta(y_w|x) summed over completion tokens, nats.
-      rejected_logps: `[B]`, log pi_theta(y_l|x), nats.
-      beta: > 0, reward units per nat.
-      nll_weight: w >= 0 of the likelihood of the chosen answer; the paper has 1, on sums as here,
-        where TRL averages it over tokens.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: `beta <= 0` or `nll_weight < 0`; shapes or dtypes differ; a value is not finite.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`, and `nll_weight`: w >= 0 of the
+    likelihood of the chosen answer. The paper has 1, on sums as here; TRL averages over tokens.
     Source: Xu et al. 2024, Eqs. 3 and 5, arXiv:2401.08417.
     """
-    check_positive("beta", beta)
     check_between("nll_weight", nll_weight, 0.0, math.inf)
-    check_floats("[B]", chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    check_finite(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    chosen, rejected = widen(chosen_logps), widen(rejected_logps)
-    return -logsigmoid(beta * (chosen - rejected)) - nll_weight * chosen
+    return -logsigmoid(beta * (chosen_logps - rejected_logps)) - nll_weight * chosen_logps
 
 
 def orpo_loss(
-    chosen_mean_logps: Tensor,
-    rejected_mean_logps: Tensor,
-    *,
-    beta: float,
-    nll_weight: float = 1.0,
-) -> Tensor:
-    r"""ORPO: $-\beta\log\sigma(\log\frac{o_w}{o_l}) - w\,m_w$ with the odds
-    $o = e^m/(1-e^m)$.
+    chosen_mean_logps: B, rejected_mean_logps: B, *, beta: float, nll_weight: float = 1.0
+) -> B:
+    r"""ORPO: $-\beta\log\sigma(\log\frac{o_w}{o_l}) - w\,m_w$ with the odds $o = e^m/(1-e^m)$.
 
     Args:
-      chosen_mean_logps: `[B]`, mean log-probability m_w of a token of y_w, nats, below 0.
-      rejected_mean_logps: `[B]`, likewise.
+      chosen_mean_logps, rejected_mean_logps: as in `dpo_mean_loss`, m_w and m_l; below 0, for a
+        probability of 1 has no odds.
       beta: > 0, the paper's lambda.
       nll_weight: w >= 0 of the likelihood of the chosen answer; the paper has 1.
-    Returns:
-      `[B]`, nats a token, per pair.
-    Raises:
-      ValueError: `beta <= 0` or `nll_weight < 0`; shapes or dtypes differ; a value is not finite,
-        or not below 0: a probability of 1 has no odds.
+    Returns: `[B]`, nats per token. Errors as in `dpo_loss`.
     Source: Hong et al. 2024, Eqs. 4 to 7, arXiv:2403.07691.
     """
-    check_positive("beta", beta)
     check_between("nll_weight", nll_weight, 0.0, math.inf)
-    means = {"chosen_mean_logps": chosen_mean_logps, "rejected_mean_logps": rejected_mean_logps}
-    check_floats("[B]", **means)
-    check_finite(**means)
-    for name, logps in means.items():
-        if values_visible(logps) and (logps >= 0).any():
-            raise ValueError(f"{name}: got {logps.max().item()}, takes values < 0")
-    chosen, rejected = widen(chosen_mean_logps), widen(rejected_mean_logps)
-    log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
-    return -beta * logsigmoid(log_odds_ratio) - nll_weight * chosen
+    chosen_odds = _log_odds("chosen_mean_logps", chosen_mean_logps)
+    log_odds_ratio = chosen_odds - _log_odds("rejected_mean_logps", rejected_mean_logps)
+    return -beta * logsigmoid(log_odds_ratio) - nll_weight * chosen_mean_logps
 
 
-# --- one answer a row ------------------------------------------------------------------------
+# --- one answer per row ----------------------------------------------------------------------
 
 
 def kto_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
-    desirable: Tensor,
+    logps: B,
+    ref_logps: B,
+    desirable: B,
     *,
     beta: float,
     reference_point: float | Tensor,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> Tensor:
+) -> B:
     r"""KTO: $\lambda(1 - \sigma(\pm\beta(u - z_0)))$, + for desirable answers, $u$ a log-ratio.
 
     Args:
-      logps: `[B]`, log pi_theta of one answer a row, nats.
-      ref_logps: `[B]`, log pi_ref of it, nats.
+      logps, ref_logps: `[B]`, log pi_theta and log pi_ref of one answer per row, nats.
       desirable: `[B]`, bool or 0/1: was the answer liked?
       beta: > 0, reward units per nat.
       reference_point: z_0, nats, a number or `[]`; without gradient. See `kto_reference_point`.
       desirable_weight, undesirable_weight: > 0, lambda of the two kinds.
-    Returns:
-      `[B]`, without unit; the paper takes the mean over all rows, where some libraries add the
-      means of the two kinds, which is twice as much on balanced data.
-    Raises:
-      ValueError: `beta` or a weight <= 0; shapes or dtypes differ; a value is not finite.
+    Returns: `[B]`, without unit; the paper takes the mean over all rows. Some libraries add the
+    means of the two kinds, which is twice as much on balanced data. Errors as in `dpo_loss`.
     Source: Ethayarajh et al. 2024, Eq. 8 (Eq. 7 of the first version), arXiv:2402.01306.
     """
-    check_positive("beta", beta)
     check_positive("desirable_weight", desirable_weight)
     check_positive("undesirable_weight", undesirable_weight)
-    check_floats("[B]", logps=logps, ref_logps=ref_logps)
-    check_finite(logps=logps, ref_logps=ref_logps)
     liked = as_bool_mask("desirable", desirable, logps.shape)
-    logratios = widen(logps) - widen(ref_logps)
-    point = torch.as_tensor(reference_point, dtype=logratios.dtype, device=logps.device).detach()
+    point = torch.as_tensor(reference_point, dtype=logps.dtype, device=logps.device).detach()
     if point.dim() > 0:
-        got = list(point.shape)
-        raise ValueError(f"reference_point: got shape {got}, takes one number for the batch")
+        raise ValueError(f"`reference_point` must be one number, got shape {list(point.shape)}")
     check_finite(reference_point=point)
-    above = beta * (logratios - point)
+    above = beta * (logps - ref_logps - point)
     good = desirable_weight * sigmoid(-above)
     return torch.where(liked, good, undesirable_weight * sigmoid(above))
 
 
-def kto_reference_point(mismatched_logps: Tensor, ref_mismatched_logps: Tensor) -> Tensor:
+def kto_reference_point(mismatched_logps: B, ref_mismatched_logps: B) -> Tensor:
     r"""KTO's $z_0$: $\max(0, \text{mean of } \log\pi_\theta/\pi_{ref})$ over mismatched pairs.
 
     Args:
-      mismatched_logps: `[B]`, log pi_theta(y'|x) of answers y' to *other* prompts of the batch,
-        nats.
-      ref_mismatched_logps: `[B]`, log pi_ref of the same, nats.
-    Returns:
-      `[]`, nats, without gradient: an estimate of KL(pi_theta || pi_ref), and a biased one, for y'
-      was not drawn from pi_theta(.|x).
-    Raises:
-      ValueError: shapes or dtypes differ, or a value is not finite.
+      mismatched_logps, ref_mismatched_logps: `[B]`, log pi_theta(y'|x) and log pi_ref(y'|x) of
+        answers y' to *other* prompts of the batch, nats.
+    Returns: `[]`, nats, without gradient: an estimate of KL(pi_theta || pi_ref). It is biased, for
+    y' was not drawn from pi_theta(.|x). Errors as in `dpo_loss`.
     Source: Ethayarajh et al. 2024, below Eq. 8, arXiv:2402.01306.
     """
-    pair = {"mismatched_logps": mismatched_logps, "ref_mismatched_logps": ref_mismatched_logps}
-    check_floats("[B]", **pair)
-    check_finite(**pair)
-    logratios = widen(mismatched_logps) - widen(ref_mismatched_logps)
+    logratios = mismatched_logps - ref_mismatched_logps
     return logratios.detach().mean().clamp(min=0)
 
 
-def dro_loss(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, values: Tensor, *, beta: float
-) -> Tensor:
+def dro_loss(logps: B, ref_logps: B, rewards: B, values: B, *, beta: float) -> B:
     r"""DRO: $(r - V(x) - \beta u)^2$: a regression of the reward on the log-ratio u and V.
 
     Zero for every answer exactly where pi = pi* and V = beta log Z.
 
     Args:
-      logps: `[B]`, log pi_theta of one answer a row, nats.
-      ref_logps: `[B]`, log pi_ref of it, nats.
+      logps, ref_logps: `[B]`, log pi_theta and log pi_ref of one answer per row, nats.
       rewards: `[B]`, reward units.
-      values: `[B]`, V of each row's prompt, reward units: learned together with the policy, or
-        known; gradients flow into it.
+      values: `[B]`, V of each row's prompt, reward units: known, or learned through this loss.
       beta: > 0, reward units per nat.
-    Returns:
-      `[B]`, reward units squared; the paper has half of it.
-    Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; a value is not finite.
+    Returns: `[B]`, reward units squared; the paper has half of it. Errors as in `dpo_loss`.
     Source: Richemond et al. 2024, Eq. 4, arXiv:2405.19107.
     """
-    check_positive("beta", beta)
-    four = {"logps": logps, "ref_logps": ref_logps, "rewards": rewards, "values": values}
-    check_floats("[B]", **four)
-    check_finite(**four)
-    logratios = widen(logps) - widen(ref_logps)
-    return (widen(rewards) - widen(values) - beta * logratios) ** 2
+    return (rewards - values - beta * (logps - ref_logps)) ** 2
 
 
 # --- two or more answers with scores ---------------------------------------------------------
 
 
 def rebel_loss(
-    first_logps: Tensor,
-    second_logps: Tensor,
-    ref_first_logps: Tensor,
-    ref_second_logps: Tensor,
-    first_rewards: Tensor,
-    second_rewards: Tensor,
+    first_logps: B,
+    second_logps: B,
+    ref_first_logps: B,
+    ref_second_logps: B,
+    first_rewards: B,
+    second_rewards: B,
     *,
     beta: float,
-) -> Tensor:
+) -> B:
     r"""REBEL: $(\beta(u_1 - u_2) - (r_1 - r_2))^2$ of two answers to one prompt, with scores.
 
     Args:
       first_logps, second_logps: `[B]`, log pi_theta of the two answers, in any order, nats.
-      ref_first_logps, ref_second_logps: `[B]`, log pi_ref of them, nats; in REBEL's own loop the
-        policy of the iteration before.
+      ref_first_logps, ref_second_logps: `[B]`, log pi_ref, nats; in the paper, the last policy.
       first_rewards, second_rewards: `[B]`, reward units.
       beta: > 0, reward units per nat; the inverse of the paper's eta.
-    Returns:
-      `[B]`, reward units squared per pair.
-    Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; a value is not finite.
+    Returns: `[B]`, reward units squared. Errors as in `dpo_loss`.
     Source: Gao et al. 2024, arXiv:2404.16767.
     """
-    check_positive("beta", beta)
-    six = {
-        "first_logps": first_logps,
-        "second_logps": second_logps,
-        "ref_first_logps": ref_first_logps,
-        "ref_second_logps": ref_second_logps,
-        "first_rewards": first_rewards,
-        "second_rewards": second_rewards,
-    }
-    check_floats("[B]", **six)
-    check_finite(**six)
-    first, second, ref_first, ref_second, first_r, second_r = map(widen, six.values())
-    margins = (first - ref_first) - (second - ref_second)
-    return (beta * margins - (first_r - second_r)) ** 2
+    margins = (first_logps - ref_first_logps) - (second_logps - ref_second_logps)
+    return (beta * margins - (first_rewards - second_rewards)) ** 2
 
 
-def log_variance_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+def log_variance_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float) -> B:
     r"""Log-variance (VarGrad): the variance of $r - \beta u$ over K answers to one prompt.
 
     At pi* it is beta log Z for every answer, so the variance is 0. With K = 2 it is half of
     `rebel_loss`; with K answers, the mean of that half over all pairs.
 
     Args:
-      logps: `[B, K]`, log pi_theta of K >= 2 completions of one prompt, nats.
-      ref_logps: `[B, K]`, log pi_ref of them, nats.
+      logps, ref_logps: `[B, K]`, log pi_theta and log pi_ref of K >= 2 answers to one prompt, nats.
       rewards: `[B, K]`, reward units.
       beta: > 0, reward units per nat.
-    Returns:
-      `[B]`, reward units squared, with divisor K - 1.
-    Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; K < 2; a value is not finite.
+    Returns: `[B]`, reward units squared, with divisor K - 1. Errors as in `dpo_loss`, or K < 2.
     Source: Richter et al. 2020, arXiv:2010.10436.
     """
-    check_floats("[B, K]", logps=logps, ref_logps=ref_logps, rewards=rewards)
-    check_finite(rewards=rewards)
-    returns = widen(rewards) - _listwise_scores(logps, ref_logps, beta)
+    returns = rewards - beta * (logps - ref_logps)
     return (returns - returns[:, :1]).var(-1)  # a constant comes off: equal returns leave 0
 
 
 # --- rankings --------------------------------------------------------------------------------
 
 
-def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
+def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> B:
     r"""DPO for rankings: $-\sum_k [s_k - \log\sum_{j\ge k} e^{s_j}]$.
 
     $s_k = \beta\log[\pi_\theta(y_k|x) / \pi_{ref}(y_k|x)]$ is the implied reward of rank k.
 
     Args:
-      logps: `[B, K]`, log pi_theta of K >= 2 completions of one prompt, best first, nats.
-      ref_logps: `[B, K]`, log pi_ref of the same completions, nats.
+      logps, ref_logps: `[B, K]`, log pi_theta and log pi_ref of K >= 2 answers, best first, nats.
       beta: > 0, reward units per nat.
-    Returns:
-      `[B]`, nats per ranking; with K = 2 it is the DPO loss.
-    Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; K < 2; a value is not finite.
+    Returns: `[B]`, nats; with K = 2 it is the DPO loss. Errors as in `dpo_loss`, or K < 2.
     Source: Rafailov et al. 2023, Eq. 20 (appendix A.3), arXiv:2305.18290.
     """
-    scores = _listwise_scores(logps, ref_logps, beta)
+    scores = beta * (logps - ref_logps)
     return -ranking_terms(scores).sum(-1)
 
 
-def best_of_k_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
+def best_of_k_loss(logps: Tensor, ref_logps: Tensor, *, beta: float) -> B:
     r"""The best of K against all: $-[s_1 - \log\sum_j e^{s_j}]$, with s as in `plackett_luce_loss`.
 
-    Args:
-      logps: `[B, K]`, log pi_theta of K >= 2 completions of one prompt, the best in column 0, nats.
-      ref_logps: `[B, K]`, log pi_ref of the same completions, nats.
-      beta: > 0, reward units per nat.
-    Returns:
-      `[B]`, nats per list; with K = 2 it is the DPO loss.
-    Raises:
-      ValueError: `beta <= 0`; shapes or dtypes differ; K < 2; a value is not finite.
+    Returns: `[B]`, nats; with K = 2, the DPO loss. Args and errors: as in `plackett_luce_loss`.
     Source: Chen et al. 2024 (S-DPO), arXiv:2406.09215.
     """
-    scores = _listwise_scores(logps, ref_logps, beta)
+    scores = beta * (logps - ref_logps)
     # The same as log sum_j e^{s_j} - s_1, which loses its digits where the best is far ahead.
     return -logsigmoid(scores[:, 0] - scores[:, 1:].logsumexp(-1))
 
 
-def reward_model_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+# --- a reward model --------------------------------------------------------------------------
+
+
+def reward_model_loss(chosen_rewards: B, rejected_rewards: B) -> B:
     r"""Bradley-Terry negative log-likelihood of a reward model: $-\log\sigma(r_w - r_l)$.
 
-    Args:
-      chosen_rewards, rejected_rewards: `[B]`, finite.
-    Returns:
-      `[B]`, nats per pair.
-    Raises:
-      ValueError: shapes or dtypes differ, or a reward is not finite.
+    Returns: `[B]`, nats, of `chosen_rewards` and `rejected_rewards` `[B]`. Errors as in `dpo_loss`.
     Source: Rafailov et al. 2023, Eq. 2, arXiv:2305.18290.
     """
-    rewards = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
-    check_floats("[B]", **rewards)
-    check_finite(**rewards)
-    return -logsigmoid(widen(chosen_rewards) - widen(rejected_rewards))
-
-
-def _logratios(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """a and b, `[B]` nats each: log(pi_theta / pi_ref) of the chosen and of the rejected answer."""
-    four = {
-        "chosen_logps": chosen_logps,
-        "rejected_logps": rejected_logps,
-        "ref_chosen_logps": ref_chosen_logps,
-        "ref_rejected_logps": ref_rejected_logps,
-    }
-    check_floats("[B]", **four)
-    check_finite(**four)
-    chosen, rejected, ref_chosen, ref_rejected = map(widen, four.values())
-    return chosen - ref_chosen, rejected - ref_rejected
-
-
-def _mean_logratios(
-    chosen_mean_logps: Tensor,
-    rejected_mean_logps: Tensor,
-    ref_chosen_mean_logps: Tensor,
-    ref_rejected_mean_logps: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """a / n_w and b / n_l, `[B]` nats a token each."""
-    means = {
-        "chosen_mean_logps": chosen_mean_logps,
-        "rejected_mean_logps": rejected_mean_logps,
-        "ref_chosen_mean_logps": ref_chosen_mean_logps,
-        "ref_rejected_mean_logps": ref_rejected_mean_logps,
-    }
-    check_floats("[B]", **means)
-    check_finite(**means)
-    chosen, rejected, ref_chosen, ref_rejected = map(widen, means.values())
-    return chosen - ref_chosen, rejected - ref_rejected
+    return -logsigmoid(chosen_rewards - rejected_rewards)
 
 
 def _difference_of_powers(a: Tensor, b: Tensor, exponent: float, beta: float) -> Tensor:
@@ -872,23 +577,42 @@ def _difference_of_logsigmoids(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a - b).abs() < 1, near, far)
 
 
-def _log_odds(logps: Tensor) -> Tensor:
-    """log[p / (1 - p)] of a log-probability below 0."""
+def _log_odds(name: str, logps: Tensor) -> Tensor:
+    """log[p / (1 - p)] of a log-probability, which must be below 0."""
+    if values_visible(logps) and (logps >= 0).any():
+        raise ValueError(f"`{name}` must be < 0, got {logps.max().item()}")
     return logps - torch.log(-expm1(logps))
 
 
-def _listwise_scores(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """beta log(pi_theta / pi_ref), `[B, K]`, of at least two completions a row."""
-    check_positive("beta", beta)
-    check_floats("[B, K]", logps=logps, ref_logps=ref_logps)
-    check_finite(logps=logps, ref_logps=ref_logps)
-    if logps.shape[1] < 2:
-        raise ValueError(f"logps: got {logps.shape[1]} completion a row, takes >= 2")
-    return beta * (widen(logps) - widen(ref_logps))
+def _checked(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`loss` on checked arguments: a beta > 0 and finite tensors of one shape, dtype and device.
+
+    Half precision is widened to float32. What one loss alone asks for, it checks itself.
+    """
+    names = list(inspect.signature(loss).parameters)
+    floats = [name for name in names if name.endswith(("logps", "rewards", "values"))]
+    of_lists = loss.__name__ in ("log_variance_loss", "plackett_luce_loss", "best_of_k_loss")
+
+    def wide(value: Any) -> Any:
+        return widen(value) if isinstance(value, Tensor) else value
+
+    @wraps(loss)
+    def checked(*arguments: Any, **named: Any) -> Tensor:
+        given = {**dict(zip(names, arguments, strict=False)), **named}
+        if all(name in given for name in floats):  # otherwise Python says which is missing
+            tensors = {name: given[name] for name in floats}
+            check_positive("beta", given.get("beta", 1.0))
+            check_floats("[B, K]" if of_lists else "[B]", **tensors)
+            check_finite(**tensors)
+            if of_lists and (n_items := tensors["logps"].shape[1]) < 2:
+                raise ValueError(f"`logps` must have >= 2 completions per row, got {n_items}")
+        return loss(*map(wide, arguments), **{name: wide(value) for name, value in named.items()})
+
+    return checked
 
 
 for _name in __all__:
-    globals()[_name] = dtype_of_input(globals()[_name])
+    globals()[_name] = dtype_of_input(_checked(globals()[_name]))
 
 
 def __dir__() -> list[str]:

@@ -144,7 +144,7 @@ def test_a_tilt_may_exclude_one_answer_everywhere(random_logps):
     exact(log_z.exp(), 1 - prior[:, 0].exp())
     exact(logps[:, 1:], prior[:, 1:].log_softmax(-1))
     weights[1] = -math.inf
-    with pytest.raises(ValueError, match="log_weights: got a row of -inf"):
+    with pytest.raises(ValueError, match="`log_weights` must have a finite value where"):
         tilt(prior, weights)
 
 
@@ -562,7 +562,7 @@ def test_a_table_with_a_bad_value_is_refused(function, at, value):
     if only_finite:
         assert with_table(function, at, bad)[1] == f"`{name}` must be finite, got {value}"
     elif name == "log_weights" and value != -INF:
-        want = f"log_weights: got {value}, takes finite values or -inf"
+        want = f"`log_weights` must have finite values or -inf, got {value}"
         assert with_table(function, at, bad)[1] == want
     elif value != -INF:
         shown = "NaN" if math.isnan(value) else "+inf"
@@ -579,7 +579,7 @@ def test_logits_are_refused_where_probabilities_must_sum_to_one(function, at):
 
 def test_weights_that_leave_no_mass_are_refused():
     want = (
-        "log_weights: got a row of -inf wherever the prior has mass, takes one finite weight there"
+        "`log_weights` must have a finite value where the prior has mass, got a row of -inf there"
     )
     for row in ([-INF, -INF, -INF], [-INF, -INF, 1.0]):
         prior = double([[0.2, 0.3, 0.5], [0.5, 0.5, 0.0]]).log()
@@ -602,12 +602,12 @@ def test_beta_is_finite_and_positive(beta):
 
 
 def test_betas_are_several_numbers():
-    want = "betas: got none, takes at least one number > 0"
+    want = "`betas` must have at least one number > 0, got none"
     assert refusal(ValueError, frontier, GOOD, GOOD, []) == want
     assert refusal(ValueError, frontier, GOOD, GOOD, torch.empty(0)) == want
-    want = "betas: got float, takes a sequence of numbers > 0"
+    want = "`betas` must be a sequence of numbers > 0, got float"
     assert refusal(TypeError, frontier, GOOD, GOOD, 1.0) == want
-    want = "betas: got list, takes a sequence of numbers > 0"
+    want = "`betas` must be a sequence of numbers > 0, got list"
     assert refusal(TypeError, frontier, GOOD, GOOD, [None]) == want
     from_tensor = frontier(GOOD, LOGITS, double([1.0, 2.0]))
     assert torch.equal(torch.stack(from_tensor), torch.stack(frontier(GOOD, LOGITS, (1, 2))))
@@ -621,8 +621,8 @@ MARKOV_REFUSED = [
     ((VV, VV, V, 1.0, 2), "`initial_logps` must be a non-empty [V], got shape [3, 3]"),
     ((V, V, V, 1.0, 2), "`transition_logps` must be a non-empty [V, V], got shape [3]"),
     ((V, VV, V[:2], 1.0, 2), "`token_rewards` must have shape [3] like `initial_logps`, got [2]"),
-    ((V, VV[:2], V, 1.0, 2), "transition_logps: got shape [2, 3], takes [3, 3]"),
-    ((V, VV[:, :2], V, 1.0, 2), "transition_logps: got shape [3, 2], takes [3, 3]"),
+    ((V, VV[:2], V, 1.0, 2), "`transition_logps` must have shape [3, 3], got [2, 3]"),
+    ((V, VV[:, :2], V, 1.0, 2), "`transition_logps` must have shape [3, 3], got [3, 2]"),
     ((V * 0, VV, V, 1.0, 2), f"`initial_logps` {SUMS}"),
     ((V, VV * 0, V, 1.0, 2), f"`transition_logps` {SUMS}"),
     ((V * NAN, VV, V, 1.0, 2), "`initial_logps` must be log-probabilities < inf, got NaN"),

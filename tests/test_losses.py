@@ -717,7 +717,7 @@ def test_label_smoothing_is_below_one_half(name):
 def test_a_list_has_two_items_at_least(name):
     with pytest.raises(ValueError) as caught:
         ALL[name](*[torch.zeros(3, 1)] * len(NAMES[name]))
-    assert str(caught.value) == "logps: got 1 completion a row, takes >= 2"
+    assert str(caught.value) == "`logps` must have >= 2 completions per row, got 1"
 
 
 @pytest.mark.parametrize(
@@ -733,7 +733,7 @@ def test_a_list_has_two_items_at_least(name):
         ),
         (
             lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="kl"),
-            "divergence: got 'kl', takes 'reverse_kl', 'forward_kl', 'js' or 'alpha'",
+            "`divergence` must be 'reverse_kl', 'forward_kl', 'js' or 'alpha', got 'kl'",
         ),
         (
             lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="alpha", alpha=INF),
@@ -751,11 +751,11 @@ def test_a_list_has_two_items_at_least(name):
             lambda x: orpo_loss(x, x, beta=1.0, nll_weight=NAN),
             "`nll_weight` must be a number in [0.0, inf), got nan",
         ),
-        (lambda x: orpo_loss(x + 1, x, beta=1.0), "chosen_mean_logps: got 0.0, takes values < 0"),
-        (lambda x: orpo_loss(x, -x, beta=1.0), "rejected_mean_logps: got 1.0, takes values < 0"),
+        (lambda x: orpo_loss(x + 1, x, beta=1.0), "`chosen_mean_logps` must be < 0, got 0.0"),
+        (lambda x: orpo_loss(x, -x, beta=1.0), "`rejected_mean_logps` must be < 0, got 1.0"),
         (
             lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=x),
-            "reference_point: got shape [2], takes one number for the batch",
+            "`reference_point` must be one number, got shape [2]",
         ),
         (
             lambda x: kto_loss(x, x, x > 0, beta=1.0, reference_point=NAN),
@@ -815,6 +815,21 @@ def test_settings_out_of_range_are_refused(call, want):
     with pytest.raises(ValueError) as caught:
         call(torch.tensor([-1.0, -1.0]))
     assert str(caught.value) == want
+
+
+def test_python_refuses_what_is_missing_too_much_or_given_twice(four):
+    for arguments, named, want in (
+        ((), {"beta": 0.5}, "missing 4 required positional arguments: 'chosen_logps', "),
+        (four[:3], {"beta": 0.5}, "missing 1 required positional argument: 'ref_rejected_logps'"),
+        (four, {}, "missing 1 required keyword-only argument: 'beta'"),
+        ([*four, 0.5], {}, "takes 4 positional arguments but 5"),
+        (four, {"beta": 0.5, "chosen_logps": four[0]}, "multiple values for argument"),
+        (four, {"beta": 0.5, "gamma": 0.5}, "unexpected keyword argument 'gamma'"),
+    ):
+        with pytest.raises(TypeError, match=want):
+            dpo_loss(*arguments, **named)
+    by_name = dict(zip(reversed(FOUR), reversed(four), strict=True))
+    assert torch.equal(dpo_loss(**by_name, beta=0.5), dpo_loss(*four, beta=0.5))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha", "js"])

@@ -16,6 +16,7 @@ import dpo_mini
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called there, not completed
+    "dpo_mini.losses": {"B"},
     "dpo_mini.policies": {"HasSizes", "check_completions", "check_sizes", "shares_storage"},
     "dpo_mini.progress": {"in_notebook"},
     "dpo_mini.rollout": {
@@ -201,6 +202,7 @@ def test_a_loss_has_its_formula_its_shape_and_its_source(name):
     doc = inspect.getdoc(getattr(dpo_mini.losses, name))
     assert "$" in doc.split("\n\n")[0]
     assert "`[B]`" in doc
+    assert re.search(r"Errors|errors|Raises", doc), "refuses what?"
     assert re.search(r"^Source: .+", doc, re.M)
 
 
