@@ -17,7 +17,13 @@ import dpo_mini
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called there, not completed
     "dpo_mini.losses": {"B"},
-    "dpo_mini.policies": {"HasSizes", "check_completions", "check_sizes", "shares_storage"},
+    "dpo_mini.policies": {
+        "HasSizes",
+        "check_completions",
+        "check_sizes",
+        "read_for_prompts",
+        "shares_storage",
+    },
     "dpo_mini.progress": {"in_notebook"},
     "dpo_mini.rollout": {
         "Loss",
@@ -41,7 +47,7 @@ WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called ther
         "adam",
         "check_frozen",
         "check_gradient",
-        "check_on_policy",
+        "check_prompts_and_reference",
         "check_pair_loss",
         "check_pairs",
         "check_settings",

@@ -118,9 +118,9 @@ class Policy(nn.Module):
           ValueError: a prompt or token is out of range; a completion is empty, too long, or goes on
             after its end token.
         """
-        completed = self.check_completions(prompts, completions)
+        written = self.check_completions(prompts, completions)  # [B, T], true on tokens
         tokens = torch.cat([prompts[:, None], completions], dim=1)  # [B, T + 1]
-        mask = torch.cat([torch.zeros_like(completed[:, :1]), completed], dim=1)
+        mask = torch.cat([torch.zeros_like(written[:, :1]), written], dim=1)
         return token_logps(self(tokens[:, :-1].clamp(min=0)), tokens, mask)
 
     def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ def check_completions(model: HasSizes, prompts: Tensor, completions: Tensor) -> 
     return mask
 
 
-def check_sizes(model: HasSizes, prompt_tokens: Tensor | None) -> Tensor:
-    """The tokens of each prompt `[X, P]`, or the error that names the size that does not fit."""
+def check_sizes(model: HasSizes) -> None:
+    """Refuse sizes below 1, and an end token that is no token."""
     for name in ("n_prompts", "vocab_size", "max_tokens"):
         check_count(name, getattr(model, name))
     if model.end_token is not None:
@@ -172,6 +172,10 @@ def check_sizes(model: HasSizes, prompt_tokens: Tensor | None) -> Tensor:
         if model.end_token >= model.vocab_size:
             what = f"None or in 0..{model.vocab_size - 1}"
             raise ValueError(f"`end_token` must be {what}, got {model.end_token}")
+
+
+def read_for_prompts(model: HasSizes, prompt_tokens: Tensor | None) -> Tensor:
+    """What a transformer reads for each prompt, `[X, P]`; by default one token, V + x."""
     if prompt_tokens is None:
         return model.vocab_size + torch.arange(model.n_prompts).unsqueeze(1)
     check_integers("prompt_tokens", prompt_tokens, "[X, P]")

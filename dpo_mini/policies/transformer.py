@@ -1,21 +1,21 @@
 """A tiny GPT-2, to be read from top to bottom: attention, block, model.
 
-The letters of the shapes: `B` rows, `S` tokens read, `D` width, `H` heads, `V` vocabulary.
+The letters of the shapes: `B` rows, `L` tokens read, `D` width, `H` heads, `V` vocabulary. In each
+row, P tokens belong to the prompt and S - 1 to a completion, so that L = P + S - 1.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_mini._arguments import check_count, check_generator
-from dpo_mini.policies.base import Policy, Sizes, check_sizes
+from dpo_mini.policies.base import Policy, Sizes, check_sizes, read_for_prompts
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention: each token mixes in the values of the tokens that it is shown."""
+    """Multi-head attention: each token takes a weighted mean of the values of other tokens."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -23,25 +23,25 @@ class SelfAttention(nn.Module):
         self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Attention of `x` `[B, S, D]` to itself: `[B, S, D]`.
+        """Attention of `x` `[B, L, D]` to itself: `[B, L, D]`.
 
-        `mask` `[S, S]` is true where the token of a row is shown the token of a column.
+        `mask` `[L, L]`: entry (i, j) is true where token i attends to token j.
         """
-        q, k, v = self.queries_keys_values(x)  # each [B, H, S, D/H]
-        scores = q @ k.mT * q.shape[-1] ** -0.5  # [B, H, S, S]
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, H, S, S], rows sum to 1
-        mixed = weights @ v  # [B, H, S, D/H]
-        return self.c_proj(mixed.transpose(1, 2).flatten(2))  # [B, S, D], heads side by side
+        q, k, v = self.queries_keys_values(x)  # each [B, H, L, D/H]
+        scores = q @ k.mT * q.shape[-1] ** -0.5  # [B, H, L, L]
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, H, L, L], rows sum to 1
+        mixed = weights @ v  # [B, H, L, D/H]
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))  # [B, L, D], heads side by side
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three times `[B, H, S, D/H]` from `x` `[B, S, D]`."""
-        heads = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # [B, S, 3, H, D/H]
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [B, H, S, D/H]
+        """Queries, keys and values of `x` `[B, L, D]`, each `[B, H, L, D/H]`."""
+        heads = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # [B, L, 3, H, D/H]
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         return q, k, v
 
 
 class Block(nn.Module):
-    """Attention, then a network of two layers; each reads a normalised `x` and adds to `x`."""
+    """Attention, then a two-layer network; each reads a normalised `x` and adds to `x`."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class Block(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """New states `[B, S, D]` from `x` `[B, S, D]`; `mask` as in `SelfAttention.forward`."""
+        """New states `[B, L, D]` from `x` `[B, L, D]`; `mask` as in `SelfAttention.forward`."""
         x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The network of two layers, which reads each token alone: `x` `[..., D]` to `[..., D]`."""
+        """The two-layer network, which reads each token alone: `x` `[..., D]` to `[..., D]`."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # 4 D wide inside
 
 
@@ -64,7 +64,7 @@ class TinyTransformer(Policy):
 
     Prompts are named by their number; `prompt_tokens` says which tokens stand for each. Tokens
     0..V-1 may occur in prompts and completions; those that only prompts use come after them. The
-    output weights are the embeddings of the tokens 0..V-1.
+    output weights are the embeddings of the tokens 0..V-1. `rollout.sample` draws completions.
 
     Args:
       n_prompts, vocab_size, max_tokens: X, V and T of the task.
@@ -72,7 +72,7 @@ class TinyTransformer(Policy):
       prompt_tokens: `[X, P]` int64, what is read for each prompt; if left out, prompt x is the one
         token V + x.
       n_layers, n_heads, width: the shape; `width` is a multiple of `n_heads`.
-      generator: draws the initial weights, N(0, 0.02^2) as GPT-2's.
+      generator: draws the initial weights, as GPT-2's are drawn: N(0, 0.02^2) and smaller.
     Raises:
       ValueError: a size below 1, or a token out of range.
     """
@@ -101,17 +101,17 @@ class TinyTransformer(Policy):
         check_generator(generator)
         self.n_prompts, self.vocab_size = n_prompts, vocab_size
         self.max_tokens, self.end_token = max_tokens, end_token
-        read = check_sizes(self, prompt_tokens)  # [X, P]
+        check_sizes(self)
+        read = read_for_prompts(self, prompt_tokens)  # [X, P]
         self.register_buffer("prompt_tokens", read, persistent=False)
         with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
             self.wte = nn.Embedding(max(vocab_size, int(read.max()) + 1), width)
             self.wpe = nn.Embedding(read.shape[1] + max_tokens - 1, width)
-            layers = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
-            self.blocks = cast(Sequence[Block], layers)  # torch does not say what is in a list
+            self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))  # type: ignore[assignment]
             self.ln_f = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # GPT-2 shrinks what each layer adds by the square root of how many add.
+                # GPT-2 divides by the square root of how often something is added to `x`.
                 scale = (2 * n_layers) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
             elif name.endswith("bias"):
@@ -123,8 +123,7 @@ class TinyTransformer(Policy):
     ) -> "TinyTransformer":
         """An untrained transformer of the sizes and prompts of `task`, of the default dtype.
 
-        `task` is a `Task`, or anything with its sizes; `shape` is `n_layers`, `n_heads` and `width`
-        as above, and `generator` draws the weights.
+        `task` is a `Task`, or anything with its sizes; `shape` is `n_layers`, `n_heads`, `width`.
         """
         sizes = (len(task.prompts), task.vocab_size, task.max_tokens)
         read, end = getattr(task, "prompt_tokens", None), task.end_token
@@ -133,14 +132,15 @@ class TinyTransformer(Policy):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, S, V]` after each of `tokens` `[B, S]`, as in `Policy.forward`."""
         prompts, written = tokens[:, 0], tokens[:, 1:]
-        read = torch.cat([self.prompt_tokens[prompts], written], dim=1)  # [B, P + S - 1]
+        read = torch.cat([self.prompt_tokens[prompts], written], dim=1)  # [B, L]
         positions = torch.arange(read.shape[1], device=tokens.device)
-        hidden = self.hidden(read, positions, positions <= positions[:, None])
-        return self.unembed(hidden[:, -tokens.shape[1] :])  # after the prompt and what follows it
+        causal = positions <= positions[:, None]  # [L, L]: a token attends to none after it
+        hidden = self.hidden(read, positions, causal)[:, -tokens.shape[1] :]  # [B, S, D]
+        return self.unembed(hidden)  # from the prompt's last token and the S - 1 after it
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """States `[B, S, D]` after `tokens` `[B, S]` at `positions` `[S]`; `mask` as in `Block`."""
-        x = self.wte(tokens) + self.wpe(positions)  # [B, S, D]
+        """States `[B, L, D]` after `tokens` `[B, L]` at `positions` `[L]`; `mask` as in `Block`."""
+        x = self.wte(tokens) + self.wpe(positions)  # [B, L, D]
         for block in self.blocks:
             x = block(x, mask)
         return self.ln_f(x)

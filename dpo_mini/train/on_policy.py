@@ -23,7 +23,7 @@ from dpo_mini.train.steps import (
     Progress,
     Score,
     adam,
-    check_on_policy,
+    check_prompts_and_reference,
     check_settings,
     descend,
     draw_prompts,
@@ -77,7 +77,7 @@ def fit_reinforce(
     compared = (leave_one_out_advantages, mean_advantages, group_normalised_advantages)
     if n_samples == 1 and advantages in compared:
         raise ValueError("`n_samples` must be >= 2, got 1: completions of a prompt are compared")
-    check_on_policy(policy, reference, prompts)
+    check_prompts_and_reference(policy, reference, prompts)
     check_settings(steps, batch_size, learning_rate, generator)
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}
@@ -130,7 +130,7 @@ def fit_online_preferences(
       ValueError: as `fit_reinforce`.
     """
     check_pair_loss(loss)
-    check_on_policy(policy, reference, prompts)
+    check_prompts_and_reference(policy, reference, prompts)
     check_settings(steps, batch_size, learning_rate, generator)
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}

@@ -37,7 +37,7 @@ from dpo_mini.train.steps import (
     Progress,
     Score,
     adam,
-    check_on_policy,
+    check_prompts_and_reference,
     check_settings,
     descend,
     draw_prompts,
@@ -94,15 +94,17 @@ class PPOParts:
     """The interchangeable parts of `fit_ppo`; the defaults are those of PPO on language models.
 
     Args:
-      reward_penalty: the KL estimator in the reward of each token: `kl_k1` is the one whose mean
-        over samples has the gradient of the KL; or `no_penalty`.
-      loss_penalty: likewise in the loss, differentiated with the samples as constants. `kl_k2` has
-        the KL's gradient for one token. Over more tokens it leaves out what a token does to the KL
-        of those that follow it, which the reward does not leave out. Or `no_penalty`.
-      surrogate: `(logps, old_logps, advantages) -> losses`: `clipped_surrogate_loss` with its
-        `clip_eps` bound, here .2, or `unclipped_surrogate_loss`.
+      reward_penalty: the KL estimator that is subtracted from the reward of each token, where it is
+        a constant. With `kl_k1` the policy gradient of the rewards is that of E[r] - beta KL.
+        `no_penalty` leaves it out.
+      loss_penalty: the KL estimator that is added to the loss and differentiated, the samples held
+        fixed. On samples of the current policy, `kl_k2` has the gradient of the KL if completions
+        have one token. In longer ones it ignores how a token changes the KL of later tokens, which
+        a penalty in the reward includes. `no_penalty` leaves it out.
+      surrogate: `(logps, old_logps, advantages) -> losses`: `unclipped_surrogate_loss`, or
+        `partial(clipped_surrogate_loss, clip_eps=0.2)`.
       value_error: `(values, old_values, returns) -> losses`: `squared_value_error`, or
-        `clipped_value_loss` with its `clip_eps` bound.
+        `partial(clipped_value_loss, clip_eps=0.2)`.
       normalise: `(advantages, mask) -> advantages`: `whiten`, or `as_they_are`.
       assign: `(scores [B], penalties [B, T], mask) -> rewards [B, T]`: which token earns what;
         `token_rewards` puts the score on the last one.
@@ -138,28 +140,41 @@ def fit_ppo(
 ) -> History:
     r"""PPO on E[r] - beta KL, tokens as actions, in place.
 
-    Each step draws completions from the live policy. Every token gets a reward: minus beta times
-    its KL penalty, and on the last one also the score. The value function and GAE turn rewards into
-    advantages. Then Adam takes `n_epochs` passes over the batch.
+    Each step draws a batch of completions from the live policy. Every token gets a reward: minus
+    beta times its KL penalty, and on the last token also the score of the completion. The value
+    function V and GAE turn rewards into advantages A and returns R = A + V; then A is whitened over
+    the batch. Adam takes several steps on this batch. Each minimises, averaged over the tokens of a
+    minibatch, with $\rho = \pi_\theta/\pi_{old}$ and H the entropy of the next token,
+
+    $$-\min(\rho A,\ \mathrm{clip}(\rho, .8, 1.2) A) + w_V\,\tfrac12 (V_\theta - R)^2 - w_H H.$$
+
+    Meanwhile A, R and $\pi_{old}$ stay as they were when the batch was drawn. Gradients are not
+    clipped. What completions share at their beginning is computed once for all of them
+    (`rollout.prefix_tree`), which saves time and changes results by rounding alone.
 
     Args:
       actor_critic: `SharedTrunk(policy)` or `SeparateNetworks(policy, critic)`.
-      reference, prompts, score, generator: as in `fit_reinforce`.
+      reference: frozen, of the same sizes.
+      prompts: `[n]`; each batch has all of them equally often, up to the remainder.
+      score: `(prompts [B], completions [B, T]) -> scores [B]`, the r of whole completions.
       beta: > 0, weight of the KL terms, reward units per nat; or an `AdaptiveKLController`, which
         is updated with the mean k1 of each batch.
       steps: batches, each drawn afresh.
       batch_size: completions per step; `whiten` needs two tokens, so two completions of a bandit.
-      learning_rate: of Adam, with the warm-up and the cosine of `fit_sft` over `steps`.
-      n_epochs, n_minibatches: passes over a batch, and steps of Adam in each pass.
+      learning_rate: of Adam, with the warm-up and the cosine of `fit_sft` over `steps`: all steps
+        of Adam on one batch have the same one.
+      generator: draws prompts and completions, and shuffles.
+      n_epochs, n_minibatches: how often Adam goes over a batch, and in how many steps each time.
       discount, lam: of `gae`.
       value_weight, entropy_weight: >= 0, of the value error and of the entropy bonus.
       parts: what else can be changed, such as `PPOParts(normalise=as_they_are)`.
       progress: as in `fit_sft`.
     Returns:
       `{"reward", "kl", "objective", "entropy", "clipped", "value_loss", "beta"}`, each `[steps]`:
-      sample means of the score, of k1 of a completion in nats, of score - beta k1, and of the
-      entropy per token in nats; the share of tokens whose ratio left [.8, 1.2], and the mean value
-      error, both in the batch's last step of Adam; and beta.
+      of each batch the mean score, the mean of k1 = log pi_old - log pi_ref of a completion in
+      nats, score - beta k1, and the mean entropy per token in nats, all as it was drawn; of its
+      last step of Adam the share of tokens whose ratio is outside [.8, 1.2], and the mean value
+      error; and beta.
     Raises:
       ValueError: as `fit_reinforce`, or a reference's log-probability above 0.
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019,
@@ -167,50 +182,51 @@ def fit_ppo(
     """
     _check_ppo_settings(beta, batch_size, n_epochs, n_minibatches)
     _check_ppo_weights(discount, lam, value_weight, entropy_weight)
-    check_on_policy(actor_critic, reference, prompts)
+    check_prompts_and_reference(actor_critic, reference, prompts)
     check_settings(steps, batch_size, learning_rate, generator)
     optimizer, schedule = adam(actor_critic, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):
-        weight = beta.beta if isinstance(beta, AdaptiveKLController) else beta
+        kl_weight = beta.beta if isinstance(beta, AdaptiveKLController) else beta
         asked = draw_prompts(prompts, batch_size, generator)
         answers = sample(actor_critic.policy, asked, generator=generator)
         mask = answers != PAD
         _check_two_tokens(parts, mask)
         scores = scores_of(score, asked, answers)
-        tree = batch_tree(actor_critic.policy, asked, answers)  # each distinct prefix once
-        first_pass = read_actor_critic(actor_critic, asked, answers, tree=tree)
-        old_logps, old_values, entropies = (each.detach() for each in first_pass)  # [B, T] each
+        tree = batch_tree(actor_critic.policy, asked, answers)  # what is shared is read once
+        drawn = read_actor_critic(actor_critic, asked, answers, tree=tree)
+        old_logps, old_values, entropies = (each.detach() for each in drawn)  # [B, T] each
         with torch.no_grad():
             ref_logps = token_logps(reference, asked, answers, name="reference", tree=tree)
-        penalties = weight * parts.reward_penalty(old_logps, ref_logps)
+        penalties = kl_weight * parts.reward_penalty(old_logps, ref_logps)
         rewards = parts.assign(scores.to(old_logps), penalties, mask)
         advantages, returns = gae(rewards, old_values, mask, discount=discount, lam=lam)
         advantages = parts.normalise(advantages, mask)
-        batch = _Batch(asked, answers, tree, first_pass)
+        batch = _Batch(asked, answers, tree, drawn)
         minibatches = _minibatches(actor_critic, batch, n_epochs, n_minibatches, generator)
         for rows, (logps, values, entropy) in minibatches:
             policy_losses = parts.surrogate(logps, old_logps[rows], advantages[rows])
             value_errors = parts.value_error(values, old_values[rows], returns[rows])
             losses = policy_losses + value_weight * value_errors - entropy_weight * entropy
-            losses = losses + weight * parts.loss_penalty(logps, ref_logps[rows])
+            losses = losses + kl_weight * parts.loss_penalty(logps, ref_logps[rows])
             descend(optimizer, losses[mask[rows]].mean(), step)
         schedule.step()
-        last = mask[rows], logps - old_logps[rows], value_errors
-        kls = (old_logps - ref_logps).sum(1)
-        record(history, **_measured(scores, kls, entropies[mask], weight, *last))
+        log_ratios, value_errors = (logps - old_logps[rows])[mask[rows]], value_errors[mask[rows]]
+        kls = (old_logps - ref_logps).sum(1)  # of completions: both are 0 on padding
+        measured = _measured(scores, kls, entropies[mask], log_ratios, value_errors, kl_weight)
+        record(history, **measured)
         if isinstance(beta, AdaptiveKLController):
             beta.update(kls.mean().item(), batch_size)
     return history
 
 
 class _Batch(NamedTuple):
-    """Completions that were drawn, and what the weights that drew them say of their tokens."""
+    """A batch of completions, and what `read_actor_critic` gave when it was drawn."""
 
     prompts: Tensor
     completions: Tensor
     tree: PrefixTree
-    first_pass: tuple[Tensor, Tensor, Tensor]
+    drawn: tuple[Tensor, Tensor, Tensor]
 
 
 def _minibatches(
@@ -220,15 +236,16 @@ def _minibatches(
     n_minibatches: int,
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Rows in random order, each of them once per epoch, and what `read_actor_critic` gives there.
+    """Rows in random order, each once per epoch, and what `read_actor_critic` gives for them now.
 
-    It reads with the weights of the moment. Before the first step of Adam that is the first pass.
+    A minibatch is read when it is asked for, after the step of Adam on the one before. If the first
+    one is the whole batch, no weight has moved since the batch was read, and that result serves.
     """
     for epoch in range(n_epochs):
         order = torch.randperm(len(batch.prompts), generator=generator, device=generator.device)
-        for rows in order.to(batch.prompts.device).chunk(n_minibatches):
+        for rows in order.to(batch.prompts.device).tensor_split(n_minibatches):
             if epoch == 0 and n_minibatches == 1:
-                yield rows, tuple(each[rows] for each in batch.first_pass)
+                yield rows, tuple(each[rows] for each in batch.drawn)
             else:
                 read = batch.prompts[rows], batch.completions[rows]
                 yield rows, read_actor_critic(actor_critic, *read, tree=of_rows(batch.tree, rows))
@@ -238,21 +255,20 @@ def _measured(
     scores: Tensor,
     kls: Tensor,
     entropies: Tensor,
-    weight: float,
-    mask: Tensor,
     log_ratios: Tensor,
     value_errors: Tensor,
+    kl_weight: float,
 ) -> dict[str, Tensor | float]:
-    """What `fit_ppo` writes down about one batch; the last three are of the last minibatch."""
-    reward, kl, ratios = scores.mean(), kls.mean(), log_ratios.detach().exp()[mask]
+    """What `fit_ppo` writes down about a batch: of its completions `[B]`, and of tokens `[n]`."""
+    reward, kl, ratios = scores.mean(), kls.mean(), log_ratios.detach().exp()
     return {
         "reward": reward,
         "kl": kl,
-        "objective": reward - weight * kl,
+        "objective": reward - kl_weight * kl,
         "entropy": entropies.mean(),
         "clipped": ((ratios - 1).abs() > 0.2).double().mean(),
-        "value_loss": value_errors.detach()[mask].mean(),
-        "beta": weight,
+        "value_loss": value_errors.detach().mean(),
+        "beta": kl_weight,
     }
 
 

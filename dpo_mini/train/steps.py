@@ -20,14 +20,15 @@ from dpo_mini.policies.base import shares_storage
 History = dict[str, list[float]]
 """What a loop measured: under each name one number per step."""
 Progress = Callable[[range], Iterable[int]]
+"""Wraps the range of a loop's steps, such as `tqdm`; `iter` shows nothing."""
 Score = Callable[[Tensor, Tensor], Tensor]
-"""`(prompts [B], completions [B, T]) -> rewards [B]`: the true reward, or a learned one."""
+"""`(prompts [B], completions [B, T]) -> scores [B]`: the reward of whole completions."""
 
 
 def adam(
     model: nn.Module | Scorer, steps: int, learning_rate: float
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam, and its schedule: 20 steps of warm-up, and a cosine down to 0 after `steps` steps."""
+    """Adam, and its schedule: 20 steps of warm-up, times a cosine down to 0 after `steps` steps."""
     # Fused, all weights take their step in one call: a third of the time where they are small.
     optimizer = torch.optim.Adam(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True
@@ -41,7 +42,7 @@ def adam(
 def descend(optimizer: torch.optim.Adam, loss: Tensor, step: int) -> None:
     """One step down the gradient of `loss`, or a ValueError where loss or gradient is not finite.
 
-    `step` is its number, for the error.
+    The error names `step`, the number of the loop's step.
     """
     if not torch.isfinite(loss):
         raise ValueError(f"the loss must be finite, got {loss.item()} at step {step}")
@@ -85,7 +86,7 @@ def shuffled_batches(
 
 def draw_prompts(prompts: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
     """`[B]`: every prompt equally often, up to the remainder, in random order."""
-    rounds = -(-batch_size // len(prompts))
+    rounds = math.ceil(batch_size / len(prompts))
     shape = (rounds, len(prompts))
     draws = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     order = draws.argsort(1)
@@ -121,7 +122,7 @@ def check_frozen(policy: nn.Module | Scorer, reference: nn.Module | Scorer) -> N
         raise ValueError(f"`reference` must {what}")
 
 
-def check_on_policy(policy: nn.Module, reference: nn.Module, prompts: Tensor) -> None:
-    """Refuse what no loop that samples could use."""
+def check_prompts_and_reference(policy: nn.Module, reference: nn.Module, prompts: Tensor) -> None:
+    """Refuse prompts that are no numbers, and a reference that would move with the policy."""
     check_integers("prompts", prompts, "[n]")
     check_frozen(policy, reference)
