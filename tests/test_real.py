@@ -300,9 +300,9 @@ def test_bad_encoding_is_refused(tokenizer):
         encode(inside, tokenizer)
     with pytest.raises(ValueError, match="nothing but end tokens in the rejected answer of row 0"):
         encode([Preference("a", "b", real.END)], tokenizer)
-    with pytest.raises(ValueError, match="preferences: got none"):
+    with pytest.raises(ValueError, match="`preferences` must have at least one pair, got none"):
         encode([], tokenizer)
-    with pytest.raises(TypeError, match="preferences: got tuple in row 0, takes a Preference"):
+    with pytest.raises(TypeError, match="`preferences` must be .* Preference, got tuple in row 0"):
         encode([("a", "b", "c")], tokenizer)
     for template in ("no prompt", "{prompt}{prompt}", None):
         with pytest.raises(ValueError, match="template: got .* takes text with {prompt} once"):
@@ -414,34 +414,37 @@ def test_the_prompt_can_be_taken_from_the_messages(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": 3}, "prompt: got a number, takes text or a list of messages"),
-        ({"chosen": None}, "chosen: got null, takes text or a list of messages"),
-        ({"chosen": True}, "chosen: got true or false"),
-        ({"chosen": ""}, "chosen: got an empty answer, takes some text"),
-        ({"rejected": " \n"}, "rejected: got an empty answer, takes some text"),
-        ({"rejected": []}, "rejected: got an empty list"),
-        ({"rejected": {"a": 1}}, "rejected: got an object with the keys 'a'"),
-        ({"chosen": ["hi"]}, "chosen: got str in its list of messages"),
-        ({"chosen": [{"role": "assistant"}]}, "got an object with the keys 'role' in its list"),
-        ({"chosen": [USER]}, "chosen: got a last message of 'user', takes one of 'assistant'"),
-        ({"chosen": [USER, GOOD]}, "rejected: got text where chosen is messages, takes both"),
+        ({"prompt": 3}, "`prompt` must be text or a list of messages, got a number"),
+        ({"chosen": None}, "`chosen` must be text or a list of messages, got null"),
+        ({"chosen": True}, "`chosen` must be .*, got true or false"),
+        ({"chosen": ""}, "`chosen` must have some text, got an empty answer"),
+        ({"rejected": " \n"}, "`rejected` must have some text, got an empty answer"),
+        ({"rejected": []}, "`rejected` must be .*, got an empty list"),
+        ({"rejected": {"a": 1}}, "`rejected` must be .*, got an object with the keys 'a'"),
+        ({"chosen": ["hi"]}, "`chosen` must have messages with .*, got str as message 1"),
+        (
+            {"chosen": [{"role": "assistant"}]},
+            "`chosen` must .*, got .* the keys 'role' as message 1",
+        ),
+        ({"chosen": [USER]}, "`chosen` must end with a message of 'assistant', got one of 'user'"),
+        ({"chosen": [USER, GOOD]}, "`rejected` must be messages like chosen, got text"),
         (
             {"chosen": [USER, GOOD], "rejected": [{**USER, "content": "ho"}, BAD]},
-            "rejected: got the prompt 'ho' where chosen has 'hi', takes two answers to the same",
+            "`rejected` must answer the prompt of chosen, 'hi', got 'ho'",
         ),
         (
             {"prompt": "ho", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            "prompt: got 'ho' where the answers' earlier messages are 'hi'",
+            "`prompt` must be the answers' earlier messages, 'hi', got 'ho'",
         ),
-        ({"chosen": "\ud83d"}, "chosen: got half of a surrogate pair"),
+        ({"chosen": "\ud83d"}, "`chosen` must be text, got half of a surrogate pair"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_place(tmp_path, changes, message):
     path = write(tmp_path / "pairs.jsonl", ENTRY, {**ENTRY, **changes})
-    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 2: {message}"):
         real.load_preferences(path)
     path.write_text(json.dumps([ENTRY, {**ENTRY, **changes}]))
-    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 1, entry 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 1, entry 2: {message}"):
         real.load_preferences(path)
 
 
@@ -449,7 +452,7 @@ def test_a_bad_value_is_refused_with_its_place(tmp_path, changes, message):
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
     path = write(tmp_path / "pairs.jsonl", {k: v for k, v in ENTRY.items() if k != name})
     there = ", ".join(repr(column) for column in ENTRY if column != name)
-    message = rf"line 1: {name}: got no column '{name}' among {there}; takes columns="
+    message = rf"line 1: `{name}` must be .*one of the columns, got {there}: say with columns="
     with pytest.raises(ValueError, match=message):
         real.load_preferences(path)
 
@@ -459,26 +462,29 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
     [
         (
             json.dumps(ENTRY) + '\n{"prompt": ',
-            r"line 2: got invalid JSON \(Expecting value at column",
+            r"line 2 must be valid JSON \(.*\), got Expecting value at column",
         ),
-        ('[\n{"prompt": "p"},\n{]', "line 3: got invalid JSON"),
-        ("[" * 100_000, r"line 1: got invalid JSON"),
-        ("not json", "line 1: got invalid JSON"),
-        ('{"a": 1, "b": 2, "a": 1}', "line 1: got the key 'a' twice, takes each key once"),
-        ('[{"a": 1}, {"b": 2, "b": 3}]', "entry 1: chosen: got no column 'chosen' among 'a'"),
+        ('[\n{"prompt": "p"},\n{]', "line 3 must be valid JSON"),
+        ("[" * 100_000, "line 1 must be valid JSON .*, got one nested too deeply"),
+        ("not json", "line 1 must be valid JSON .*, got Expecting value at column 1"),
+        (
+            '{"a": 1, "b": 2, "a": 1}',
+            "line 1 must be an object with each key once, got .* the key 'a' twice",
+        ),
+        ('[{"a": 1}, {"b": 2, "b": 3}]', "entry 1: `chosen` must be one of the columns, got 'a'"),
         (
             json.dumps([ENTRY])[:-1] + ', {"chosen": "c", "chosen": "d"}]',
-            "entry 2: got the key 'chosen' twice",
+            "entry 2 must .*, got an object with the key 'chosen' twice",
         ),
         (
             '{"prompt": "p", "rejected": "r", "chosen": [{"role": "assistant", "role": "x"}]}',
-            "line 1: chosen: got an object with the key 'role' twice in its list of messages",
+            "line 1: `chosen` must have .*, got an object with the key 'role' twice as message 1",
         ),
-        ("[3]", "entry 1: got a number, takes an object"),
-        ("[[]]", "entry 1: got an empty list, takes an object"),
-        ("[]", "pairs: got no entries, takes at least one pair"),
-        ("", "pairs: got no entries, takes at least one pair"),
-        ("\n\n", "pairs: got no entries, takes at least one pair"),
+        ("[3]", "entry 1 must be an object .*, got a number"),
+        ("[[]]", "entry 1 must be an object .*, got an empty list"),
+        ("[]", "pairs must have at least one pair, got no entries"),
+        ("", "pairs must have at least one pair, got no entries"),
+        ("\n\n", "pairs must have at least one pair, got no entries"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path, text, message):
@@ -494,7 +500,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(
         ValueError,
-        match=r"pairs\.json, line 1: got invalid start byte at byte 13 of the line, takes U",
+        match=r"pairs\.json, line 1 must be UTF-8, got invalid start byte at byte 13 of the line",
     ):
         real.load_preferences(path)
     with pytest.raises(FileNotFoundError, match=r"missing\.json"):
@@ -504,25 +510,35 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 def test_a_bad_mapping_is_refused(tmp_path):
     path = write(tmp_path / "pairs.jsonl", ENTRY)
     load = partial(real.load_preferences, path)
-    with pytest.raises(ValueError, match="columns: got the name 'prompts', takes prompt, chosen"):
+    with pytest.raises(
+        ValueError, match="`columns` must name prompt, chosen, rejected or id, got 'prompts'"
+    ):
         load(columns={"prompts": "prompt"})
-    with pytest.raises(ValueError, match="columns: got no column for chosen"):
+    with pytest.raises(
+        ValueError, match="`columns` must have at least one column for chosen, got none"
+    ):
         load(columns={"chosen": ()})
-    with pytest.raises(TypeError, match=r"columns: got \(3,\) for chosen"):
+    with pytest.raises(
+        TypeError, match=r"`columns` must have names of columns for chosen, got \(3,\)"
+    ):
         load(columns={"chosen": [3]})
-    with pytest.raises(ValueError, match="prompt: got answers without earlier messages"):
+    with pytest.raises(ValueError, match="`prompt` must be how both answers begin or one of"):
         load(columns={"prompt": ()})
     write(path, {**ENTRY, "input": None})
-    with pytest.raises(ValueError, match="line 1: prompt: got null in column 'input', takes text"):
+    with pytest.raises(
+        ValueError, match=r"line 1: `prompt` \(column 'input'\) must be text, got null"
+    ):
         load(columns={"prompt": ("prompt", "input")})
 
 
 def test_only_preferences_are_saved(tmp_path):
-    with pytest.raises(ValueError, match="preferences: got none"):
+    with pytest.raises(ValueError, match="`preferences` must have at least one pair, got none"):
         real.save_preferences(tmp_path / "pairs.jsonl", [])
-    with pytest.raises(TypeError, match="preferences: got dict in row 0"):
+    with pytest.raises(
+        TypeError, match="`preferences` must be of type Preference, got dict in row 0"
+    ):
         real.save_preferences(tmp_path / "pairs.jsonl", [ENTRY])
-    with pytest.raises(ValueError, match="chosen: got a number, takes text"):
+    with pytest.raises(ValueError, match="`chosen` must be text, got a number"):
         Preference("p", 3, "r")
     assert not list(tmp_path.iterdir())
 
@@ -561,7 +577,9 @@ def test_a_local_data_set_is_read_as_from_the_hub(tmp_path, monkeypatch):
     real.save_preferences(folder / "train.jsonl", PAIRS)
     assert real.load_hub_preferences(str(folder), split="train") == PAIRS
     assert real.load_hub_preferences(str(folder), split="train[1:]") == PAIRS[1:]
-    with pytest.raises(ValueError, match=r"train\[:1\], row 1: prompt: got no column 'question'"):
+    with pytest.raises(
+        ValueError, match=r"train\[:1\], row 1: `prompt` \(column 'question'\) must be"
+    ):
         real.load_hub_preferences(str(folder), split="train[:1]", columns={"prompt": "question"})
 
 
