@@ -176,13 +176,17 @@ def row(*tokens):
 @pytest.mark.parametrize(
     ("prompts", "completions", "message"),
     [
-        (row(PAD, PAD), row(1, 0), "prompts: got an empty prompt in row 0"),
-        (row(PAD, 3), row(1, 0), "prompts: got an empty prompt in row 0"),
-        (row(3, PAD, 3), row(1, 0), "prompts: got a token after padding in row 0"),
-        (row(290), row(1, 0), r"prompts: got token 290, takes 0\.\.289"),
-        (row(-2), row(1, 0), "prompts: got token -2"),
-        (row(3), row(1, 290), r"completions: got token 290, takes 0\.\.289"),
-        (row(3), row(1, -2), "completions: got token -2"),
+        (row(PAD, PAD), row(1, 0), "`prompts` must .*, got an empty prompt in row 0"),
+        (row(PAD, 3), row(1, 0), "`prompts` must .*, got an empty prompt in row 0"),
+        (
+            row(3, PAD, 3),
+            row(1, 0),
+            "`prompts` must be padded at the end, got a token after it in row 0",
+        ),
+        (row(290), row(1, 0), r"`prompts` must have tokens in 0\.\.289, got 290"),
+        (row(-2), row(1, 0), "`prompts` must have tokens in .*, got -2"),
+        (row(3), row(1, 290), r"`completions` must have tokens in 0\.\.289, got 290"),
+        (row(3), row(1, -2), "`completions` must have tokens in .*, got -2"),
         (row(3), row(PAD, PAD), "completions: got an empty completion in row 0"),
         (row(3), row(1, PAD, 1), "completions: got a token after padding in row 0"),
         (row(3), row(1, 0, 1), "completions: got a token after the end token 0 in row 0"),
@@ -198,7 +202,7 @@ def row(*tokens):
         ),
         (torch.tensor([3]), row(1, 0), r"prompts: got shape \[1\], takes a non-empty \[B, P\]"),
         (row(3).repeat(2, 1), row(1, 0), "completions: got 1 rows, takes 2 like prompts"),
-        (row(*[3] * 33), row(*[1] * 33), "completions: got 66 tokens .* takes at most 65"),
+        (row(*[3] * 33), row(*[1] * 33), "`completions` must have at most 65 tokens .*, got 66"),
     ],
 )
 def test_bad_tokens_are_refused(prompts, completions, message):
@@ -212,7 +216,7 @@ def test_the_whole_context_can_be_used():
 
 
 def test_an_end_token_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"end_token: got 290, takes None or 0\.\.289"):
+    with pytest.raises(ValueError, match=r"`end_token` must be None or in 0\.\.289, got 290"):
         CausalLMPolicy(gpt2(), end_token=290)
 
 
@@ -287,7 +291,7 @@ def test_too_long_an_answer_is_refused_and_never_cut(tokenizer, pairs):
     real.encode(PAIRS, tokenizer, max_tokens=longest)
     at = counts.index(longest)
     message = (
-        rf"preferences: got row {at}, first of 1 of 3 that are too long, .* = {longest - 1} for"
+        rf"`preferences` must .* max_tokens = {longest - 1} .* in row {at}, the first of 1 of 3"
     )
     with pytest.raises(ValueError, match=message):
         real.encode(PAIRS, tokenizer, max_tokens=longest - 1)
@@ -305,15 +309,19 @@ def test_bad_encoding_is_refused(tokenizer):
     with pytest.raises(TypeError, match="`preferences` must be .* Preference, got tuple in row 0"):
         encode([("a", "b", "c")], tokenizer)
     for template in ("no prompt", "{prompt}{prompt}", None):
-        with pytest.raises(ValueError, match="template: got .* takes text with {prompt} once"):
+        with pytest.raises(
+            ValueError, match="`template` must be text with {prompt} once in it, or CHAT, got"
+        ):
             encode(PAIRS, tokenizer, template=template)
-    with pytest.raises(ValueError, match="template: got '{prompt}', which leaves an empty prompt"):
+    with pytest.raises(
+        ValueError, match="`template` must .*, got '{prompt}', which leaves an empty"
+    ):
         encode([Preference("", "b", "c")], tokenizer, template="{prompt}")
     with pytest.raises(ValueError, match="max_tokens: got 0"):
         encode(PAIRS, tokenizer, max_tokens=0)
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(ValueError, match="tokenizer: got one without an end token"):
+    with pytest.raises(ValueError, match="`tokenizer` must have an end token"):
         encode(PAIRS, endless)
 
 
@@ -333,11 +341,11 @@ def test_the_tokenizer_does_not_depend_on_the_run():
 def test_bad_tokenizer_input_is_refused():
     with pytest.raises(ValueError, match="vocab_size: got 256"):
         real.train_tokenizer(["a"], vocab_size=256)
-    with pytest.raises(TypeError, match="texts: got one text, takes several"):
+    with pytest.raises(TypeError, match="`texts` must be several texts, got one"):
         real.train_tokenizer("a text", vocab_size=300)
-    with pytest.raises(TypeError, match="texts: got int in row 1"):
+    with pytest.raises(TypeError, match="`texts` must be text, got int in row 1"):
         real.train_tokenizer(["a", 1], vocab_size=300)
-    with pytest.raises(ValueError, match="texts: got no text"):
+    with pytest.raises(ValueError, match="`texts` must have at least one letter, got no text"):
         real.train_tokenizer([""], vocab_size=300)
 
 
@@ -598,7 +606,7 @@ def test_a_tiny_model_is_drawn_from_its_generator_and_nothing_else(tokenizer):
     assert first.config.vocab_size == len(tokenizer)
     with pytest.raises(TypeError, match="generator: got NoneType"):
         real.tiny_gpt2(tokenizer, n_positions=64, generator=None)
-    with pytest.raises(ValueError, match="width: got 30, takes a multiple of n_heads = 4"):
+    with pytest.raises(ValueError, match="`width` must be a multiple of n_heads = 4, got 30"):
         real.tiny_gpt2(tokenizer, n_positions=64, width=30, generator=seeded())
     with pytest.raises(ValueError, match="n_layers: got 0"):
         real.tiny_gpt2(tokenizer, n_positions=64, n_layers=0, generator=seeded())
@@ -654,7 +662,7 @@ def test_an_interrupted_save_leaves_the_old_model_whole(
 def test_a_folder_with_other_files_is_left_alone(tmp_path, tokenizer):
     (tmp_path / "notes.txt").write_text("mine")
     model = real.tiny_gpt2(tokenizer, n_positions=64, width=16, generator=seeded())
-    with pytest.raises(ValueError, match=r"folder: got .* which holds notes\.txt; takes a new or"):
+    with pytest.raises(ValueError, match=r"`folder` must be new or .*, which holds notes\.txt$"):
         real.save_model(model, tokenizer, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
@@ -693,7 +701,9 @@ def test_code_that_a_model_brings_along_is_not_run(tmp_path, tokenizer):
 
 
 def test_load_model_takes_folders_only_and_nothing_downloads(tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder: got 'gpt2', takes a folder on this mach"):
+    with pytest.raises(
+        FileNotFoundError, match="`folder` must be a folder on this machine, got 'gpt2'"
+    ):
         real.load_model("gpt2")
     with pytest.raises(OSError):  # offline, so refused; and refused before a socket opens
         real.download_model("nobody/no-such-model")
@@ -772,9 +782,9 @@ def test_answers_are_decoded_up_to_the_end_token(tokenizer):
     assert real.greedy_answer(policy, tokenizer, "it was", max_tokens=n_prompt + 2) == "ab…"
     drawn = real.sample_answer(policy, tokenizer, "it was", max_tokens=60, generator=seeded())
     assert drawn == "abc"
-    with pytest.raises(ValueError, match="max_tokens: got 65, takes at most 64, the context"):
+    with pytest.raises(ValueError, match="`max_tokens` must be at most 64, .* context, got 65"):
         real.greedy_answer(policy, tokenizer, "it was", max_tokens=65)
-    with pytest.raises(ValueError, match=f"prompt: got {n_prompt} tokens, takes less than 2"):
+    with pytest.raises(ValueError, match=f"`prompt` must have less than 2 tokens, got {n_prompt}"):
         real.greedy_answer(policy, tokenizer, "it was", max_tokens=2)
     with pytest.raises(TypeError, match="generator: got NoneType"):
         real.sample_answer(policy, tokenizer, "it was", max_tokens=60, generator=None)

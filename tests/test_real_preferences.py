@@ -259,7 +259,9 @@ def test_a_plain_prompt_is_one_message_of_the_user(tokenizer):
     assert tokenizer.decode(chosen) == "hello<|endoftext|>\n"
     longest = len(prompt) + max(len(chosen), len(rejected))
     assert real.count_tokens(told, tokenizer, template=CHAT) == [longest]
-    with pytest.raises(ValueError, match="preferences: got row 0, first of 1 of 1 that are too lo"):
+    with pytest.raises(
+        ValueError, match="`preferences` must .*, the first of 1 of 1 that are too long"
+    ):
         real.encode(told, tokenizer, max_tokens=longest - 1, template=CHAT)
 
 
@@ -900,25 +902,27 @@ def test_a_bad_data_set_is_refused_by_its_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        (None, "without a chat_template, which template=CHAT takes"),
+        (None, "a chat_template for template=CHAT, got one without"),
         (
             "{{ raise_exception('no system here') }}",
-            r"fails on row 0 with TemplateError \(no system here\), takes one for conversations of "
-            "user$",
+            r"of user, got one that fails on row 0 with TemplateError \(no system here\)$",
         ),
         ("{% for message in messages %}", r"fails on row 0 with TemplateSyntaxError \("),
         ("{{ nothing.at.all }}", r"fails on row 0 with UndefinedError \('nothing' is undefined\)"),
         ("{{ messages[0]['content'] + 1 }}", "fails on row 0 with TypeError"),
         (
             "{% if not add_generation_prompt %}{{ messages[1]['content'] / 2 }}{% endif %}x",
-            "fails on the chosen answer of row 0 with TypeError .* of user, assistant$",
+            "of user, assistant, got one that fails on the chosen answer of row 0 with TypeError",
         ),
         (
             CHAT_TEMPLATE.replace("{% endif %}", "<think>{% endif %}"),
             "goes on with 'hello.*' before the chosen answer of row 0 and with '<think>' in the ",
         ),
-        ("{{ messages[0]['content'] }}", "leaves out the chosen answer of row 0, takes one that"),
-        ("{{ '' }}", "that writes nothing for row 0"),
+        (
+            "{{ messages[0]['content'] }}",
+            "after the prompt, got one that leaves out the chosen answer of row 0",
+        ),
+        ("{{ '' }}", "writes something, got nothing for row 0"),
         (
             "{{ messages[0]['content'] }}{% if add_generation_prompt %}:{% endif %}",
             "goes on with '' before the chosen answer of row 0 and with ':' in the prompt alone",
@@ -929,7 +933,7 @@ def test_a_chat_template_that_fails_is_refused_with_its_row(tokenizer, chat_temp
     failing = copy.deepcopy(tokenizer)
     failing.chat_template = chat_template
     for encode in (partial(real.encode, max_tokens=64), real.count_tokens):
-        with pytest.raises(ValueError, match=f"^tokenizer: got .*{message}"):
+        with pytest.raises(ValueError, match=f"^`tokenizer` must have .*{message}"):
             encode([Preference("hi", "hello", "what")], failing, template=CHAT)
 
 
@@ -944,13 +948,16 @@ def test_a_prompt_that_the_conversation_does_not_go_on_with_is_cut_by_trl(tokeni
     (theirs,) = trl_tokens(datasets.Dataset.from_list([row]), thinking)
     assert thinking.decode(theirs[0]) == "<|user|>\nhi<|endoftext|>\n<|assistant|>\n"
     assert [theirs] == our_tokens([Preference("hi", "hello", "what")], tokenizer, CHAT)
-    with pytest.raises(ValueError, match="'<think>' in the prompt alone, takes one whose"):
+    with pytest.raises(ValueError, match="got one that .* and with '<think>' in the prompt alone"):
         real.encode([Preference("hi", "hello", "what")], thinking, max_tokens=64, template=CHAT)
 
 
 def test_an_end_token_inside_an_answer_is_refused_under_the_chat_template_too(tokenizer):
     pairs = [Preference("a", "b", "c"), Preference("a", "b", f"c{real.END}")]
-    with pytest.raises(ValueError, match=r"end token inside the rejected answer of row 1, takes t"):
+    with pytest.raises(
+        ValueError,
+        match="`preferences` must have .*, got one inside the rejected answer of row 1",
+    ):
         real.encode(pairs, tokenizer, max_tokens=64, template=CHAT)
 
 
@@ -969,7 +976,7 @@ def test_a_local_folder_is_loaded_without_the_network(tmp_path, tokenizer, monke
         _, loaded = load(str(tmp_path / "model"))
         assert loaded.chat_template == CHAT_TEMPLATE
         assert not no_network
-    with pytest.raises(FileNotFoundError, match="takes a folder on this machine"):
+    with pytest.raises(FileNotFoundError, match="must be a folder on this machine"):
         real.load_model("nobody/no-such-model")
     assert not no_network
     (tmp_path / "pairs.jsonl").write_bytes(as_jsonl(TEXTS))

@@ -698,7 +698,7 @@ def test_a_log_that_goes_on_drops_later_and_broken_lines(tmp_path):
     rows = read_csv(path)
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert [float(row["loss"]) for row in rows] == [0.0, 1 / 3, 7.0, 8.0]
-    with pytest.raises(ValueError, match=r"path: got columns \['step', 'loss', 'a, b'\]"):
+    with pytest.raises(ValueError, match=r"`path` must have .*, got \['step', 'loss', 'a, b'\]"):
         real.csv_log(path)(4, {"loss": 1.0})
 
 
@@ -970,18 +970,29 @@ def test_a_run_goes_on_only_from_its_own_checkpoints(single, pairs, tmp_path, to
         with pytest.raises(ValueError, match=message):
             whole_run(policy, reference, pairs, folder, **changes)
 
-    again("checkpoints: got those of other batches", batches=in_order(12, 4))
-    again("checkpoints: got those of a run with .*'beta': 0.1", beta=0.2)
-    again("checkpoints: got those of a run with .*'max_grad_norm': 0.5", max_grad_norm=math.inf)
-    with pytest.raises(ValueError, match="checkpoints: got those of a run with .*'pairs'"):
+    again("`checkpoints` must .*, got those of other batches", batches=in_order(12, 4))
+    again("`checkpoints` must be .*, got those of a run with .*'beta': 0.1", beta=0.2)
+    again(
+        "`checkpoints` must .*, got those of a run with .*'max_grad_norm': 0.5",
+        max_grad_norm=math.inf,
+    )
+    with pytest.raises(ValueError, match="`checkpoints` .* got those of a run with .*'pairs'"):
         whole_run(copy.deepcopy(start), reference, (pairs[0], *reversed(pairs[1:])), folder)
     other = copy.deepcopy(start)
-    again("checkpoints: got .*'lr': 0.001.* takes", other, optimizer=adamw(other, 1e-2))
+    again(
+        "`checkpoints` must .*'lr': 0.01.* or none, got .*'lr': 0.001",
+        other,
+        optimizer=adamw(other, 1e-2),
+    )
     other = copy.deepcopy(start)
-    again("checkpoints: got", other, optimizer=torch.optim.Adam(other.parameters(), lr=1e-3))
-    again("generator: got no generator", generator=None)
+    again(
+        "`checkpoints` must be .*'Adam'.*, got .*'AdamW'",
+        other,
+        optimizer=torch.optim.Adam(other.parameters(), lr=1e-3),
+    )
+    again("`generator` must be given as in the run that .*, got none", generator=None)
     wider = real.tiny_gpt2(tokenizer, n_positions=64, generator=seeded(), n_heads=2, width=32)
-    again("checkpoints: got those of another model", CausalLMPolicy(wider, end_token=END))
+    again("`checkpoints` must .*, got another model's", CausalLMPolicy(wider, end_token=END))
 
 
 def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
@@ -1014,7 +1025,7 @@ def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
     real.save_checkpoint(tmp_path, replace(given, step=12))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
     bad = replace(given, step=13, optimizer={0: {"old": [torch.ones(1)]}})
-    with pytest.raises(TypeError, match="optimizer: got list in its state 'old'"):
+    with pytest.raises(TypeError, match="`optimizer` must have .*, got list as 'old'"):
         real.save_checkpoint(tmp_path, bad)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
 

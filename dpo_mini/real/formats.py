@@ -1,4 +1,4 @@
-"""How pairs stand in files: the formats of a file, the columns of an entry, the forms of a pair.
+"""How pairs are read from files: the formats of files, the columns of entries, the forms of pairs.
 
 CSV, JSON, JSON lines, Parquet and rows of the hub are read as entries, which are objects with
 columns. `_read_row` finds prompt, answers and messages in an entry, which has one of four forms.
@@ -28,8 +28,8 @@ ROLES = ("system", "user", "assistant")
 A_ROLE = "'system', 'user' or 'assistant'"
 
 LONGEST_LINE = 2**26
-"""Bytes in a line of JSONL or CSV. 64 MiB are some ten thousand pages: a longer line is no pair but
-a file without line breaks, and is refused before it fills the memory."""
+"""The most bytes in a line of JSONL or CSV: 64 MiB are some ten thousand pages of text. A longer
+line is a file without line breaks, and is refused before it fills the memory."""
 
 
 class BadColumn(ValueError):

@@ -51,7 +51,7 @@ class Preference:
 
 
 def load_preferences(path: AnyPath, *, columns: Columns | None = None) -> list[Preference]:
-    """Read pairs from a file: JSON (a list of objects), JSONL (one a line), CSV or Parquet.
+    """Read pairs from a file: JSON (a list of objects), JSONL (one per line), CSV or Parquet.
 
     A file has one of the forms that `trl` takes, the same in every row:
 

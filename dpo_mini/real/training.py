@@ -389,15 +389,15 @@ def reference_logps(
     """Score every pair once, before training: then the reference need not be in memory.
 
     The numbers are, to the last bit, those that a reference beside the policy would give in a pass
-    over the same pairs. One pair a pass is the same pass in every order. In a pass with others a
-    pair is padded to the longest, sums run in another order, and the last digit may differ: 1e-5 in
-    float32, and far more in bfloat16.
+    over the same pairs. With one pair per pass the order of the pairs does not matter. In a pass
+    with others a pair is padded to the longest, sums run in another order, and the last digit may
+    differ: 1e-5 in float32, and far more in bfloat16.
 
     Args:
       reference: a model before it is trained, a copy, or `adapter_off(policy)`.
       pairs, reduce, precision: as in `train_preferences`, which then takes `reduce` and `precision`
         from the result.
-      micro_batch_size: pairs a pass.
+      micro_batch_size: pairs per pass.
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient: a tuple with the
@@ -549,7 +549,7 @@ def _pair_logps(
     prompts, chosen, rejected = pairs
     device = next(iter(model.parameters())).device
     answers = torch.cat([chosen[rows], rejected[rows]]).to(device)
-    # One context a pass: autocast keeps its half-precision weights until the context ends, and
+    # One context per pass: autocast keeps its half-precision weights until the context ends, and
     # those that it made for a pass without gradient would take none from the policy's.
     with precision(device.type):
         scored = model.token_logps(prompts[rows].repeat(2, 1).to(device), answers)
