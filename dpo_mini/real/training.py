@@ -401,7 +401,7 @@ def reference_logps(
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient: a tuple with the
-        attributes `reduce` and `precision`.
+      attributes `reduce` and `precision`.
     Raises:
       ValueError: no pairs, rows that differ in number, `micro_batch_size < 1`, or log-probabilities
         above 0.
