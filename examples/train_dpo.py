@@ -73,7 +73,6 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
             ),
             schedule=real.warmup_then_linear(given.steps, warmup=given.steps // 10),
             max_grad_norm=given.max_grad_norm,
-            precision=precision,
             accelerator=accelerator,
             checkpoints=None if given.no_checkpoints else output / "checkpoints",
             checkpoint_every=given.checkpoint_every,

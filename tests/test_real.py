@@ -176,13 +176,17 @@ def row(*tokens):
 @pytest.mark.parametrize(
     ("prompts", "completions", "message"),
     [
-        (row(PAD, PAD), row(1, 0), "prompts: got an empty prompt in row 0"),
-        (row(PAD, 3), row(1, 0), "prompts: got an empty prompt in row 0"),
-        (row(3, PAD, 3), row(1, 0), "prompts: got a token after padding in row 0"),
-        (row(290), row(1, 0), r"prompts: got token 290, takes 0\.\.289"),
-        (row(-2), row(1, 0), "prompts: got token -2"),
-        (row(3), row(1, 290), r"completions: got token 290, takes 0\.\.289"),
-        (row(3), row(1, -2), "completions: got token -2"),
+        (row(PAD, PAD), row(1, 0), "`prompts` must .*, got an empty prompt in row 0"),
+        (row(PAD, 3), row(1, 0), "`prompts` must .*, got an empty prompt in row 0"),
+        (
+            row(3, PAD, 3),
+            row(1, 0),
+            "`prompts` must be padded at the end, got a token after it in row 0",
+        ),
+        (row(290), row(1, 0), r"`prompts` must have tokens in 0\.\.289, got 290"),
+        (row(-2), row(1, 0), "`prompts` must have tokens in .*, got -2"),
+        (row(3), row(1, 290), r"`completions` must have tokens in 0\.\.289, got 290"),
+        (row(3), row(1, -2), "`completions` must have tokens in .*, got -2"),
         (row(3), row(PAD, PAD), "`completions` must have at least one token .* row 0"),
         (
             row(3),
@@ -202,7 +206,7 @@ def row(*tokens):
         ),
         (torch.tensor([3]), row(1, 0), r"`prompts` must be a non-empty \[B, P\], got shape \[1\]"),
         (row(3).repeat(2, 1), row(1, 0), "`completions` must have 2 rows like `prompts`, got 1"),
-        (row(*[3] * 33), row(*[1] * 33), "completions: got 66 tokens .* takes at most 65"),
+        (row(*[3] * 33), row(*[1] * 33), "`completions` must have at most 65 tokens .*, got 66"),
     ],
 )
 def test_bad_tokens_are_refused(prompts, completions, message):
@@ -216,7 +220,7 @@ def test_the_whole_context_can_be_used():
 
 
 def test_an_end_token_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"end_token: got 290, takes None or 0\.\.289"):
+    with pytest.raises(ValueError, match=r"`end_token` must be None or in 0\.\.289, got 290"):
         CausalLMPolicy(gpt2(), end_token=290)
 
 
@@ -291,7 +295,7 @@ def test_too_long_an_answer_is_refused_and_never_cut(tokenizer, pairs):
     real.encode(PAIRS, tokenizer, max_tokens=longest)
     at = counts.index(longest)
     message = (
-        rf"preferences: got row {at}, first of 1 of 3 that are too long, .* = {longest - 1} for"
+        rf"`preferences` must .* max_tokens = {longest - 1} .* in row {at}, the first of 1 of 3"
     )
     with pytest.raises(ValueError, match=message):
         real.encode(PAIRS, tokenizer, max_tokens=longest - 1)
@@ -304,20 +308,24 @@ def test_bad_encoding_is_refused(tokenizer):
         encode(inside, tokenizer)
     with pytest.raises(ValueError, match="nothing but end tokens in the rejected answer of row 0"):
         encode([Preference("a", "b", real.END)], tokenizer)
-    with pytest.raises(ValueError, match="preferences: got none"):
+    with pytest.raises(ValueError, match="`preferences` must have at least one pair, got none"):
         encode([], tokenizer)
-    with pytest.raises(TypeError, match="preferences: got tuple in row 0, takes a Preference"):
+    with pytest.raises(TypeError, match="`preferences` must be .* Preference, got tuple in row 0"):
         encode([("a", "b", "c")], tokenizer)
     for template in ("no prompt", "{prompt}{prompt}", None):
-        with pytest.raises(ValueError, match="template: got .* takes text with {prompt} once"):
+        with pytest.raises(
+            ValueError, match="`template` must be text with {prompt} once in it, or CHAT, got"
+        ):
             encode(PAIRS, tokenizer, template=template)
-    with pytest.raises(ValueError, match="template: got '{prompt}', which leaves an empty prompt"):
+    with pytest.raises(
+        ValueError, match="`template` must .*, got '{prompt}', which leaves an empty"
+    ):
         encode([Preference("", "b", "c")], tokenizer, template="{prompt}")
     with pytest.raises(ValueError, match="`max_tokens` must be .*, got 0"):
         encode(PAIRS, tokenizer, max_tokens=0)
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(ValueError, match="tokenizer: got one without an end token"):
+    with pytest.raises(ValueError, match="`tokenizer` must have an end token"):
         encode(PAIRS, endless)
 
 
@@ -337,11 +345,11 @@ def test_the_tokenizer_does_not_depend_on_the_run():
 def test_bad_tokenizer_input_is_refused():
     with pytest.raises(ValueError, match="`vocab_size` must be .*, got 256"):
         real.train_tokenizer(["a"], vocab_size=256)
-    with pytest.raises(TypeError, match="texts: got one text, takes several"):
+    with pytest.raises(TypeError, match="`texts` must be several texts, got one"):
         real.train_tokenizer("a text", vocab_size=300)
-    with pytest.raises(TypeError, match="texts: got int in row 1"):
+    with pytest.raises(TypeError, match="`texts` must be text, got int in row 1"):
         real.train_tokenizer(["a", 1], vocab_size=300)
-    with pytest.raises(ValueError, match="texts: got no text"):
+    with pytest.raises(ValueError, match="`texts` must have at least one letter, got no text"):
         real.train_tokenizer([""], vocab_size=300)
 
 
@@ -418,34 +426,37 @@ def test_the_prompt_can_be_taken_from_the_messages(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": 3}, "prompt: got a number, takes text or a list of messages"),
-        ({"chosen": None}, "chosen: got null, takes text or a list of messages"),
-        ({"chosen": True}, "chosen: got true or false"),
-        ({"chosen": ""}, "chosen: got an empty answer, takes some text"),
-        ({"rejected": " \n"}, "rejected: got an empty answer, takes some text"),
-        ({"rejected": []}, "rejected: got an empty list"),
-        ({"rejected": {"a": 1}}, "rejected: got an object with the keys 'a'"),
-        ({"chosen": ["hi"]}, "chosen: got str in its list of messages"),
-        ({"chosen": [{"role": "assistant"}]}, "got an object with the keys 'role' in its list"),
-        ({"chosen": [USER]}, "chosen: got a last message of 'user', takes one of 'assistant'"),
-        ({"chosen": [USER, GOOD]}, "rejected: got text where chosen is messages, takes both"),
+        ({"prompt": 3}, "`prompt` must be text or a list of messages, got a number"),
+        ({"chosen": None}, "`chosen` must be text or a list of messages, got null"),
+        ({"chosen": True}, "`chosen` must be .*, got true or false"),
+        ({"chosen": ""}, "`chosen` must have some text, got an empty answer"),
+        ({"rejected": " \n"}, "`rejected` must have some text, got an empty answer"),
+        ({"rejected": []}, "`rejected` must be .*, got an empty list"),
+        ({"rejected": {"a": 1}}, "`rejected` must be .*, got an object with the keys 'a'"),
+        ({"chosen": ["hi"]}, "`chosen` must have messages with .*, got str as message 1"),
+        (
+            {"chosen": [{"role": "assistant"}]},
+            "`chosen` must .*, got .* the keys 'role' as message 1",
+        ),
+        ({"chosen": [USER]}, "`chosen` must end with a message of 'assistant', got one of 'user'"),
+        ({"chosen": [USER, GOOD]}, "`rejected` must be messages like chosen, got text"),
         (
             {"chosen": [USER, GOOD], "rejected": [{**USER, "content": "ho"}, BAD]},
-            "rejected: got the prompt 'ho' where chosen has 'hi', takes two answers to the same",
+            "`rejected` must answer the prompt of chosen, 'hi', got 'ho'",
         ),
         (
             {"prompt": "ho", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-            "prompt: got 'ho' where the answers' earlier messages are 'hi'",
+            "`prompt` must be the answers' earlier messages, 'hi', got 'ho'",
         ),
-        ({"chosen": "\ud83d"}, "chosen: got half of a surrogate pair"),
+        ({"chosen": "\ud83d"}, "`chosen` must be text, got half of a surrogate pair"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_place(tmp_path, changes, message):
     path = write(tmp_path / "pairs.jsonl", ENTRY, {**ENTRY, **changes})
-    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 2: {message}"):
         real.load_preferences(path)
     path.write_text(json.dumps([ENTRY, {**ENTRY, **changes}]))
-    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 1, entry 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl, line 1, entry 2: {message}"):
         real.load_preferences(path)
 
 
@@ -453,7 +464,7 @@ def test_a_bad_value_is_refused_with_its_place(tmp_path, changes, message):
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
     path = write(tmp_path / "pairs.jsonl", {k: v for k, v in ENTRY.items() if k != name})
     there = ", ".join(repr(column) for column in ENTRY if column != name)
-    message = rf"line 1: {name}: got no column '{name}' among {there}; takes columns="
+    message = rf"line 1: `{name}` must be .*one of the columns, got {there}: say with columns="
     with pytest.raises(ValueError, match=message):
         real.load_preferences(path)
 
@@ -463,26 +474,29 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, name):
     [
         (
             json.dumps(ENTRY) + '\n{"prompt": ',
-            r"line 2: got invalid JSON \(Expecting value at column",
+            r"line 2 must be valid JSON \(.*\), got Expecting value at column",
         ),
-        ('[\n{"prompt": "p"},\n{]', "line 3: got invalid JSON"),
-        ("[" * 100_000, r"line 1: got invalid JSON"),
-        ("not json", "line 1: got invalid JSON"),
-        ('{"a": 1, "b": 2, "a": 1}', "line 1: got the key 'a' twice, takes each key once"),
-        ('[{"a": 1}, {"b": 2, "b": 3}]', "entry 1: chosen: got no column 'chosen' among 'a'"),
+        ('[\n{"prompt": "p"},\n{]', "line 3 must be valid JSON"),
+        ("[" * 100_000, "line 1 must be valid JSON .*, got one nested too deeply"),
+        ("not json", "line 1 must be valid JSON .*, got Expecting value at column 1"),
+        (
+            '{"a": 1, "b": 2, "a": 1}',
+            "line 1 must be an object with each key once, got .* the key 'a' twice",
+        ),
+        ('[{"a": 1}, {"b": 2, "b": 3}]', "entry 1: `chosen` must be one of the columns, got 'a'"),
         (
             json.dumps([ENTRY])[:-1] + ', {"chosen": "c", "chosen": "d"}]',
-            "entry 2: got the key 'chosen' twice",
+            "entry 2 must .*, got an object with the key 'chosen' twice",
         ),
         (
             '{"prompt": "p", "rejected": "r", "chosen": [{"role": "assistant", "role": "x"}]}',
-            "line 1: chosen: got an object with the key 'role' twice in its list of messages",
+            "line 1: `chosen` must have .*, got an object with the key 'role' twice as message 1",
         ),
-        ("[3]", "entry 1: got a number, takes an object"),
-        ("[[]]", "entry 1: got an empty list, takes an object"),
-        ("[]", "pairs: got no entries, takes at least one pair"),
-        ("", "pairs: got no entries, takes at least one pair"),
-        ("\n\n", "pairs: got no entries, takes at least one pair"),
+        ("[3]", "entry 1 must be an object .*, got a number"),
+        ("[[]]", "entry 1 must be an object .*, got an empty list"),
+        ("[]", "pairs must have at least one pair, got no entries"),
+        ("", "pairs must have at least one pair, got no entries"),
+        ("\n\n", "pairs must have at least one pair, got no entries"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path, text, message):
@@ -498,7 +512,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(
         ValueError,
-        match=r"pairs\.json, line 1: got invalid start byte at byte 13 of the line, takes U",
+        match=r"pairs\.json, line 1 must be UTF-8, got invalid start byte at byte 13 of the line",
     ):
         real.load_preferences(path)
     with pytest.raises(FileNotFoundError, match=r"missing\.json"):
@@ -508,25 +522,35 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 def test_a_bad_mapping_is_refused(tmp_path):
     path = write(tmp_path / "pairs.jsonl", ENTRY)
     load = partial(real.load_preferences, path)
-    with pytest.raises(ValueError, match="columns: got the name 'prompts', takes prompt, chosen"):
+    with pytest.raises(
+        ValueError, match="`columns` must name prompt, chosen, rejected or id, got 'prompts'"
+    ):
         load(columns={"prompts": "prompt"})
-    with pytest.raises(ValueError, match="columns: got no column for chosen"):
+    with pytest.raises(
+        ValueError, match="`columns` must have at least one column for chosen, got none"
+    ):
         load(columns={"chosen": ()})
-    with pytest.raises(TypeError, match=r"columns: got \(3,\) for chosen"):
+    with pytest.raises(
+        TypeError, match=r"`columns` must have names of columns for chosen, got \(3,\)"
+    ):
         load(columns={"chosen": [3]})
-    with pytest.raises(ValueError, match="prompt: got answers without earlier messages"):
+    with pytest.raises(ValueError, match="`prompt` must be how both answers begin or one of"):
         load(columns={"prompt": ()})
     write(path, {**ENTRY, "input": None})
-    with pytest.raises(ValueError, match="line 1: prompt: got null in column 'input', takes text"):
+    with pytest.raises(
+        ValueError, match=r"line 1: `prompt` \(column 'input'\) must be text, got null"
+    ):
         load(columns={"prompt": ("prompt", "input")})
 
 
 def test_only_preferences_are_saved(tmp_path):
-    with pytest.raises(ValueError, match="preferences: got none"):
+    with pytest.raises(ValueError, match="`preferences` must have at least one pair, got none"):
         real.save_preferences(tmp_path / "pairs.jsonl", [])
-    with pytest.raises(TypeError, match="preferences: got dict in row 0"):
+    with pytest.raises(
+        TypeError, match="`preferences` must be of type Preference, got dict in row 0"
+    ):
         real.save_preferences(tmp_path / "pairs.jsonl", [ENTRY])
-    with pytest.raises(ValueError, match="chosen: got a number, takes text"):
+    with pytest.raises(ValueError, match="`chosen` must be text, got a number"):
         Preference("p", 3, "r")
     assert not list(tmp_path.iterdir())
 
@@ -565,7 +589,9 @@ def test_a_local_data_set_is_read_as_from_the_hub(tmp_path, monkeypatch):
     real.save_preferences(folder / "train.jsonl", PAIRS)
     assert real.load_hub_preferences(str(folder), split="train") == PAIRS
     assert real.load_hub_preferences(str(folder), split="train[1:]") == PAIRS[1:]
-    with pytest.raises(ValueError, match=r"train\[:1\], row 1: prompt: got no column 'question'"):
+    with pytest.raises(
+        ValueError, match=r"train\[:1\], row 1: `prompt` \(column 'question'\) must be"
+    ):
         real.load_hub_preferences(str(folder), split="train[:1]", columns={"prompt": "question"})
 
 
@@ -584,7 +610,7 @@ def test_a_tiny_model_is_drawn_from_its_generator_and_nothing_else(tokenizer):
     assert first.config.vocab_size == len(tokenizer)
     with pytest.raises(TypeError, match="`generator` must be .*, got NoneType"):
         real.tiny_gpt2(tokenizer, n_positions=64, generator=None)
-    with pytest.raises(ValueError, match="width: got 30, takes a multiple of n_heads = 4"):
+    with pytest.raises(ValueError, match="`width` must be a multiple of n_heads = 4, got 30"):
         real.tiny_gpt2(tokenizer, n_positions=64, width=30, generator=seeded())
     with pytest.raises(ValueError, match="`n_layers` must be .*, got 0"):
         real.tiny_gpt2(tokenizer, n_positions=64, n_layers=0, generator=seeded())
@@ -640,7 +666,7 @@ def test_an_interrupted_save_leaves_the_old_model_whole(
 def test_a_folder_with_other_files_is_left_alone(tmp_path, tokenizer):
     (tmp_path / "notes.txt").write_text("mine")
     model = real.tiny_gpt2(tokenizer, n_positions=64, width=16, generator=seeded())
-    with pytest.raises(ValueError, match=r"folder: got .* which holds notes\.txt; takes a new or"):
+    with pytest.raises(ValueError, match=r"`folder` must be new or .*, which holds notes\.txt$"):
         real.save_model(model, tokenizer, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
@@ -679,7 +705,9 @@ def test_code_that_a_model_brings_along_is_not_run(tmp_path, tokenizer):
 
 
 def test_load_model_takes_folders_only_and_nothing_downloads(tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder: got 'gpt2', takes a folder on this mach"):
+    with pytest.raises(
+        FileNotFoundError, match="`folder` must be a folder on this machine, got 'gpt2'"
+    ):
         real.load_model("gpt2")
     with pytest.raises(OSError):  # offline, so refused; and refused before a socket opens
         real.download_model("nobody/no-such-model")
@@ -758,9 +786,9 @@ def test_answers_are_decoded_up_to_the_end_token(tokenizer):
     assert real.greedy_answer(policy, tokenizer, "it was", max_tokens=n_prompt + 2) == "ab…"
     drawn = real.sample_answer(policy, tokenizer, "it was", max_tokens=60, generator=seeded())
     assert drawn == "abc"
-    with pytest.raises(ValueError, match="max_tokens: got 65, takes at most 64, the context"):
+    with pytest.raises(ValueError, match="`max_tokens` must be at most 64, .* context, got 65"):
         real.greedy_answer(policy, tokenizer, "it was", max_tokens=65)
-    with pytest.raises(ValueError, match=f"prompt: got {n_prompt} tokens, takes less than 2"):
+    with pytest.raises(ValueError, match=f"`prompt` must have less than 2 tokens, got {n_prompt}"):
         real.greedy_answer(policy, tokenizer, "it was", max_tokens=2)
     with pytest.raises(TypeError, match="`generator` must be .*, got NoneType"):
         real.sample_answer(policy, tokenizer, "it was", max_tokens=60, generator=None)

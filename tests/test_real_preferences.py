@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import pickle
+import re
 import socket
 import tracemalloc
 from functools import partial
@@ -27,7 +29,7 @@ import pyarrow.parquet
 
 from dpo_mini import real
 from dpo_mini.real import CHAT, CausalLMPolicy, Preference
-from dpo_mini.real.preferences import LONGEST_LINE
+from dpo_mini.real.formats import LONGEST_LINE
 
 REAL_FILE = Path(__file__).resolve().parents[2] / "shared" / "data" / "instruction-preferences.json"
 CHAT_TEMPLATE = (
@@ -257,7 +259,9 @@ def test_a_plain_prompt_is_one_message_of_the_user(tokenizer):
     assert tokenizer.decode(chosen) == "hello<|endoftext|>\n"
     longest = len(prompt) + max(len(chosen), len(rejected))
     assert real.count_tokens(told, tokenizer, template=CHAT) == [longest]
-    with pytest.raises(ValueError, match="preferences: got row 0, first of 1 of 1 that are too lo"):
+    with pytest.raises(
+        ValueError, match="`preferences` must .*, the first of 1 of 1 that are too long"
+    ):
         real.encode(told, tokenizer, max_tokens=longest - 1, template=CHAT)
 
 
@@ -343,8 +347,8 @@ def test_two_forms_are_not_saved_in_one_file(tmp_path):
     told = Preference("hi", "c", "r", (("user", "hi"),))
     assert text != told
     for pairs, message in (
-        ([text, told], "preferences: got messages in row 1 where row 0 has text"),
-        ([told, told, text], "preferences: got text in row 2 where row 0 has messages"),
+        ([text, told], "`preferences` must all have text like row 0, got messages in row 1"),
+        ([told, told, text], "`preferences` must all have messages like row 0, got text in row 2"),
     ):
         with pytest.raises(ValueError, match=message):
             real.save_preferences(tmp_path / "pairs.jsonl", pairs)
@@ -354,11 +358,15 @@ def test_two_forms_are_not_saved_in_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "messages", "message"),
     [
-        ("hi", [("user", "hi")], "messages: got a list, takes a tuple of"),
-        ("hi", ("user", "hi"), "messages: got 'user' as message 1, takes"),
-        ("hi", (("user", "hi"), ("tool", "x")), r"messages: got \('tool', 'x'\) as message 2"),
-        ("hi", (("user", None),), r"messages: got \('user', None\) as message 1"),
-        ("ho", (("user", "hi"),), "prompt: got 'ho' where the messages are 'hi', takes the text"),
+        ("hi", [("user", "hi")], "`messages` must be a tuple of .*, got a list"),
+        ("hi", ("user", "hi"), "`messages` must be pairs of .* and text, got 'user' as message 1"),
+        (
+            "hi",
+            (("user", "hi"), ("tool", "x")),
+            r"`messages` must .*, got \('tool', 'x'\) as message 2",
+        ),
+        ("hi", (("user", None),), r"`messages` must .*, got \('user', None\) as message 1"),
+        ("ho", (("user", "hi"),), "`prompt` must be the text of the messages, 'hi', got 'ho'"),
     ],
 )
 def test_bad_messages_are_refused(prompt, messages, message):
@@ -370,7 +378,9 @@ def test_an_id_may_repeat_where_nobody_looks(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(as_jsonl([{"id": None, "n": 1, **TEXTS[0]}, {"id": None, "n": 1, **TEXTS[1]}]))
     assert len(real.load_preferences(path)) == 2
-    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2: id: got 1, as in line 1, takes"):
+    with pytest.raises(
+        ValueError, match=r"line 2: `id` \(column 'n'\) must be .*, got 1 as in line 1 \("
+    ):
         real.load_preferences(path, columns={"id": "n"})
     path.write_bytes(as_jsonl([{"id": "a", **TEXTS[0]}, {"id": "a", **TEXTS[1]}]))
     assert len(real.load_preferences(path, columns={"id": ()})) == 2
@@ -424,8 +434,22 @@ def damaged():
 CSV = "prompt,chosen,rejected\np,c,r\n"
 BAD_FILES = [
     # what it is, its name, its content, where, the column or None, words of the reason
-    ("missing column", "a.jsonl", second({"rejected": ...}), "line 2", "rejected", "no column"),
-    ("missing prompt", "a.jsonl", second({"prompt": ...}), "line 2", "prompt", "no column"),
+    (
+        "missing column",
+        "a.jsonl",
+        second({"rejected": ...}),
+        "line 2",
+        "rejected",
+        "one of the columns, got",
+    ),
+    (
+        "missing prompt",
+        "a.jsonl",
+        second({"prompt": ...}),
+        "line 2",
+        "prompt",
+        "one of the columns, got",
+    ),
     ("number", "a.jsonl", second({"prompt": 3}), "line 2", "prompt", "got a number"),
     ("NaN", "a.jsonl", second({"chosen": float("nan")}), "line 2", "chosen", "got a number"),
     ("null", "a.jsonl", second({"chosen": None}), "line 2", "chosen", "got null"),
@@ -439,7 +463,7 @@ BAD_FILES = [
         as_jsonl([{**GOOD, "id": n} for n in (7, 8, 7)]),
         "line 3",
         "id",
-        "got 7, as in line 1, takes each id once",
+        "must be different in every entry, got 7 as in line 1 (",
     ),
     (
         "mixed prompts",
@@ -454,7 +478,7 @@ BAD_FILES = [
         ),
         "line 1, entry 1",
         "rejected",
-        "got the prompt 'b' where chosen has 'a', takes two answers to the same prompt",
+        "must answer the prompt of chosen, 'a', got 'b'",
     ),
     (
         "long mixed prompts",
@@ -469,7 +493,7 @@ BAD_FILES = [
         ),
         "line 1",
         "rejected",
-        "takes two answers to the same prompt",
+        "must answer the prompt of chosen, 'word word",
     ),
     (
         "nothing shared",
@@ -477,8 +501,8 @@ BAD_FILES = [
         as_jsonl([{"chosen": "yes", "rejected": "no"}]),
         "line 1",
         "prompt",
-        "no column 'prompt' among 'chosen', 'rejected'; takes columns= to say where prompt is, or "
-        "answers that begin with it",
+        "must be how both answers begin or one of the columns, got 'chosen', 'rejected': say with "
+        "columns= where it is",
     ),
     (
         "forms change",
@@ -486,7 +510,7 @@ BAD_FILES = [
         as_jsonl([GOOD, GOOD, TALK]),
         "line 3",
         None,
-        "got messages beside a prompt where line 1 has text beside a prompt",
+        "must have text beside a prompt like line 1, got messages beside a prompt",
     ),
     (
         "prompt column ends",
@@ -494,7 +518,7 @@ BAD_FILES = [
         json.dumps([GOOD, {"chosen": "Q: a", "rejected": "Q: b"}]),
         "line 1, entry 2",
         None,
-        "got text that begins with the prompt where line 1, entry 1 has text beside a prompt",
+        "must have text beside a prompt like line 1, entry 1, got text that begins with the prompt",
     ),
     (
         "list of entries",
@@ -504,16 +528,23 @@ BAD_FILES = [
         "chosen",
         "got a number",
     ),
-    ("images", "a.jsonl", second({"images": ["a.png"]}), "line 2", "images", "got a list, takes"),
+    (
+        "images",
+        "a.jsonl",
+        second({"images": ["a.png"]}),
+        "line 2",
+        "images",
+        "must be empty, since",
+    ),
     ("half messages", "a.jsonl", second({"rejected": "r"}, TALK), "line 2", "rejected", "got text"),
-    ("text prompt", "a.jsonl", second({"prompt": "p"}, TALK), "line 2", "prompt", "got text where"),
+    ("text prompt", "a.jsonl", second({"prompt": "p"}, TALK), "line 2", "prompt", "got text"),
     (
         "messages as prompt",
         "a.jsonl",
         second({"prompt": said("user: p")}),
         "line 2",
         "prompt",
-        "got messages where the answers are text",
+        "must be text like the answers, got messages",
     ),
     (
         "prompt twice",
@@ -525,7 +556,7 @@ BAD_FILES = [
         ),
         "line 2",
         "chosen",
-        "got 2 messages beside a prompt of messages",
+        "must be one message, the answer, beside a prompt of messages, got 2",
     ),
     ("no messages", "a.jsonl", second({"chosen": []}, TALK), "line 2", "chosen", "an empty list"),
     (
@@ -534,7 +565,7 @@ BAD_FILES = [
         second({"chosen": said("user: c")}, TALK),
         "line 2",
         "chosen",
-        "got a last message of 'user', takes one of 'assistant'",
+        "must end with a message of 'assistant', got one of 'user'",
     ),
     (
         "unknown role",
@@ -542,7 +573,7 @@ BAD_FILES = [
         second({"prompt": said("user: p", "tool: 3")}, TALK),
         "line 2",
         "prompt",
-        "got 'tool' as the role of message 2, takes one of 'system', 'user' or 'assistant'",
+        "must have 'system', 'user' or 'assistant' as the role of message 2, got 'tool'",
     ),
     (
         "no content",
@@ -550,7 +581,7 @@ BAD_FILES = [
         second({"chosen": [{"role": "assistant"}]}, TALK),
         "line 2",
         "chosen",
-        "the keys 'role' in its list of messages (message 1)",
+        "got an object with the keys 'role' as message 1",
     ),
     (
         "tool calls",
@@ -558,7 +589,7 @@ BAD_FILES = [
         second({"chosen": [{**said("assistant: c")[0], "tool_calls": [{"name": "f"}]}]}, TALK),
         "line 2",
         "chosen",
-        "got 'tool_calls' in message 1, takes role and content",
+        "must have only role and content in message 1, got 'tool_calls' too",
     ),
     (
         "parts",
@@ -566,19 +597,26 @@ BAD_FILES = [
         second({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, TALK),
         "line 2",
         "prompt",
-        "got a list as the content of message 1, takes text: no parts, images or tools",
+        "must have text as the content of message 1 (no parts, images or tools), got a list",
     ),
     ("tools", "a.jsonl", second({"tools": [{"name": "f"}]}, TALK), "line 2", "tools", "got a list"),
-    ("truncated line", "a.jsonl", second({})[:-9], "line 2", None, "invalid JSON (Unterminated"),
+    (
+        "truncated line",
+        "a.jsonl",
+        second({})[:-9],
+        "line 2",
+        None,
+        "got Unterminated string starting at column 32",
+    ),
     (
         "truncated list",
         "a.json",
         json.dumps([GOOD, GOOD], indent=0)[:-30],
         "line 9",
         None,
-        "invalid JSON (Unterminated string starting at at column",
+        "got Unterminated string starting at column",
     ),
-    ("list without end", "a.json", json.dumps([GOOD])[:-1], "line 1", None, "invalid JSON (Expect"),
+    ("list without end", "a.json", json.dumps([GOOD])[:-1], "line 1", None, "must be valid JSON ("),
     ("key twice", "a.jsonl", b'{"prompt": "p", "prompt": "q"}', "line 1", "prompt", "twice"),
     (
         "endless number",
@@ -597,19 +635,54 @@ BAD_FILES = [
         "byte 8 of the line",
     ),
     ("invalid UTF-8 list", "a.json", b'[\n{"a": "\xc3"}]', "line 2", None, "byte 8 of the line"),
-    ("UTF-16", "a.json", json.dumps([GOOD]).encode("utf-16"), "line 1", None, "takes UTF-8"),
-    ("gzip", "a.json", b"\x1f\x8b\x08\0\0\0\0\0", None, None, "got a gzip file, takes it unpacked"),
+    ("UTF-16", "a.json", json.dumps([GOOD]).encode("utf-16"), "line 1", None, "must be UTF-8, got"),
+    (
+        "gzip",
+        "a.json",
+        b"\x1f\x8b\x08\0\0\0\0\0",
+        None,
+        None,
+        "must be unpacked first, got a gzip file",
+    ),
     ("zero byte", "a.jsonl", second({}) + b'{"a": "\0"}', "line 3", None, "zero byte as letter 8"),
-    ("huge line", "a.jsonl", second({}) + b"{" * 1001, "line 3", None, "more than 1000 bytes"),
-    ("huge CSV line", "a.csv", CSV + "x" * 1001, "line 3", None, "more than 1000 bytes"),
+    ("huge line", "a.jsonl", second({}) + b"{" * 1001, "line 3", None, "at most 1000 bytes"),
+    ("huge CSV line", "a.csv", CSV + "x" * 1001, "line 3", None, "at most 1000 bytes"),
     ("empty", "a.jsonl", b"", None, None, "got no entries"),
     ("empty list", "a.json", b"[]", None, None, "got no entries"),
     ("empty CSV", "a.csv", b"", None, None, "got no entries"),
     ("header alone", "a.csv", "prompt,chosen,rejected\n", None, None, "got no entries"),
-    ("column twice", "a.csv", "prompt,chosen,chosen\n", "line 1", "chosen", "twice, takes each"),
-    ("other columns", "a.csv", CSV.replace("chosen", "good"), "line 2", "chosen", "no column"),
-    ("field short", "a.csv", CSV + "p,c\n", "line 3", "rejected", "got 2 fields and none for"),
-    ("field more", "a.csv", CSV + "p,c,r,s\n", "line 3", None, "got 4 fields, takes 3 as in the"),
+    (
+        "column twice",
+        "a.csv",
+        "prompt,chosen,chosen\n",
+        "line 1",
+        "chosen",
+        "each column once, got",
+    ),
+    (
+        "other columns",
+        "a.csv",
+        CSV.replace("chosen", "good"),
+        "line 2",
+        "chosen",
+        "one of the columns",
+    ),
+    (
+        "field short",
+        "a.csv",
+        CSV + "p,c\n",
+        "line 3",
+        "rejected",
+        "must have 3 fields like the header, got 2, none for",
+    ),
+    (
+        "field more",
+        "a.csv",
+        CSV + "p,c,r,s\n",
+        "line 3",
+        None,
+        "must have 3 fields like the header, got 4",
+    ),
     ("empty field", "a.csv", CSV + '"a\nb",c,\n', "line 3", "rejected", "an empty answer"),
     (
         "after line breaks",
@@ -620,7 +693,7 @@ BAD_FILES = [
         "empty answer",
     ),
     ("open quote", "a.csv", CSV + 'p,c,"r\nand so on\n', "line 3", None, "unexpected end of data"),
-    ("stray quote", "a.csv", CSV + 'p,"c"c,r\n', "line 3", None, "invalid CSV (',' expected"),
+    ("stray quote", "a.csv", CSV + 'p,"c"c,r\n', "line 3", None, "valid CSV, got ',' expected"),
     ("invalid UTF-8 CSV", "a.csv", CSV.encode() + b"p,\xff,r\n", "line 3", None, "byte 3 of the"),
     ("zero byte CSV", "a.csv", CSV + "p,\0,r\n", "line 3", None, "zero byte as letter 3"),
     (
@@ -631,10 +704,24 @@ BAD_FILES = [
         "id",
         "line 2",
     ),
-    ("not Parquet", "a.parquet", as_jsonl([GOOD]), None, None, "invalid Parquet (Parquet magic"),
-    ("empty Parquet", "a.parquet", b"", None, None, "invalid Parquet (Parquet file size is 0"),
-    ("cut Parquet", "a.parquet", lambda: arrow(GOOD)[:-20], None, None, "invalid Parquet (Parquet"),
-    ("damaged Parquet", "a.parquet", damaged, "row", None, "invalid Parquet ("),
+    (
+        "not Parquet",
+        "a.parquet",
+        as_jsonl([GOOD]),
+        None,
+        None,
+        "must be valid Parquet, got Parquet magic",
+    ),
+    ("empty Parquet", "a.parquet", b"", None, None, "valid Parquet, got Parquet file size is 0"),
+    (
+        "cut Parquet",
+        "a.parquet",
+        lambda: arrow(GOOD)[:-20],
+        None,
+        None,
+        "must be valid Parquet, got",
+    ),
+    ("damaged Parquet", "a.parquet", damaged, "row", None, "must be valid Parquet, got"),
     (
         "Parquet without rows",
         "a.parquet",
@@ -649,7 +736,7 @@ BAD_FILES = [
         lambda: arrow({**GOOD, "chosen": 3}, chosen=pyarrow.int64()),
         "row 1",
         "chosen",
-        "got a number, takes text",
+        "must be text or a list of messages, got a number",
     ),
     (
         "null in Parquet",
@@ -665,17 +752,17 @@ BAD_FILES = [
         lambda: arrow({"prompt": "p", "chosen": "c"}),
         "row 1",
         "rejected",
-        "no column",
+        "one of the columns",
     ),
     ("Parquet not UTF-8", "a.parquet", not_utf8, "row 1", "chosen", "invalid start byte at byte 2"),
-    ("Parquet column twice", "a.parquet", repeated_column, None, "chosen", "twice, takes each"),
+    ("Parquet column twice", "a.parquet", repeated_column, None, "chosen", "each column once, got"),
     (
         "Parquet messages",
         "a.parquet",
         lambda: as_parquet([TALK, {**TALK, "chosen": said("user: c")}]),
         "row 2",
         "chosen",
-        "got a last message of 'user'",
+        "must end with a message of 'assistant', got one of 'user'",
     ),
 ]
 
@@ -687,8 +774,8 @@ BAD_FILES = [
 def test_a_bad_file_gets_one_sentence_with_its_place(
     tmp_path, monkeypatch, name, content, place, column, words
 ):
-    if "more than 1000 bytes" in words:
-        monkeypatch.setattr("dpo_mini.real.preferences.LONGEST_LINE", 1000)
+    if "at most 1000 bytes" in words:
+        monkeypatch.setattr("dpo_mini.real.formats.LONGEST_LINE", 1000)
     content = content() if callable(content) else content
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -699,7 +786,7 @@ def test_a_bad_file_gets_one_sentence_with_its_place(
     rest = str(refusal.value).removeprefix(where)
     assert words in rest
     assert column is None or column in rest
-    assert "takes" in rest
+    assert re.search(r" must (be|have|end|answer) .*, got ", rest)
     assert "\n" not in rest
     assert len(rest) < 300
     assert list(tmp_path.iterdir()) == [path]
@@ -735,23 +822,51 @@ def test_a_mapped_column_is_named_as_the_file_names_it(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("q,more,good,rejected\np,m,,r\n")
     columns = {"prompt": ("q", "more"), "chosen": "good"}
-    with pytest.raises(ValueError, match=r"line 2: chosen: got an empty .* \(column 'good'\)$"):
+    with pytest.raises(ValueError, match=r"line 2: `chosen` \(column 'good'\) must have some"):
         real.load_preferences(path, columns=columns)
-    with pytest.raises(ValueError, match="line 2: chosen: got no column 'best' among 'q', 'more'"):
+    with pytest.raises(ValueError, match=r"line 2: `chosen` \(column 'best'\) .*, got 'q', 'more'"):
         real.load_preferences(path, columns={**columns, "chosen": "best"})
-    with pytest.raises(ValueError, match="line 2: id: got no column 'number' among"):
+    with pytest.raises(ValueError, match=r"`id` \(column 'number'\) must be one of the columns"):
         real.load_preferences(
             path, columns={**columns, "chosen": "more", "prompt": "q", "id": "number"}
         )
     for twice in ({"chosen": "rejected"}, {"prompt": "chosen"}, {"chosen": ("q", "q")}):
-        with pytest.raises(ValueError, match=r"columns: got '\w+' for \w+ and for \w+, takes each"):
+        with pytest.raises(ValueError, match=r"`columns` must .* once, got '\w+' for \w+ and for"):
             real.load_preferences(path, columns=twice)
+
+
+def test_an_error_knows_its_column_whatever_the_value_says(tmp_path):
+    """The column is not looked for in the message, where a value may look like one."""
+    path = tmp_path / "a.jsonl"
+    for role, columns in (("tool", {"prompt": "tool"}), ("chosen: 'q'", {"prompt": "q"})):
+        row = {**TALK, columns["prompt"]: [{"role": role, "content": "3"}]}
+        path.write_bytes(as_jsonl([row]))
+        message = f"^.*a.jsonl, line 1: `prompt` \\(column '{columns['prompt']}'\\) must .*, got "
+        with pytest.raises(ValueError, match=message + re.escape(repr(role)) + "$"):
+            real.load_preferences(path, columns=columns)
+    both = {"prompt": ("prompt", "more")}
+    for changes, columns, message in (
+        ({"more": None}, both, r"1: `prompt` \(column 'more'\) must be text, got null"),
+        ({"more": "", "prompt": 3}, both, "1: `prompt` must be text, got a number"),
+        ({"a": "", "b": ""}, {"chosen": ("a", "b")}, r"`chosen` \(column 'a', 'b'\) must have"),
+    ):
+        path.write_bytes(as_jsonl([{**GOOD, **changes}]))
+        with pytest.raises(ValueError, match=message):
+            real.load_preferences(path, columns=columns)
+
+
+def test_a_pair_that_is_refused_names_its_column():
+    with pytest.raises(
+        ValueError, match="^`rejected` must have some text, got an empty answer$"
+    ) as e:
+        Preference("p", "c", " ")
+    assert (e.value.name, str(pickle.loads(pickle.dumps(e.value)))) == ("rejected", str(e.value))
 
 
 def test_a_field_longer_than_the_csv_module_takes_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(CSV + "p,c," + "r" * csv.field_size_limit() + "r\n")
-    with pytest.raises(ValueError, match=r"line 3: got invalid CSV \(field larger than field lim"):
+    with pytest.raises(ValueError, match=r"line 3 must be valid CSV, got field larger than field"):
         real.load_preferences(path)
 
 
@@ -762,7 +877,7 @@ def test_a_huge_line_is_refused_without_reading_it_all(tmp_path):
         file.truncate(40 * LONGEST_LINE)  # zeros, that take no room on the disk
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"a\.jsonl, line 2: got more than 67108864 bytes"):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 2 must have at most 67108864 by"):
             real.load_preferences(path)
         assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE
     finally:
@@ -775,7 +890,9 @@ def test_a_bad_data_set_is_refused_by_its_row(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(as_jsonl([{**GOOD, "id": 1}, {**GOOD, "id": 1}]))
-    with pytest.raises(ValueError, match=r"train, row 2: id: got 1, as in train, row 1, takes"):
+    with pytest.raises(
+        ValueError, match=r"train, row 2: `id` must be different .*, got 1 as in row 1"
+    ):
         real.load_hub_preferences(str(folder), split="train")
 
 
@@ -785,25 +902,27 @@ def test_a_bad_data_set_is_refused_by_its_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        (None, "without a chat_template, which template=CHAT takes"),
+        (None, "a chat_template for template=CHAT, got one without"),
         (
             "{{ raise_exception('no system here') }}",
-            r"fails on row 0 with TemplateError \(no system here\), takes one for conversations of "
-            "user$",
+            r"of user, got one that fails on row 0 with TemplateError \(no system here\)$",
         ),
         ("{% for message in messages %}", r"fails on row 0 with TemplateSyntaxError \("),
         ("{{ nothing.at.all }}", r"fails on row 0 with UndefinedError \('nothing' is undefined\)"),
         ("{{ messages[0]['content'] + 1 }}", "fails on row 0 with TypeError"),
         (
             "{% if not add_generation_prompt %}{{ messages[1]['content'] / 2 }}{% endif %}x",
-            "fails on the chosen answer of row 0 with TypeError .* of user, assistant$",
+            "of user, assistant, got one that fails on the chosen answer of row 0 with TypeError",
         ),
         (
             CHAT_TEMPLATE.replace("{% endif %}", "<think>{% endif %}"),
             "goes on with 'hello.*' before the chosen answer of row 0 and with '<think>' in the ",
         ),
-        ("{{ messages[0]['content'] }}", "leaves out the chosen answer of row 0, takes one that"),
-        ("{{ '' }}", "that writes nothing for row 0"),
+        (
+            "{{ messages[0]['content'] }}",
+            "after the prompt, got one that leaves out the chosen answer of row 0",
+        ),
+        ("{{ '' }}", "writes something, got nothing for row 0"),
         (
             "{{ messages[0]['content'] }}{% if add_generation_prompt %}:{% endif %}",
             "goes on with '' before the chosen answer of row 0 and with ':' in the prompt alone",
@@ -814,7 +933,7 @@ def test_a_chat_template_that_fails_is_refused_with_its_row(tokenizer, chat_temp
     failing = copy.deepcopy(tokenizer)
     failing.chat_template = chat_template
     for encode in (partial(real.encode, max_tokens=64), real.count_tokens):
-        with pytest.raises(ValueError, match=f"^tokenizer: got .*{message}"):
+        with pytest.raises(ValueError, match=f"^`tokenizer` must have .*{message}"):
             encode([Preference("hi", "hello", "what")], failing, template=CHAT)
 
 
@@ -829,13 +948,16 @@ def test_a_prompt_that_the_conversation_does_not_go_on_with_is_cut_by_trl(tokeni
     (theirs,) = trl_tokens(datasets.Dataset.from_list([row]), thinking)
     assert thinking.decode(theirs[0]) == "<|user|>\nhi<|endoftext|>\n<|assistant|>\n"
     assert [theirs] == our_tokens([Preference("hi", "hello", "what")], tokenizer, CHAT)
-    with pytest.raises(ValueError, match="'<think>' in the prompt alone, takes one whose"):
+    with pytest.raises(ValueError, match="got one that .* and with '<think>' in the prompt alone"):
         real.encode([Preference("hi", "hello", "what")], thinking, max_tokens=64, template=CHAT)
 
 
 def test_an_end_token_inside_an_answer_is_refused_under_the_chat_template_too(tokenizer):
     pairs = [Preference("a", "b", "c"), Preference("a", "b", f"c{real.END}")]
-    with pytest.raises(ValueError, match=r"end token inside the rejected answer of row 1, takes t"):
+    with pytest.raises(
+        ValueError,
+        match="`preferences` must have .*, got one inside the rejected answer of row 1",
+    ):
         real.encode(pairs, tokenizer, max_tokens=64, template=CHAT)
 
 
@@ -854,7 +976,7 @@ def test_a_local_folder_is_loaded_without_the_network(tmp_path, tokenizer, monke
         _, loaded = load(str(tmp_path / "model"))
         assert loaded.chat_template == CHAT_TEMPLATE
         assert not no_network
-    with pytest.raises(FileNotFoundError, match="takes a folder on this machine"):
+    with pytest.raises(FileNotFoundError, match="must be a folder on this machine"):
         real.load_model("nobody/no-such-model")
     assert not no_network
     (tmp_path / "pairs.jsonl").write_bytes(as_jsonl(TEXTS))

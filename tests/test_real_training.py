@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import math
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dpo_mini.logps import PAD, mean_over_tokens
+from dpo_mini.logps import PAD, mean_over_tokens, sum_over_tokens
 from dpo_mini.losses import cpo_loss, dpo_loss, dpo_mean_loss, kto_loss
 from dpo_mini.train import fit_preferences, without_reference
 
@@ -241,7 +242,6 @@ def test_losses_of_means_take_means(policy, pairs):
         micro_batch_size=4,
         optimizer=torch.optim.Adam(policy.parameters(), lr=1e-2, betas=(0.9, 0.99)),
         schedule=lambda n: (n + 1) / 20 * (1 + math.cos(math.pi * n / 4)) / 2,
-        reduce=mean_over_tokens,
     )
     assert_close(ours["loss"], toys["loss"], atol=1e-12, rtol=0)
 
@@ -308,7 +308,7 @@ def test_schedules_by_hand():
     assert_close(cosine, [0.5, 1.0, 1.0, (1 + half) / 2, 0.5, (1 - half) / 2])
     assert real.warmup_then_linear(2, warmup=0)(0) == real.constant(7) == 1.0
     for make in (real.warmup_then_linear, real.warmup_then_cosine):
-        with pytest.raises(ValueError, match="warmup: got 6, takes less than steps = 6"):
+        with pytest.raises(ValueError, match="`warmup` must be less than steps = 6, got 6"):
             make(6, warmup=6)
 
 
@@ -348,13 +348,13 @@ def test_margins_start_at_0_only_in_the_references_precision(single, pairs):
     first = dict(batches=in_order(12, 12), micro_batch_size=1)
     for precision in (real.full_precision, real.bf16_autocast):
         scored = real.reference_logps(single, pairs, precision=precision)
-        history = train(copy.deepcopy(single), scored, pairs, precision=precision, **first)
+        history = train(copy.deepcopy(single), scored, pairs, **first)
         names = ("rewards/chosen", "rewards/rejected", "rewards/margins")
         assert [history[name] for name in names] == [[0.0]] * 3
         assert history["rewards/accuracies"] == [0.0]  # a tie is no win
         assert_close(history["loss"], [math.log(2)], atol=1e-7, rtol=0)
-    # What goes wrong: a reference in float32 beside a policy in bfloat16.
-    scored = real.reference_logps(single, pairs)
+    # What goes wrong: a reference in float32 beside a policy in bfloat16. Bare tensors allow it.
+    scored = tuple(real.reference_logps(single, pairs))
     history = train(copy.deepcopy(single), scored, pairs, precision=real.bf16_autocast, **first)
     half = real.reference_logps(single, pairs, precision=real.bf16_autocast)
     assert max((a - b).abs().max().item() for a, b in zip(half, scored, strict=True)) > 1e-2  # nats
@@ -362,12 +362,35 @@ def test_margins_start_at_0_only_in_the_references_precision(single, pairs):
     assert history["rewards/accuracies"][0] > 0  # pairs that are won before anything is learned
 
 
+def test_how_the_reference_was_read_is_said_once(single, pairs):
+    how = dict(reduce=mean_over_tokens, precision=real.bf16_autocast)
+    scored = real.reference_logps(single, pairs, micro_batch_size=4, **how)
+    bare = tuple(scored)
+    assert [len(bare), type(bare)] == [2, tuple]
+    start = weights(single)
+    told = train(copy.deepcopy(single), bare, pairs, **how)
+    for scores in (scored, copy.deepcopy(scored), pickle.loads(pickle.dumps(scored))):
+        assert {"reduce": scores.reduce, "precision": scores.precision} == how
+        assert all(map(torch.equal, scores, bare))
+        assert train(copy.deepcopy(single), scores, pairs) == told
+    assert train(copy.deepcopy(single), scored, pairs, **how) == told  # the same, said twice
+    # The control: bare tensors do not know, and the defaults are others.
+    assert train(copy.deepcopy(single), bare, pairs)["loss"] != told["loss"]
+    for other, message in (
+        ({"reduce": sum_over_tokens}, "`reduce` must be mean_over_tokens .*, got sum_over_tokens"),
+        ({"precision": real.full_precision}, "`precision` must be bf16_autocast .*, got full_prec"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(single, scored, pairs, **other)
+    assert farthest(weights(single), start) == 0
+
+
 def test_in_half_precision_weights_and_gradients_stay_single(single, pairs):
     scored = real.reference_logps(single, pairs, precision=real.bf16_autocast)
     assert scored[0].dtype == torch.float32
     exact = copy.deepcopy(single)
     train(exact, real.reference_logps(single, pairs), pairs, batches=in_order(12, 12))
-    train(single, scored, pairs, batches=in_order(12, 12), precision=real.bf16_autocast)
+    train(single, scored, pairs, batches=in_order(12, 12))
     for weight in single.parameters():
         assert weight.dtype == weight.grad.dtype == torch.float32
     found, true = (torch.cat([g.flatten() for g in gradients(p).values()]) for p in (single, exact))
@@ -439,7 +462,7 @@ def test_an_adapter_is_drawn_from_its_generator_and_merged_when_saved(tokenizer,
 
 @needs_peft
 def test_bad_adapters_are_refused(tokenizer, single):
-    with pytest.raises(TypeError, match="policy: got a GPT2LMHeadModel, takes one .* adapter"):
+    with pytest.raises(TypeError, match="`policy` must have .* an adapter .*, got a GPT2LMHead"):
         real.adapter_off(single)
     with pytest.raises(ValueError, match="`rank` must be .*, got 0"):
         real.add_lora(gpt2(tokenizer), rank=0, generator=seeded())
@@ -486,7 +509,7 @@ def test_long_pairs_are_dropped_and_counted():
     whole, none = real.drop_long(LONG, max_tokens=6)
     assert none == 0
     assert all(map(torch.equal, whole, LONG))
-    with pytest.raises(ValueError, match="max_tokens: got 3, takes >= 4, the shortest pair"):
+    with pytest.raises(ValueError, match="`max_tokens` must be >= 4, .* shortest pair, got 3"):
         real.drop_long(LONG, max_tokens=3)
 
 
@@ -498,7 +521,7 @@ def test_long_answers_are_cut_and_counted():
     whole, none = real.cut_long(LONG, max_tokens=6)
     assert none == 0
     assert all(map(torch.equal, whole, LONG))
-    with pytest.raises(ValueError, match="max_tokens: got 3, takes > 3, the prompt of row 1"):
+    with pytest.raises(ValueError, match="`max_tokens` must be > 3, .* prompt in row 1, got 3"):
         real.cut_long(LONG, max_tokens=3)
 
 
@@ -536,22 +559,22 @@ def test_bad_settings_are_refused(policy, pairs):
         (scored, {"beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
         (scored, {"micro_batch_size": 0}, "`micro_batch_size` must be .*, got 0"),
         (scored, {"checkpoint_every": 0}, "`checkpoint_every` must be .*, got 0"),
-        (scored, {"max_grad_norm": 0.0}, "max_grad_norm: got 0.0, takes a number > 0"),
+        (scored, {"max_grad_norm": 0.0}, "`max_grad_norm` must be a number > 0, got 0.0"),
         (scored, {"batches": in_order(12, 4) + 1}, r"`batches` must be in 0\.\.11, got 12"),
         (
             scored,
             {"batches": torch.arange(12)},
             r"`batches` must be a non-empty \[steps, B\], got shape \[12\]",
         ),
-        (shared, {}, "reference: got weights that it shares with the policy, takes"),
+        (shared, {}, "`reference` must be .*, got a model that shares weights"),
         ((scored[0][:5], scored[1]), {}, "`reference` must have 12 rows like `pairs`, got 5"),
-        (scored[:1], {}, r"reference: got 1 tensors, takes \(chosen, rejected\)"),
+        (scored[:1], {}, r"`reference` must be \(chosen, rejected\), got 1 tensors"),
         ((-scored[0], scored[1]), {}, LIKELIHOODS.format("reference")),
         ((scored[0], -scored[1]), {}, LIKELIHOODS.format("reference")),
         (
             scored,
             {"optimizer": adamw(reference)},
-            "optimizer: got 0 of the policy's 28 .*28 other",
+            "`optimizer` must have the policy's 28 .*, got 0 of them and 28 others",
         ),
     ]
     for given, changes, message in cases:
@@ -572,7 +595,9 @@ def test_bad_settings_are_refused(policy, pairs):
 )
 def test_a_run_that_leaves_the_finite_numbers_stops_and_says_where(policy, pairs, loss, norm):
     scored, start = real.reference_logps(policy, pairs), weights(policy)
-    with pytest.raises(ValueError, match=rf"loss: got nan and a gradient of norm {norm} at step 0"):
+    with pytest.raises(
+        ValueError, match=rf"`loss` must be finite.*, got nan and a gradient of norm {norm} at"
+    ):
         train_preferences(
             policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
             optimizer=adamw(policy),
@@ -591,7 +616,9 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_step(
         met.append(weights(policy))
         return (chosen - (chosen.detach() if len(met) == 3 else 1.0)).abs().sqrt()
 
-    with pytest.raises(ValueError, match=r"loss: got 0.0 and a gradient of norm nan at step 2"):
+    with pytest.raises(
+        ValueError, match="`loss` must .*, got 0.0 and a gradient of norm nan at step 2"
+    ):
         train_preferences(
             policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
             optimizer=adamw(policy), max_grad_norm=max_grad_norm, checkpoints=tmp_path / "run",
@@ -612,14 +639,22 @@ def test_an_accelerator_that_would_compute_something_else_is_refused(policy, pai
         mixed_precision="no", gradient_accumulation_steps=1,
     )  # fmt: skip
     cases = [
-        ({"mixed_precision": "bf16"}, "precision: got another one than the accelerator's 'bf16'"),
-        ({"mixed_precision": "fp16"}, "accelerator: got mixed_precision 'fp16'"),
-        ({"gradient_accumulation_steps": 2}, "accelerator: got gradient_accumulation_steps 2"),
-        ({"num_processes": 3}, "batches: got 4 rows a step, takes a multiple of 3 processes"),
-        ({"distributed_type": "FSDP"}, "checkpoints: got a folder under FSDP, takes None"),
+        ({"mixed_precision": "bf16"}, "`precision` must be bf16_autocast .*, got full_precision"),
+        ({"mixed_precision": "fp16"}, "`accelerator` must have mixed_precision .*, got 'fp16'"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "`accelerator` must have gradient_accumulation_steps 1, .* got 2",
+        ),
+        ({"num_processes": 3}, "`batches` must have a multiple of 3 rows per step .*, got 4"),
+        ({"distributed_type": "FSDP"}, "`checkpoints` must be None under FSDP .*, got a folder"),
     ]
     policy.model.merge_and_unload = None  # as a model with an adapter has it
-    cases.append(({"distributed_type": "FSDP", "checkpoints": None}, "policy: got an adapter"))
+    cases.append(
+        (
+            {"distributed_type": "FSDP", "checkpoints": None},
+            "`policy` must be a model without adapter",
+        )
+    )
     for changes, message in cases:
         folder = changes.pop("checkpoints", "unused")
         with pytest.raises(ValueError, match=message):
@@ -627,6 +662,11 @@ def test_an_accelerator_that_would_compute_something_else_is_refused(policy, pai
                 policy, scored, pairs, accelerator=SimpleNamespace(**{**alike, **changes}),
                 checkpoints=folder,
             )  # fmt: skip
+    # The precision of reference_logps is enough, so the next check is the one that refuses.
+    halved = real.reference_logps(policy, pairs, precision=real.bf16_autocast)
+    refused = {**alike, "mixed_precision": "bf16", "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 1"):
+        train(policy, halved, pairs, accelerator=SimpleNamespace(**refused))
 
 
 # --- logs ----------------------------------------------------------------------------------------
@@ -658,7 +698,7 @@ def test_a_log_that_goes_on_drops_later_and_broken_lines(tmp_path):
     rows = read_csv(path)
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert [float(row["loss"]) for row in rows] == [0.0, 1 / 3, 7.0, 8.0]
-    with pytest.raises(ValueError, match=r"path: got columns \['step', 'loss', 'a, b'\]"):
+    with pytest.raises(ValueError, match=r"`path` must have .*, got \['step', 'loss', 'a, b'\]"):
         real.csv_log(path)(4, {"loss": 1.0})
 
 
@@ -930,18 +970,29 @@ def test_a_run_goes_on_only_from_its_own_checkpoints(single, pairs, tmp_path, to
         with pytest.raises(ValueError, match=message):
             whole_run(policy, reference, pairs, folder, **changes)
 
-    again("checkpoints: got those of other batches", batches=in_order(12, 4))
-    again("checkpoints: got those of a run with .*'beta': 0.1", beta=0.2)
-    again("checkpoints: got those of a run with .*'max_grad_norm': 0.5", max_grad_norm=math.inf)
-    with pytest.raises(ValueError, match="checkpoints: got those of a run with .*'pairs'"):
+    again("`checkpoints` must .*, got those of other batches", batches=in_order(12, 4))
+    again("`checkpoints` must be .*, got those of a run with .*'beta': 0.1", beta=0.2)
+    again(
+        "`checkpoints` must .*, got those of a run with .*'max_grad_norm': 0.5",
+        max_grad_norm=math.inf,
+    )
+    with pytest.raises(ValueError, match="`checkpoints` .* got those of a run with .*'pairs'"):
         whole_run(copy.deepcopy(start), reference, (pairs[0], *reversed(pairs[1:])), folder)
     other = copy.deepcopy(start)
-    again("checkpoints: got .*'lr': 0.001.* takes", other, optimizer=adamw(other, 1e-2))
+    again(
+        "`checkpoints` must .*'lr': 0.01.* or none, got .*'lr': 0.001",
+        other,
+        optimizer=adamw(other, 1e-2),
+    )
     other = copy.deepcopy(start)
-    again("checkpoints: got", other, optimizer=torch.optim.Adam(other.parameters(), lr=1e-3))
-    again("generator: got no generator", generator=None)
+    again(
+        "`checkpoints` must be .*'Adam'.*, got .*'AdamW'",
+        other,
+        optimizer=torch.optim.Adam(other.parameters(), lr=1e-3),
+    )
+    again("`generator` must be given as in the run that .*, got none", generator=None)
     wider = real.tiny_gpt2(tokenizer, n_positions=64, generator=seeded(), n_heads=2, width=32)
-    again("checkpoints: got those of another model", CausalLMPolicy(wider, end_token=END))
+    again("`checkpoints` must .*, got another model's", CausalLMPolicy(wider, end_token=END))
 
 
 def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
@@ -974,7 +1025,7 @@ def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
     real.save_checkpoint(tmp_path, replace(given, step=12))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
     bad = replace(given, step=13, optimizer={0: {"old": [torch.ones(1)]}})
-    with pytest.raises(TypeError, match="optimizer: got list in its state 'old'"):
+    with pytest.raises(TypeError, match="`optimizer` must have .*, got list as 'old'"):
         real.save_checkpoint(tmp_path, bad)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
 

@@ -47,17 +47,20 @@ class Checkpoint:
         """Refuse to go on as another run: other `weights`, `settings`, `batches` or `generator`."""
         shapes = {name: weight.shape for name, weight in weights.items()}
         if shapes != {name: weight.shape for name, weight in self.weights.items()}:
-            raise ValueError("checkpoints: got those of another model, takes this run's or none")
+            raise ValueError("`checkpoints` must be this run's or none, got another model's")
         given, saved = (json.loads(json.dumps(s)) for s in (settings, self.settings))
         if given != saved:
             raise ValueError(
-                f"checkpoints: got those of a run with {saved}, takes this run's or none: {given}"
+                f"`checkpoints` must be this run's, {given}, or none, got those of a run with "
+                f"{saved}"
             )
         if not torch.equal(batches, self.batches):
-            raise ValueError("checkpoints: got those of other batches, takes this run's or none")
+            raise ValueError("`checkpoints` must be this run's or none, got those of other batches")
         if (generator is None) != (self.generator_state is None):
-            got = "no generator" if generator is None else "a generator"
-            raise ValueError(f"generator: got {got}, unlike the run that wrote the checkpoints")
+            got, want = ("none", "given") if generator is None else ("one", "None")
+            raise ValueError(
+                f"`generator` must be {want} as in the run that wrote the checkpoints, got {got}"
+            )
 
 
 def save_checkpoint(folder: AnyPath, checkpoint: Checkpoint) -> None:
@@ -73,8 +76,8 @@ def save_checkpoint(folder: AnyPath, checkpoint: Checkpoint) -> None:
     for index, state in checkpoint.optimizer.items():
         for name, value in state.items():
             if not isinstance(value, Tensor | int | float):
-                got = f"{type(value).__name__} in its state {name!r}"
-                raise TypeError(f"optimizer: got {got}, takes tensors and numbers")
+                got = f"{type(value).__name__} as {name!r}"
+                raise TypeError(f"`optimizer` must have tensors and numbers as state, got {got}")
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
@@ -124,7 +127,7 @@ def load_checkpoint(folder: AnyPath) -> Checkpoint | None:
     )
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
 
 
 def _finished(folder: Path) -> list[Path]:

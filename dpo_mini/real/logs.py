@@ -14,7 +14,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 
 def csv_log(path: AnyPath) -> Log:
-    """A log that adds one line a step to a CSV file: `step`, then the numbers to the last digit.
+    """A log that adds one line per step to a CSV file: `step`, then the numbers to the last digit.
 
     A run that goes on from step s keeps the lines before s and drops the others, whole or broken:
     a run that was killed after its last checkpoint wrote lines that are now written again.
@@ -71,7 +71,7 @@ def tensorboard_log(folder: AnyPath) -> Iterator[Log]:
             writer.close()
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
 
 
 def _lines(rows: Iterable[Iterable[object]]) -> str:
@@ -86,5 +86,5 @@ def _rows_before(path: Path, step: int, names: list[str]) -> list[list[str]]:
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run's last line is not
     first, *rows = csv.reader(whole.split("\n"))
     if first != names:
-        raise ValueError(f"path: got columns {first} in {path}, takes {names} or no file")
+        raise ValueError(f"`path` must have the columns {names} or be new, got {first} in {path}")
     return [row for row in rows if int(row[0]) < step]

@@ -22,7 +22,7 @@ def preference_margins(
     batch_size: int = 64,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Tensor:
-    r"""How much further than the reference the policy prefers chosen to rejected, a number a pair.
+    r"""How much more than the reference the policy prefers chosen to rejected, one number per pair.
 
     $\log(\pi_\theta/\pi_{ref})(y_w) - \log(\pi_\theta/\pi_{ref})(y_l)$; times beta it is the
     margin of the implied rewards.
@@ -30,7 +30,7 @@ def preference_margins(
     Args:
       policy, reference: have `token_logps`, as in `train.fit_preferences`.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])`.
-      batch_size: pairs a pass; changes speed and memory alone.
+      batch_size: pairs per pass; changes only speed and memory.
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       `[n]`, nats, without gradient; 0 where the two answers are the same.
@@ -127,7 +127,7 @@ def sample_answer(
     return _answer(policy, tokenizer, prompt, max_tokens, template, draw)
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
 
 
 def _answer(
@@ -143,11 +143,11 @@ def _answer(
     check_template(template)
     if policy.context is not None and max_tokens > policy.context:
         raise ValueError(
-            f"max_tokens: got {max_tokens}, takes at most {policy.context}, the context"
+            f"`max_tokens` must be at most {policy.context}, the model's context, got {max_tokens}"
         )
     end, tokens = end_token(tokenizer), encode_prompt(tokenizer, prompt, template)
     if len(tokens) >= max_tokens:
-        raise ValueError(f"prompt: got {len(tokens)} tokens, takes less than {max_tokens}")
+        raise ValueError(f"`prompt` must have less than {max_tokens} tokens, got {len(tokens)}")
     device = next(policy.parameters()).device
     unread, path, n_prompt = tokens, None, len(tokens)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """How many bytes of memory training takes for each parameter of the model, worked out.
 
-What depends on the data comes on top: activations, and logits of `2 B L V` numbers a pass.
+What depends on the data comes on top: activations, and logits of `2 B L V` numbers per pass.
 """
 
 from dpo_mini._arguments import check_between, check_count, check_fraction
@@ -76,7 +76,7 @@ def sharded_memory(memory: Memory, n: int) -> Memory:
     return {name: value / n for name, value in memory.items()}
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
 
 
 def _memory(**parts: float) -> Memory:

@@ -44,7 +44,8 @@ class CausalLMPolicy(nn.Module):
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.context = getattr(model.config, "max_position_embeddings", None)
         if end_token is not None and not 0 <= end_token < self.vocab_size:
-            raise ValueError(f"end_token: got {end_token}, takes None or 0..{self.vocab_size - 1}")
+            last = self.vocab_size - 1
+            raise ValueError(f"`end_token` must be None or in 0..{last}, got {end_token}")
         self.train()
 
     def extra_repr(self) -> str:
@@ -78,15 +79,17 @@ class CausalLMPolicy(nn.Module):
         for name, given in (("prompts", prompts), ("completions", completions)):
             if (given < PAD).any() or (given >= self.vocab_size).any():
                 got = given[(given < PAD) | (given >= self.vocab_size)][0].item()
-                raise ValueError(f"{name}: got token {got}, takes 0..{self.vocab_size - 1}")
+                raise ValueError(
+                    f"`{name}` must have tokens in 0..{self.vocab_size - 1}, got {got}"
+                )
         n_prompt = prompts.shape[1]
         padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
         real = padded != PAD
         length = int(real.sum(1).max())  # L, of the longest row
         if self.context is not None and length - 1 > self.context:
             raise ValueError(
-                f"completions: got {length} tokens with their prompt, takes at most "
-                f"{self.context + 1}: the model reads all but the last, {self.context} at most"
+                f"`completions` must have at most {self.context + 1} tokens with their prompt (the "
+                f"model reads all but the last, {self.context} at most), got {length}"
             )
         # Prompt and completion next to each other: the padding between them goes to the end.
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
@@ -130,7 +133,7 @@ def tiny_gpt2(
         check_count(name, size)
     check_generator(generator)
     if width % n_heads:
-        raise ValueError(f"width: got {width}, takes a multiple of n_heads = {n_heads}")
+        raise ValueError(f"`width` must be a multiple of n_heads = {n_heads}, got {width}")
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=n_positions,
@@ -161,8 +164,8 @@ def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"folder: got {str(folder)!r}, takes a folder on this machine; download_model fetches "
-            "a model of the hub by its name"
+            f"`folder` must be a folder on this machine, got {str(folder)!r}: download_model "
+            "fetches a model of the hub by its name"
         )
     return _from_pretrained(str(folder), local_files_only=True)
 
@@ -210,8 +213,8 @@ def save_model(
                 foreign = {file.name for file in folder.iterdir()} - set(os.listdir(new))
                 if foreign:
                     raise ValueError(
-                        f"folder: got {folder}, which holds {', '.join(sorted(foreign))}; takes a "
-                        "new or empty folder, or one with a saved model alone"
+                        "`folder` must be new or empty, or hold a saved model alone, got "
+                        f"{folder}, which holds {', '.join(sorted(foreign))}"
                     )
                 os.rename(folder, old)
             os.rename(new, folder)
@@ -220,7 +223,7 @@ def save_model(
                 os.rename(old, folder)
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
 
 
 def _check_prompts(prompts: Tensor) -> None:
@@ -228,12 +231,12 @@ def _check_prompts(prompts: Tensor) -> None:
     if not real[:, 0].all():
         row = int((~real[:, 0]).nonzero()[0])
         raise ValueError(
-            f"prompts: got an empty prompt in row {row}, takes >= 1 token: nothing else predicts "
-            "the first token of the answer"
+            "`prompts` must have at least one token per row, since nothing else predicts the first "
+            f"token of the answer, got an empty prompt in row {row}"
         )
     if (real[:, 1:] & ~real[:, :-1]).any():
         row = int((real[:, 1:] & ~real[:, :-1]).any(1).nonzero()[0])
-        raise ValueError(f"prompts: got a token after padding in row {row}, pads at the end")
+        raise ValueError(f"`prompts` must be padded at the end, got a token after it in row {row}")
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_mini._arguments import check_count
 from dpo_mini.logps import PAD
-from dpo_mini.real.preferences import Messages, Preference, as_messages, check_preferences
+from dpo_mini.real.formats import Messages, as_messages
+from dpo_mini.real.preferences import Preference, check_preferences
 from dpo_mini.train import Pairs
 
 END = "<|endoftext|>"
@@ -34,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
       ValueError: no texts, or `vocab_size < 257`.
     """
     check_count("vocab_size", vocab_size, least=257)
-    texts = _check_texts("texts", texts)
+    texts = _check_texts(texts)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level, tokenizers.decoders.ByteLevel()
@@ -97,9 +98,9 @@ def encode(
     if long:
         n_prompt, n_chosen, n_rejected = (len(part) for part in rows[long[0]])
         raise ValueError(
-            f"preferences: got row {long[0]}, first of {len(long)} of {len(rows)} that are too "
-            f"long, with {n_prompt} tokens of prompt and answers of {n_chosen} and {n_rejected}; "
-            f"takes at most max_tokens = {max_tokens} for prompt and answer"
+            f"`preferences` must have at most max_tokens = {max_tokens} tokens for prompt and "
+            f"answer, got a prompt of {n_prompt} with answers of {n_chosen} and {n_rejected} in "
+            f"row {long[0]}, the first of {len(long)} of {len(rows)} that are too long"
         )
     prompts, chosen, rejected = (
         [torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True)
@@ -136,8 +137,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str
         tokens = [begin, *tokens]
     if not tokens:
         raise ValueError(
-            f"template: got {template!r}, which leaves an empty prompt without a token, takes one "
-            "with some text around {prompt}"
+            "`template` must have some text around {prompt}, got "
+            f"{template!r}, which leaves an empty prompt without a token"
         )
     return tokens
 
@@ -145,7 +146,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's end token, or a ValueError where it has none."""
     if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: got one without an end token, takes one with an eos_token")
+        raise ValueError("`tokenizer` must have an end token (eos_token), got one without")
     return tokenizer.eos_token_id
 
 
@@ -153,11 +154,11 @@ def check_template(template: str) -> None:
     """Refuse a template that is not `CHAT` and has not exactly one `{prompt}`."""
     if not isinstance(template, str) or (template != CHAT and template.count("{prompt}") != 1):
         raise ValueError(
-            f"template: got {template!r}, takes text with {{prompt}} once in it, or CHAT"
+            f"`template` must be text with {{prompt}} once in it, or CHAT, got {template!r}"
         )
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
 
 
 _Row = tuple[list[int], list[int], list[int]]
@@ -186,8 +187,8 @@ def _encode_rows(
         if not tokens or end in tokens:
             got = "an end token inside" if tokens else "nothing but end tokens in"
             raise ValueError(
-                f"preferences: got {got} the {name} answer of row {row}, takes text with no "
-                f"{tokenizer.eos_token} but at its end"
+                f"`preferences` must have {tokenizer.eos_token} at the end of an answer only, got "
+                f"{got} the {name} answer of row {row}"
             )
         return [*tokens, end]
 
@@ -211,8 +212,8 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, n: int, pair: Preference) -
     def answer(name: str, text: str) -> list[int]:
         if tokenizer.eos_token in text:
             raise ValueError(
-                f"preferences: got an end token inside the {name} answer of {where}, takes text "
-                f"with no {tokenizer.eos_token}: the chat template writes it"
+                f"`preferences` must have answers without {tokenizer.eos_token}, which the chat "
+                f"template writes, got one inside the {name} answer of {where}"
             )
         whole = _apply_chat_template(
             tokenizer, (*messages, ("assistant", text)), f"the {name} answer of {where}"
@@ -221,14 +222,14 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, n: int, pair: Preference) -
             same = next(i for i, token in enumerate(prompt) if [token] != whole[i : i + 1])
             got, alone = (tokenizer.decode(tokens[same:][:9]) for tokens in (whole, prompt))
             raise ValueError(
-                f"tokenizer: got a chat template that goes on with {got!r} before the {name} "
-                f"answer of {where} and with {alone!r} in the prompt alone, takes one whose prompt "
-                "is the beginning of the conversation, token by token"
+                "`tokenizer` must have a chat template whose prompt is the beginning of the "
+                f"conversation, token by token, got one that goes on with {got!r} before the "
+                f"{name} answer of {where} and with {alone!r} in the prompt alone"
             )
         if len(whole) == len(prompt):
             raise ValueError(
-                f"tokenizer: got a chat template that leaves out the {name} answer of {where}, "
-                "takes one that writes it after the prompt"
+                "`tokenizer` must have a chat template that writes the answer after the prompt, "
+                f"got one that leaves out the {name} answer of {where}"
             )
         return whole[len(prompt) :]
 
@@ -244,7 +245,7 @@ def _apply_chat_template(
 ) -> list[int]:
     """The tokens of a conversation, as a prompt with what the template writes before an answer."""
     if tokenizer.chat_template is None:
-        raise ValueError("tokenizer: got one without a chat_template, which template=CHAT takes")
+        raise ValueError("`tokenizer` must have a chat_template for template=CHAT, got one without")
     try:
         tokens = tokenizer.apply_chat_template(
             as_messages(messages),
@@ -255,11 +256,14 @@ def _apply_chat_template(
         )["input_ids"]
     except Exception as error:  # a template is a program of somebody else: it may raise anything
         raise ValueError(
-            f"tokenizer: got a chat template that fails on {where} with {type(error).__name__} "
-            f"({error}), takes one for conversations of {', '.join(role for role, _ in messages)}"
+            "`tokenizer` must have a chat template for conversations of "
+            f"{', '.join(role for role, _ in messages)}, got one that fails on {where} with "
+            f"{type(error).__name__} ({error})"
         ) from error
     if not tokens:
-        raise ValueError(f"tokenizer: got a chat template that writes nothing for {where}")
+        raise ValueError(
+            f"`tokenizer` must have a chat template that writes something, got nothing for {where}"
+        )
     return tokens
 
 
@@ -267,13 +271,13 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
-def _check_texts(name: str, texts: Iterable[str]) -> list[str]:
+def _check_texts(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
-        raise TypeError(f"{name}: got one text, takes several")
+        raise TypeError("`texts` must be several texts, got one")
     texts = list(texts)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"{name}: got {type(text).__name__} in row {row}, takes text")
+            raise TypeError(f"`texts` must be text, got {type(text).__name__} in row {row}")
     if not any(texts):
-        raise ValueError(f"{name}: got no text, takes at least one letter")
+        raise ValueError("`texts` must have at least one letter, got no text")
     return texts

@@ -7,8 +7,9 @@ passes, half precision, adapters, several processes, and runs that are killed an
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-RefLogps = tuple[Tensor, Tensor]
-"""What `reference_logps` gives: chosen and rejected, `[n]` each, nats."""
+Scores = tuple[Tensor, Tensor]
+"""Chosen and rejected, one number per pair each, nats."""
 Precision = Callable[[str], AbstractContextManager[object]]
 """From a device's type, such as `"cuda"`, to the context that a model is read in."""
 Reduce = Callable[[Tensor, Tensor], Tensor]
@@ -149,7 +150,7 @@ def warmup_then_linear(steps: int, *, warmup: int) -> Schedule:
 
 def train_preferences(
     policy: CausalLMPolicy,
-    reference: RefLogps | Scorer,
+    reference: Scores | Scorer,
     pairs: Pairs,
     loss: Callable[..., Tensor],
     *,
@@ -159,8 +160,8 @@ def train_preferences(
     optimizer: Optimizer,
     schedule: Schedule = constant,
     max_grad_norm: float = math.inf,
-    reduce: Reduce = sum_over_tokens,
-    precision: Precision = full_precision,
+    reduce: Reduce | None = None,
+    precision: Precision | None = None,
     accelerator: "Accelerator | OneProcess | None" = None,
     checkpoints: AnyPath | None = None,
     checkpoint_every: int = 100,
@@ -172,8 +173,9 @@ def train_preferences(
 
     Args:
       policy: what is trained; with an accelerator `policy.model` becomes what it prepared.
-      reference: frozen. What `reference_logps` gave, or a model that is read beside the policy: a
-        copy, or `adapter_off(policy)`.
+      reference: frozen. What `reference_logps` gave, which also says how the policy is to be read;
+        or a model that is read beside the policy, a copy or `adapter_off(policy)`; or scores of
+        your own, chosen and rejected `[n]`.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])` as `encode` gives them.
       loss: such as `dpo_loss`, or `partial(cdpo_loss, label_smoothing=0.1)`; called with `beta`.
         One without a reference (SimPO, CPO, ORPO) in `train.without_reference`.
@@ -184,8 +186,10 @@ def train_preferences(
       optimizer: over the parameters of the policy that are trained, such as `torch.optim.AdamW`.
       schedule: multiplies the optimizer's learning rates: `constant`, `warmup_then_cosine(...)`.
       max_grad_norm: > 0; a longer gradient is shortened to it.
-      reduce: as in `train.fit_preferences`; the one that `reference_logps` had.
-      precision: `full_precision` or `bf16_autocast`; the one that `reference_logps` had.
+      reduce: as in `train.fit_preferences`. By default the one that `reference_logps` had, and
+        else `sum_over_tokens`.
+      precision: `full_precision` or `bf16_autocast`. By default the one that `reference_logps` had,
+        and else `full_precision`.
       accelerator: an `accelerate.Accelerator` where the run has several processes; every one of
         them makes this call and reads its share of each batch, B / processes pairs.
       checkpoints: a folder of this run alone. A run that finds a checkpoint there goes on from it
@@ -204,73 +208,46 @@ def train_preferences(
       ValueError: a setting out of range; rows that differ in number; a reference that shares
         weights with the policy or has a log-probability above 0; an optimizer of other parameters;
         a batch that the processes do not divide; a precision that is not the accelerator's; a
-        checkpoint of another run; a loss or gradient that is not finite, before its step is taken.
+        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run;
+        a loss or gradient that is not finite, before its step is taken.
     """
     accelerator = accelerator or OneProcess()
-    _check_run(policy, reference, pairs, batches, optimizer, accelerator, precision, checkpoints)
-    check_pair_loss(loss, beta=beta)
-    check_positive("beta", beta)
-    check_count("micro_batch_size", micro_batch_size)
-    check_count("checkpoint_every", checkpoint_every)
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: got {max_grad_norm}, takes a number > 0")
-    model, rates = policy.model, [group["lr"] for group in optimizer.param_groups]
+    reduce, precision = _how_to_read(reference, reduce, precision)
+    _check_run(policy, reference, pairs, batches, optimizer)
+    _check_accelerator(accelerator, policy, batches, precision, checkpoints)
+    _check_settings(loss, beta, micro_batch_size, checkpoint_every, max_grad_norm)
     settings = _settings(optimizer, pairs, beta=beta, max_grad_norm=max_grad_norm)
-    done = 0
-    history: History = {}
-    if checkpoints is not None:
-        done, history = _go_on(checkpoints, model, optimizer, settings, batches, generator)
-        accelerator.wait_for_everyone()
-    policy.model, optimizer = accelerator.prepare(model, optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    kept = _Checkpoints(checkpoints, checkpoint_every, policy.model, settings, batches, generator)
+    done, history = kept.go_on(optimizer, accelerator)
+    policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.train()
-    ref_scores = _reader(reference, pairs, reduce, precision)
-
-    def batch_gradient(rows: Tensor) -> Tensor:
-        """Leaves the gradient of the batch's mean loss in `.grad`; returns METRICS, `[5]`."""
-        mine = rows.chunk(accelerator.num_processes)[accelerator.process_index]
-        passes, sums = mine.split(micro_batch_size), []
-        for n, part in enumerate(passes, start=1):
-            last = n == len(passes)
-            # Processes add up their gradients once, in the last pass.
-            with nullcontext() if last else accelerator.no_sync(policy.model):
-                chosen, rejected = _pair_logps(policy, pairs, part, reduce, precision)
-                ref_chosen, ref_rejected = (scores.to(chosen.device) for scores in ref_scores(part))
-                losses = loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-                # A sum over the batch's size, and no mean of means: passes may differ in size.
-                # Processes average what they have, so each has its part times their number.
-                accelerator.backward(losses.sum() * (accelerator.num_processes / len(rows)))
-            good = beta * (chosen - ref_chosen).detach()
-            bad = beta * (rejected - ref_rejected).detach()
-            seen = (losses.detach(), good, bad, good - bad, (good > bad).to(good))
-            sums.append(torch.stack([values.sum() for values in seen]))
-        return accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(rows)
-
+    score_reference = _reader(reference, pairs, reduce, precision)
     for step in progress(range(done, len(batches))):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step)
         optimizer.zero_grad()
-        measured = batch_gradient(batches[step]).tolist()
-        grad_norm = float(accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm))
-        if not (math.isfinite(measured[0]) and math.isfinite(grad_norm)):
-            got = f"{measured[0]} and a gradient of norm {grad_norm}"
-            raise ValueError(f"loss: got {got} at step {step}, takes finite numbers")
+        sums = []
+        for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
+            scores = _pair_logps(policy, pairs, rows, reduce, precision)
+            ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
+            losses = loss(*scores, *ref_scores, beta=beta)
+            # A sum over the batch's size, and no mean of means: passes may differ in size.
+            # Processes average what they have, so each has its part times their number.
+            accelerator.backward(losses.sum() * (accelerator.num_processes / len(batches[step])))
+            sums.append(_sums(losses, scores, ref_scores, beta))
+        means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
+        norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
+        metrics = dict(zip(METRICS, means.tolist(), strict=True))
+        metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
+        _check_finite(step, metrics)
         optimizer.step()
-        metrics = dict(zip(METRICS, measured, strict=True))
-        metrics |= {"grad_norm": grad_norm, "lr": float(optimizer.param_groups[0]["lr"])}
         for name, value in metrics.items():
             history.setdefault(name, []).append(value)
         if accelerator.is_main_process:
             for log in logs:
                 log(step, metrics)
-            if checkpoints is not None and _is_due(step + 1, checkpoint_every, len(batches)):
-                state = None if generator is None else generator.get_state()
-                save_checkpoint(
-                    checkpoints,
-                    Checkpoint(
-                        step + 1, _trained(model), optimizer.state_dict()["state"], settings,
-                        batches, state, history,
-                    ),
-                )  # fmt: skip
+            kept.save(step + 1, optimizer, history)
     accelerator.wait_for_everyone()
     return history
 
@@ -346,7 +323,9 @@ def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
     kept = prompt + torch.maximum(chosen, rejected) <= max_tokens
     if not kept.any():
         shortest = int((prompt + torch.maximum(chosen, rejected)).min())
-        raise ValueError(f"max_tokens: got {max_tokens}, takes >= {shortest}, the shortest pair")
+        raise ValueError(
+            f"`max_tokens` must be >= {shortest}, the length of the shortest pair, got {max_tokens}"
+        )
     height, width = int(prompt[kept].max()), int(torch.maximum(chosen, rejected)[kept].max())
     prompts, chosen_tokens, rejected_tokens = (tokens[kept] for tokens in pairs)
     fitting = (prompts[:, :height], chosen_tokens[:, :width], rejected_tokens[:, :width])
@@ -371,7 +350,8 @@ def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
     if (room < 1).any():
         row = int((room < 1).nonzero()[0])
         raise ValueError(
-            f"max_tokens: got {max_tokens}, takes > {int(prompt[row])}, the prompt of row {row}"
+            f"`max_tokens` must be > {int(prompt[row])}, the length of the prompt in row {row}, "
+            f"got {max_tokens}"
         )
     answers = [
         pad_sequence(
@@ -391,6 +371,13 @@ def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
 # --- the reference ---------------------------------------------------------------------------
 
 
+class ReferenceLogps(tuple[Tensor, Tensor]):
+    """What `reference_logps` gives: chosen and rejected, and how they were read."""
+
+    reduce: Reduce
+    precision: Precision
+
+
 def reference_logps(
     reference: Scorer,
     pairs: Pairs,
@@ -399,21 +386,23 @@ def reference_logps(
     reduce: Reduce = sum_over_tokens,
     precision: Precision = full_precision,
     progress: Callable[[range], Iterable[int]] = iter,
-) -> RefLogps:
+) -> ReferenceLogps:
     """Score every pair once, before training: then the reference need not be in memory.
 
     The numbers are, to the last bit, those that a reference beside the policy would give in a pass
-    over the same pairs. One pair a pass is the same pass in every order. In a pass with others a
-    pair is padded to the longest, sums run in another order, and the last digit may differ: 1e-5 in
-    float32, and far more in bfloat16.
+    over the same pairs. With one pair per pass the order of the pairs does not matter. In a pass
+    with others a pair is padded to the longest, sums run in another order, and the last digit may
+    differ: 1e-5 in float32, and far more in bfloat16.
 
     Args:
       reference: a model before it is trained, a copy, or `adapter_off(policy)`.
-      pairs, reduce, precision: as in `train_preferences`, and the same there.
-      micro_batch_size: pairs a pass.
+      pairs, reduce, precision: as in `train_preferences`, which then takes `reduce` and `precision`
+        from the result.
+      micro_batch_size: pairs per pass.
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
-      Chosen and rejected, `[n]` each, nats, on the CPU and without gradient.
+      Chosen and rejected, `[n]` each, nats, on the CPU and without gradient: a tuple with the
+      attributes `reduce` and `precision`.
     Raises:
       ValueError: no pairs, rows that differ in number, `micro_batch_size < 1`, or log-probabilities
         above 0.
@@ -423,8 +412,9 @@ def reference_logps(
     read = _reader(reference, pairs, reduce, precision)
     passes = torch.arange(len(pairs[0])).split(micro_batch_size)
     blocks = [read(passes[n]) for n in progress(range(len(passes)))]
-    chosen, rejected = (torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
-    return chosen, rejected
+    logps = ReferenceLogps(torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
+    logps.reduce, logps.precision = reduce, precision
+    return logps
 
 
 def add_lora(
@@ -438,7 +428,7 @@ def add_lora(
     """The model with a trained adapter, W + (alpha / rank) B A, on every linear layer but the last.
 
     B starts at 0: the model says what it said before. Its own weights are frozen, so with the
-    adapter switched off it is its own reference, for ever; see `adapter_off`.
+    adapter switched off it is its own reference forever; see `adapter_off`.
 
     Args:
       model: changed in place.
@@ -486,7 +476,7 @@ class adapter_off:
     def __init__(self, policy: CausalLMPolicy) -> None:  # noqa: D107
         if not hasattr(policy.model, "disable_adapter"):
             got = type(policy.model).__name__
-            raise TypeError(f"policy: got a {got}, takes one whose model has an adapter (add_lora)")
+            raise TypeError(f"`policy` must have a model with an adapter (add_lora), got a {got}")
         self.policy = policy
         self.model = policy.model  # held here: an accelerator wraps the policy's
         self.unwrapped = CausalLMPolicy(policy.model, end_token=policy.end_token)
@@ -501,17 +491,66 @@ class adapter_off:
             return self.unwrapped.token_logps(prompts, completions)
 
 
-# --- below the surface -----------------------------------------------------------------------
+# --- private functions -----------------------------------------------------------------------
+
+
+def _how_to_read(
+    reference: Scores | Scorer, reduce: Reduce | None, precision: Precision | None
+) -> tuple[Reduce, Precision]:
+    """What the caller said, or else what `reference_logps` was told, which must not differ."""
+    if not isinstance(reference, ReferenceLogps):
+        return reduce or sum_over_tokens, precision or full_precision
+    for name, got in {"reduce": reduce, "precision": precision}.items():
+        want = getattr(reference, name)
+        if got not in (None, want):
+            raise ValueError(
+                f"`{name}` must be {_named(want)} like that of reference_logps, or be left out, "
+                f"got {_named(got)}"
+            )
+    return reference.reduce, reference.precision
+
+
+def _named(function: object) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _micro_batches(
+    rows: Tensor, size: int, accelerator: "Accelerator | OneProcess", model: nn.Module
+) -> Iterator[Tensor]:
+    """The rows of a batch that this process reads, `size` at a time."""
+    *others, last = rows.chunk(accelerator.num_processes)[accelerator.process_index].split(size)
+    for part in others:
+        with accelerator.no_sync(model):  # processes add up their gradients once, in the last pass
+            yield part
+    yield last
+
+
+def _sums(
+    losses: Tensor, scores: Sequence[Tensor], ref_scores: Sequence[Tensor], beta: float
+) -> Tensor:
+    """Loss, the two rewards, their margin and whether it is above 0, summed over pairs, `[5]`."""
+    good, bad = (
+        beta * (ours - theirs).detach() for ours, theirs in zip(scores, ref_scores, strict=True)
+    )
+    seen = (losses.detach(), good, bad, good - bad, (good > bad).to(good))
+    return torch.stack([values.sum() for values in seen])
+
+
+def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    loss, norm = metrics["loss"], metrics["grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        got = f"{loss} and a gradient of norm {norm} at step {step}"
+        raise ValueError(f"`loss` must be finite, and its gradient too, got {got}")
 
 
 def _pair_logps(
     model: Scorer, pairs: Pairs, rows: Tensor, reduce: Reduce, precision: Precision
-) -> tuple[Tensor, Tensor]:
+) -> Scores:
     """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
     prompts, chosen, rejected = pairs
     device = next(iter(model.parameters())).device
     answers = torch.cat([chosen[rows], rejected[rows]]).to(device)
-    # One context a pass: autocast keeps its half-precision weights until the context ends, and
+    # One context per pass: autocast keeps its half-precision weights until the context ends, and
     # those that it made for a pass without gradient would take none from the policy's.
     with precision(device.type):
         scored = model.token_logps(prompts[rows].repeat(2, 1).to(device), answers)
@@ -520,11 +559,11 @@ def _pair_logps(
 
 
 def _reader(
-    reference: RefLogps | Scorer, pairs: Pairs, reduce: Reduce, precision: Precision
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    reference: Scores | Scorer, pairs: Pairs, reduce: Reduce, precision: Precision
+) -> Callable[[Tensor], Scores]:
     """From rows to the reference's chosen and rejected: looked up, or read without gradient."""
 
-    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def read(rows: Tensor) -> Scores:
         if isinstance(reference, tuple):
             return reference[0][rows], reference[1][rows]
         with torch.no_grad():
@@ -551,88 +590,124 @@ def _settings(optimizer: Optimizer, pairs: Pairs, **others: float) -> dict[str, 
     return {**named, "pairs": digest.hexdigest()}
 
 
-def _go_on(
-    folder: AnyPath,
-    model: nn.Module,
-    optimizer: Optimizer,
-    settings: dict[str, object],
-    batches: Tensor,
-    generator: torch.Generator | None,
-) -> tuple[int, History]:
-    """Steps done and their history, of a checkpoint that is put into the model and optimizer."""
-    saved = load_checkpoint(folder)
-    if saved is None:
-        return 0, {}
-    saved.check_same_run(_trained(model), settings, batches, generator)
-    with torch.no_grad():
-        for name, weight in _trained(model).items():
-            weight.copy_(saved.weights[name])
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
-    if generator is not None and saved.generator_state is not None:  # both or none: checked above
-        generator.set_state(saved.generator_state)
-    return saved.step, saved.history
+@dataclass(frozen=True, eq=False)
+class _Checkpoints:
+    """The checkpoints of one run; none where `folder` is None."""
 
+    folder: AnyPath | None
+    every: int
+    model: nn.Module
+    settings: dict[str, object]
+    batches: Tensor
+    generator: torch.Generator | None
 
-def _is_due(done: int, every: int, steps: int) -> bool:
-    return done % every == 0 or done == steps
+    def go_on(
+        self, optimizer: Optimizer, accelerator: "Accelerator | OneProcess"
+    ) -> tuple[int, History]:
+        """Puts the newest into model, optimizer and generator: steps done, and their history."""
+        saved = None if self.folder is None else load_checkpoint(self.folder)
+        accelerator.wait_for_everyone()  # all have read before one writes the next
+        if saved is None:
+            return 0, {}
+        saved.check_same_run(_trained(self.model), self.settings, self.batches, self.generator)
+        with torch.no_grad():
+            for name, weight in _trained(self.model).items():
+                weight.copy_(saved.weights[name])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
+        if self.generator is not None and saved.generator_state is not None:  # both or none
+            self.generator.set_state(saved.generator_state)
+        return saved.step, saved.history
+
+    def save(self, done: int, optimizer: Optimizer, history: History) -> None:
+        """Writes one where it is time for it: after every so many steps, and after the last."""
+        if self.folder is None or (done % self.every and done != len(self.batches)):
+            return
+        state = None if self.generator is None else self.generator.get_state()
+        weights, moments = _trained(self.model), optimizer.state_dict()["state"]
+        save_checkpoint(
+            self.folder,
+            Checkpoint(done, weights, moments, self.settings, self.batches, state, history),
+        )
 
 
 def _check_run(
     policy: CausalLMPolicy,
-    reference: RefLogps | Scorer,
+    reference: Scores | Scorer,
     pairs: Pairs,
     batches: Tensor,
     optimizer: Optimizer,
-    accelerator: "Accelerator | OneProcess",
-    precision: Precision,
-    checkpoints: AnyPath | None,
 ) -> None:
     check_pairs(pairs)
-    n_rows = len(pairs[0])
-    check_indices("batches", batches, "[steps, B]", n_rows)
+    check_indices("batches", batches, "[steps, B]", len(pairs[0]))
     if isinstance(reference, tuple):
         if len(reference) != 2:
-            raise ValueError(f"reference: got {len(reference)} tensors, takes (chosen, rejected)")
-        check_rows(
-            "pairs", pairs[0], **dict(zip(("reference", "rejected"), reference, strict=True))
-        )
+            raise ValueError(
+                f"`reference` must be (chosen, rejected), got {len(reference)} tensors"
+            )
+        check_rows("pairs", pairs[0], reference=reference[0], rejected=reference[1])
         for scores in reference:
             check_at_most_0("reference", scores, n_tokens=pairs[1].shape[1])
     elif isinstance(reference, nn.Module) and shares_storage(policy, reference):
         raise ValueError(
-            "reference: got weights that it shares with the policy, takes reference_logps, "
-            "adapter_off(policy) or a copy (copy.deepcopy)"
+            "`reference` must be reference_logps, adapter_off(policy) or a copy (copy.deepcopy), "
+            "got a model that shares weights with the policy"
         )
     trained = {id(weight) for weight in policy.parameters() if weight.requires_grad}
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     if held != trained:
         raise ValueError(
-            f"optimizer: got {len(held & trained)} of the policy's {len(trained)} trained "
-            f"parameters and {len(held - trained)} others, takes those that are trained"
+            f"`optimizer` must have the policy's {len(trained)} trained parameters, got "
+            f"{len(held & trained)} of them and {len(held - trained)} others"
         )
-    if batches.shape[1] % accelerator.num_processes:
-        got, n = batches.shape[1], accelerator.num_processes
-        raise ValueError(f"batches: got {got} rows a step, takes a multiple of {n} processes")
-    if accelerator.mixed_precision == "bf16" and precision is not bf16_autocast:
+
+
+def _check_settings(
+    loss: Callable[..., Tensor],
+    beta: float,
+    micro_batch_size: int,
+    checkpoint_every: int,
+    max_grad_norm: float,
+) -> None:
+    check_pair_loss(loss, beta=beta)
+    check_positive("beta", beta)
+    check_count("micro_batch_size", micro_batch_size)
+    check_count("checkpoint_every", checkpoint_every)
+    if not max_grad_norm > 0:
+        raise ValueError(f"`max_grad_norm` must be a number > 0, got {max_grad_norm}")
+
+
+def _check_accelerator(
+    accelerator: "Accelerator | OneProcess",
+    policy: CausalLMPolicy,
+    batches: Tensor,
+    precision: Precision,
+    checkpoints: AnyPath | None,
+) -> None:
+    n, mixed = accelerator.num_processes, accelerator.mixed_precision
+    if batches.shape[1] % n:
+        got = batches.shape[1]
         raise ValueError(
-            "precision: got another one than the accelerator's 'bf16', takes bf16_autocast here "
-            "and in reference_logps"
+            f"`batches` must have a multiple of {n} rows per step for {n} processes, got {got}"
         )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        mixed = accelerator.mixed_precision
-        raise ValueError(f"accelerator: got mixed_precision {mixed!r}, takes 'no' or 'bf16'")
+    if mixed == "bf16" and precision is not bf16_autocast:
+        raise ValueError(
+            f"`precision` must be bf16_autocast like the accelerator's, got {_named(precision)}"
+        )
+    if mixed not in ("no", "bf16"):
+        raise ValueError(f"`accelerator` must have mixed_precision 'no' or 'bf16', got {mixed!r}")
     if accelerator.gradient_accumulation_steps != 1:
-        steps = accelerator.gradient_accumulation_steps
         raise ValueError(
-            f"accelerator: got gradient_accumulation_steps {steps}, takes 1: micro_batch_size does "
-            "it"
+            "`accelerator` must have gradient_accumulation_steps 1, since micro_batch_size "
+            f"accumulates, got {accelerator.gradient_accumulation_steps}"
         )
     if accelerator.distributed_type == "FSDP":
         if checkpoints is not None:
-            raise ValueError("checkpoints: got a folder under FSDP, takes None: weights in shards")
+            raise ValueError(
+                "`checkpoints` must be None under FSDP (weights in shards), got a folder"
+            )
         if hasattr(policy.model, "merge_and_unload"):
-            raise ValueError("policy: got an adapter under FSDP, takes a model without one")
+            raise ValueError("`policy` must be a model without adapter under FSDP, got one with it")
 
 
 def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -647,4 +722,4 @@ def _check_warmup(steps: int, warmup: int) -> None:
     check_count("steps", steps)
     check_count("warmup", warmup, least=0)
     if warmup >= steps:
-        raise ValueError(f"warmup: got {warmup}, takes less than steps = {steps}")
+        raise ValueError(f"`warmup` must be less than steps = {steps}, got {warmup}")
