@@ -25,8 +25,7 @@ _LARGEST_COUNT = 2**63 - 1  # what an int64 holds
 
 def check_positive(name: str, value: float) -> None:
     """Refuse anything but a finite real number above zero."""
-    _check_real(name, value)
-    if not 0 < _finite_float(value) < math.inf:
+    if not 0 < _as_float(name, value) < math.inf:
         raise ValueError(f"`{name}` must be a finite number > 0, got {_shown(value)}")
 
 
@@ -53,22 +52,19 @@ def positive_scalar(name: str, value: float | Tensor, dtype: torch.dtype) -> Ten
 
 def check_number(name: str, value: float) -> None:
     """Refuse anything but a finite real number."""
-    _check_real(name, value)
-    if not math.isfinite(_finite_float(value)):
+    if not math.isfinite(_as_float(name, value)):
         raise ValueError(f"`{name}` must be a finite number, got {_shown(value)}")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
     """Refuse anything but a real number with `low <= value < high`."""
-    _check_real(name, value)
-    if not low <= _finite_float(value) < high:
+    if not low <= _as_float(name, value) < high:
         raise ValueError(f"`{name}` must be a number in [{low}, {high}), got {_shown(value)}")
 
 
 def check_fraction(name: str, value: float) -> None:
     """Refuse anything but a real number with `0 <= value <= 1`."""
-    _check_real(name, value)
-    if not 0 <= value <= 1:
+    if not 0 <= _as_float(name, value) <= 1:
         raise ValueError(f"`{name}` must be a number in [0, 1], got {_shown(value)}")
 
 
@@ -119,7 +115,8 @@ def check_floats(shape: str, **tensors: Tensor) -> None:
         if tensor.shape != first.shape:
             got, want = list(tensor.shape), list(first.shape)
             raise ValueError(f"`{name}` must have shape {want} like `{first_name}`, got {got}")
-        check_alike(first_name, first, **{name: tensor})
+    if len(tensors) > 1:
+        check_alike(first_name, first, **tensors)
 
 
 def as_floats(shape: str, tables: Mapping[str, Table], *, cast_up: bool = False) -> list[Tensor]:
@@ -217,8 +214,10 @@ def check_at_most_0(name: str, logps: Tensor, *, n_tokens: int = 1) -> None:
 
 def check_finite(**tensors: Tensor) -> None:
     """Refuse NaN and both infinities."""
+    if not values_visible(*tensors.values()):
+        return
     for name, tensor in tensors.items():
-        if values_visible(tensor) and not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor).all():
             bad = tensor[~torch.isfinite(tensor)][0].item()
             raise ValueError(f"`{name}` must be finite, got {bad}")
 
@@ -291,22 +290,23 @@ def as_bool_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask.bool()
 
 
-def _check_real(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
-
-
-def values_visible(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` may be looked at: not inside a transform."""
+def values_visible(*tensors: Tensor) -> bool:
+    """Whether the values of all `tensors` may be looked at: not inside a transform."""
     if torch.compiler.is_compiling():
         return False
-    if hasattr(torch.func, "debug_unwrap"):  # torch 2.7 and newer
-        return torch.func.debug_unwrap(tensor, recurse=False) is tensor
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    for tensor in tensors:
+        if hasattr(torch.func, "debug_unwrap"):  # torch 2.7 and newer
+            if torch.func.debug_unwrap(tensor, recurse=False) is not tensor:
+                return False
+        elif torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+    return True
 
 
-def _finite_float(value: float) -> float:
+def _as_float(name: str, value: float) -> float:
     """A real number as a float; one that no float holds, such as 10**400, as infinity."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:

@@ -9,7 +9,7 @@ Half precision (bfloat16, float16): compute in float32, return the dtype of the 
 
 import math
 from collections.abc import Callable
-from functools import reduce, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 _SMALL = 0.5  # below it, e^u - 1 - u is summed as a series
 _SERIES = [1 / math.factorial(k + 2) for k in range(15)]  # of (e^u - 1 - u) / u^2
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
 # --- half precision --------------------------------------------------------------------------
@@ -42,21 +43,20 @@ class _Widen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _narrow(gradients[0], ctx.dtype)
+        return narrow(gradients[0], ctx.dtype)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return tangents[0].float()
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 where it is in half precision, else as it is."""
-    if tensor.dtype not in _HALVES:
-        return tensor
+def widen(value: _T) -> _T:
+    """A tensor in half precision in float32; anything else as it is."""
+    if not isinstance(value, Tensor) or value.dtype not in HALVES:
+        return value
     if torch.compiler.is_compiling():  # the compiler takes no function with a forward-mode rule
-        return tensor.float()
-    widened: Tensor = _Widen.apply(tensor)
-    return widened
+        return value.float()  # type: ignore[return-value]
+    return _Widen.apply(value)
 
 
 def dtype_of_input(function: _F) -> _F:
@@ -70,11 +70,11 @@ def dtype_of_input(function: _F) -> _F:
     def narrowing(*arguments: Any, **named: Any) -> Any:
         result = function(*arguments, **named)
         dtype = common_dtype(*arguments, *named.values())
-        if dtype not in _HALVES:
+        if dtype not in HALVES:
             return result
         if not isinstance(result, tuple):
-            return _narrow(result, dtype)
-        parts = [_narrow(part, dtype) for part in result]
+            return narrow(result, dtype)
+        parts = [narrow(part, dtype) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
 
     return narrowing  # type: ignore[return-value]
@@ -82,13 +82,22 @@ def dtype_of_input(function: _F) -> _F:
 
 def common_dtype(*values: Any) -> torch.dtype | None:
     """That of all floating tensors and arrays; numbers, also those of no dimension, have no say."""
-    arrays = [torch.as_tensor(v) for v in values if isinstance(v, Tensor | np.ndarray)]
-    floating = [array for array in arrays if array.is_floating_point()]
-    tables = [array for array in floating if array.dim() > 0] or floating
-    return reduce(torch.promote_types, [table.dtype for table in tables]) if tables else None
+    of_tables = of_numbers = None
+    for value in values:
+        if not isinstance(value, Tensor | np.ndarray):
+            continue
+        array = torch.as_tensor(value)
+        if not array.is_floating_point():
+            continue
+        if array.dim() > 0:
+            of_tables = torch.promote_types(array.dtype, of_tables or array.dtype)
+        else:
+            of_numbers = torch.promote_types(array.dtype, of_numbers or array.dtype)
+    return of_tables or of_numbers
 
 
-def _narrow(result: Tensor, dtype: torch.dtype) -> Tensor:
+def narrow(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """`result` in a half dtype; what is beyond its largest number becomes that number."""
     if not result.is_floating_point():
         return result
     largest = torch.finfo(dtype).max

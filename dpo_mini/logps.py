@@ -89,7 +89,7 @@ def token_logps(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tens
             f"token more than `logits` {list(logits.shape)}, which come from tokens[:, :-1]"
         )
     mask = as_bool_mask("completion_mask", completion_mask, tokens.shape)
-    if values_visible(logits) and values_visible(tokens) and values_visible(mask):
+    if values_visible(logits, tokens, mask):
         _check_values(logits, tokens, mask)
     mask, targets = mask[:, 1:], tokens[:, 1:]  # the shift: position s predicts token s + 1
     targets = targets.masked_fill(~mask, 0)

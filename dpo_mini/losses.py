@@ -34,7 +34,7 @@ from dpo_mini._arguments import (
     check_positive,
     values_visible,
 )
-from dpo_mini._numerics import dtype_of_input, expm1, hold, kl_terms, ranking_terms, sigmoid, widen
+from dpo_mini._numerics import HALVES, expm1, hold, kl_terms, narrow, ranking_terms, sigmoid, widen
 
 __all__ = [
     "dpo_loss",
@@ -587,32 +587,33 @@ def _log_odds(name: str, logps: Tensor) -> Tensor:
 def _checked(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`loss` on checked arguments: a beta > 0 and finite tensors of one shape, dtype and device.
 
-    Half precision is widened to float32. What one loss alone asks for, it checks itself.
+    Half precision is widened first. What one loss alone asks for, it checks itself.
     """
     names = list(inspect.signature(loss).parameters)
     floats = [name for name in names if name.endswith(("logps", "rewards", "values"))]
     of_lists = loss.__name__ in ("log_variance_loss", "plackett_luce_loss", "best_of_k_loss")
 
-    def wide(value: Any) -> Any:
-        return widen(value) if isinstance(value, Tensor) else value
-
     @wraps(loss)
     def checked(*arguments: Any, **named: Any) -> Tensor:
         given = {**dict(zip(names, arguments, strict=False)), **named}
-        if all(name in given for name in floats):  # otherwise Python says which is missing
-            tensors = {name: given[name] for name in floats}
-            check_positive("beta", given.get("beta", 1.0))
-            check_floats("[B, K]" if of_lists else "[B]", **tensors)
-            check_finite(**tensors)
-            if of_lists and (n_items := tensors["logps"].shape[1]) < 2:
-                raise ValueError(f"`logps` must have >= 2 completions per row, got {n_items}")
-        return loss(*map(wide, arguments), **{name: wide(value) for name, value in named.items()})
+        tensors = {name: given[name] for name in floats if name in given}
+        if len(tensors) < len(floats):
+            return loss(*arguments, **named)  # Python says which is missing
+        check_positive("beta", given.get("beta", 1.0))
+        check_floats("[B, K]" if of_lists else "[B]", **tensors)
+        check_finite(**tensors)
+        if of_lists and (n_items := tensors["logps"].shape[1]) < 2:
+            raise ValueError(f"`logps` must have >= 2 completions per row, got {n_items}")
+        if (dtype := given[floats[0]].dtype) not in HALVES:
+            return loss(*arguments, **named)
+        wide = {name: widen(value) for name, value in named.items()}
+        return narrow(loss(*map(widen, arguments), **wide), dtype)
 
     return checked
 
 
 for _name in __all__:
-    globals()[_name] = dtype_of_input(_checked(globals()[_name]))
+    globals()[_name] = _checked(globals()[_name])
 
 
 def __dir__() -> list[str]:

@@ -93,7 +93,7 @@ def test_longer_completions_are_named_by_their_words():
         ({"chosen": True, "rejected": 0}, "`chosen` must .*, got True"),
         ({"prompt": 10**30}, "`prompt` must .*, got 10+"),
         ({"rejected": 0}, "`rejected` must be another answer than `chosen`, got 0 twice"),
-        ({"beta": 0.0}, "beta: got 0.0"),
+        ({"beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
         ({"divergence": "kl"}, "`divergence` must be one of reverse_kl, .*, got 'kl'"),
         ({"loss": "dpo"}, "`loss` must be one of dpo_loss, .*, got 'dpo'"),
         (

@@ -580,9 +580,9 @@ def test_bad_settings_are_refused(policy, pairs):
     for given, changes, message in cases:
         with pytest.raises(ValueError, match=message):
             train(policy, given, pairs, **changes)
-    with pytest.raises(ValueError, match="pairs: got 2 tensors"):
+    with pytest.raises(ValueError, match="`pairs` must be .*, got 2 tensors"):
         train(policy, scored, pairs[:2])
-    with pytest.raises(ValueError, match="rejected: got shape"):
+    with pytest.raises(ValueError, match="`rejected` must have shape"):
         train(policy, scored, (*pairs[:2], pairs[2][:, :1]))
 
 

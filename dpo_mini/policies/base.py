@@ -211,4 +211,5 @@ class TabularPolicy(Policy):
 def shares_storage(model: nn.Module | Scorer, other: nn.Module | Scorer) -> bool:
     """Whether a weight of one lies in memory of the other's, so that training one moves both."""
     mine = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return any(parameter.untyped_storage().data_ptr() in mine for parameter in other.parameters())
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()}
+    return not mine.isdisjoint(theirs)

@@ -121,7 +121,7 @@ class TinyTransformer(Policy):
     def for_task(
         cls, task: Sizes, *, generator: torch.Generator, **shape: int
     ) -> "TinyTransformer":
-        """An untrained transformer of the sizes and prompts of `task`, of the default dtype.
+        """An untrained transformer of the sizes and prompts of `task`, drawn with `generator`.
 
         `task` is a `Task`, or anything with its sizes; `shape` is `n_layers`, `n_heads`, `width`.
         """

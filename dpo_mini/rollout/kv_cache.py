@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpo_mini.policies.base import KVCache, Policy, TabularPolicy
 from dpo_mini.policies.transformer import SelfAttention
-from dpo_mini.rollout.trees import body_of, outputs
+from dpo_mini.rollout.trees import body_and_heads
 
 
 def begin(model: nn.Module, prompts: Tensor) -> tuple[Tensor, KVCache]:
@@ -21,7 +21,7 @@ def begin(model: nn.Module, prompts: Tensor) -> tuple[Tensor, KVCache]:
     """
     if isinstance(model, TabularPolicy):
         return model.logits[prompts], []
-    body = body_of(model)
+    body, _ = body_and_heads(model)
     n_heads, width = body.blocks[0].attn.n_heads, body.wte.embedding_dim
     nothing = body.wte.weight.new_empty(len(prompts), n_heads, 0, width // n_heads)
     cache: KVCache = [(nothing, nothing)] * len(body.blocks)
@@ -45,7 +45,7 @@ def extend(model: nn.Module, tokens: Tensor, cache: KVCache) -> tuple[Tensor, KV
       `(outputs [N, C, K], own)`: the outputs of `model` after each token, and each token's own keys
       and values, for `lengthen`.
     """
-    body = body_of(model)
+    body, heads = body_and_heads(model)
     x = body.wte(tokens) + body.wpe.weight[cache[0][0].shape[2]]  # [N or 1, C, D]
     own: KVCache = []
     for block, (keys, values) in zip(body.blocks, cache, strict=True):
@@ -53,7 +53,7 @@ def extend(model: nn.Module, tokens: Tensor, cache: KVCache) -> tuple[Tensor, KV
         x = x + attended
         x = x + block.mlp(block.ln_2(x))
         own.append((k, v))
-    return outputs(model, body.ln_f(x)), own
+    return heads(body.ln_f(x)), own
 
 
 def _attend_to_cache(

@@ -49,9 +49,10 @@ def token_logps(
         no `Policy`: its result is not `[K B, T]`, or has values above 0, which most often are
         negative log-likelihoods.
     """
-    shapes = [list(each.shape) for each in completions]
-    if shapes != shapes[:1] * len(shapes):
-        raise ValueError(f"`completions` must have one shape, got {shapes}")
+    for each in completions:
+        if each.shape != completions[0].shape:
+            shapes = [list(tensor.shape) for tensor in completions]
+            raise ValueError(f"`completions` must have one shape, got {shapes}")
     answers, asked = torch.cat(completions), torch.cat([prompts] * len(completions))
     if not isinstance(policy, TabularPolicy | TinyTransformer):
         scored = policy.token_logps(asked, answers)

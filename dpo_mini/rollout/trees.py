@@ -6,6 +6,8 @@ nodes are read together, and each attends to its ancestors. The weights are thos
 `policies.TinyTransformer`, and the results agree with it up to rounding.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,26 +66,23 @@ def read_tree(model: nn.Module, tree: PrefixTree) -> Tensor:
         return torch.cat([read_tree(model.policy, tree), read_tree(model.critic, tree)], -1)
     if isinstance(model, TabularPolicy):
         return model.logits[tree.tokens]  # completions of one token: all nodes are prompts
-    return outputs(model, _hidden(body_of(model), tree))
+    body, heads = body_and_heads(model)
+    return heads(_hidden(body, tree))
 
 
-def body_of(model: nn.Module) -> TinyTransformer:
-    """The transformer whose hidden states `model` reads."""
+def body_and_heads(model: nn.Module) -> tuple[TinyTransformer, Callable[[Tensor], Tensor]]:
+    """The transformer whose hidden states `model` reads, and what it makes of them.
+
+    The second takes hidden states `[..., D]` and gives outputs `[..., K]`.
+    """
     if isinstance(model, TinyTransformer):
-        return model
+        return model, model.unembed
     if isinstance(model, SharedTrunk):
-        return model.policy
+        return model.policy, model.outputs
     if isinstance(model, ScalarTransformer):
-        return model.body
+        return model.body, model.outputs
     what = "a TinyTransformer or a model with its body"
     raise TypeError(f"`model` must be {what}, got {type(model).__name__}")
-
-
-def outputs(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The outputs `[..., K]` of the heads of `model` on hidden states `[..., D]`."""
-    if isinstance(model, SharedTrunk | ScalarTransformer):
-        return model.outputs(hidden)
-    return body_of(model).unembed(hidden)
 
 
 def _hidden(body: TinyTransformer, tree: PrefixTree) -> Tensor:

@@ -54,10 +54,10 @@ def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
         signature = inspect.signature(loss)
     except (TypeError, ValueError):  # some built-in functions have none
         return
-    needed = [p.name for p in signature.parameters.values() if p.default is p.empty]
     problem = _fails_to_bind(signature, 4, given)
-    if not problem and "values" not in needed:
+    if not problem and "values" not in signature.parameters:
         return
+    needed = [p.name for p in signature.parameters.values() if p.default is p.empty]
     name = getattr(getattr(loss, "func", loss), "__name__", "this loss")
     for argument, what in _OTHER_LOSSES.items():
         if argument in needed:

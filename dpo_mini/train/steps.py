@@ -48,8 +48,8 @@ def descend(optimizer: torch.optim.Adam, loss: Tensor, step: int) -> None:
         raise ValueError(f"the loss must be finite, got {loss.item()} at step {step}")
     optimizer.zero_grad()
     loss.backward()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    check_gradient(weights, loss, f" at step {step}")
+    (group,) = optimizer.param_groups
+    check_gradient(group["params"], loss, f" at step {step}")
     optimizer.step()
 
 

@@ -108,9 +108,10 @@ def fit_preferences(
         return reduce(scored, answers != PAD).chunk(2)
 
     with torch.no_grad():
-        blocks = torch.arange(len(prompts), device=prompts.device).split(batch_size)
-        scored = zip(*[logps(reference, rows, "reference") for rows in blocks], strict=True)
-        ref_chosen, ref_rejected = map(torch.cat, scored)
+        blocks = []
+        for rows in torch.arange(len(prompts), device=prompts.device).split(batch_size):
+            blocks.append(logps(reference, rows, "reference"))
+        ref_chosen, ref_rejected = map(torch.cat, zip(*blocks, strict=True))
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}
     for step, rows in shuffled_batches(len(prompts), batch_size, steps, generator, progress):
