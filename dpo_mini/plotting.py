@@ -471,18 +471,7 @@ def show(fig: Figure, *, alt: str) -> None:
     Raises:
       ValueError: `alt` is empty.
     """
-    _check_is("fig", fig, Figure)
-    _check_is("alt", alt, str)
-    if not alt.strip():
-        raise ValueError("`alt` must be a description of the figure, got an empty text")
-    if not in_notebook():
-        print(alt)
-        _show_window(fig)
-        return
-    from IPython.display import display  # heavy, and only notebooks have it
-
-    data = {"image/png": _png(fig), "text/plain": f"{alt}\n{receipt(fig)}"}
-    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+    _show(fig, alt)
 
 
 def save(
@@ -502,10 +491,10 @@ def save(
     """
     _check_is("fig", fig, Figure)
     titles = [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes]
-    show(fig, alt="; ".join(titles) if alt is None else alt)
+    shown = _show(fig, "; ".join(titles) if alt is None else alt)
     folder = folder or os.environ.get("DPO_MINI_FIGURES")
     if folder and Path(folder).is_dir():
-        write_whole(Path(folder) / f"{name}.png", _png(fig))
+        write_whole(Path(folder) / f"{name}.png", shown)
 
 
 def leave_out_values(*artists: Artist) -> None:
@@ -579,7 +568,25 @@ def _numbers(name: str, values: ArrayLike) -> np.ndarray:
     raise ValueError(f"`{name}` must be real numbers, got {array.dtype}")
 
 
-def _show_window(fig: Figure) -> None:
+def _show(fig: Figure, alt: str) -> bytes:
+    """`show`, and the picture: drawn again it may differ, as each time the layout is adjusted."""
+    _check_is("fig", fig, Figure)
+    _check_is("alt", alt, str)
+    if not alt.strip():
+        raise ValueError("`alt` must be a description of the figure, got an empty text")
+    png = _png(fig)
+    if in_notebook():
+        from IPython.display import display  # heavy, and only notebooks have it
+
+        data = {"image/png": png, "text/plain": f"{alt}\n{receipt(fig)}"}
+        display(data, raw=True, metadata={"image/png": {"alt": alt}})
+    else:
+        print(alt)
+        _show_window(fig, png)
+    return png
+
+
+def _show_window(fig: Figure, png: bytes) -> None:
     from matplotlib import pyplot  # chooses a backend, so only where one is needed
 
     window = pyplot.figure(figsize=fig.get_size_inches(), dpi=fig.dpi)
@@ -587,7 +594,7 @@ def _show_window(fig: Figure) -> None:
         pyplot.close(window)
     else:
         ax = window.add_axes((0, 0, 1, 1))
-        ax.imshow(np.asarray(Image.open(io.BytesIO(_png(fig))).convert("RGB")))
+        ax.imshow(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
         ax.set_axis_off()
         pyplot.show()
 

@@ -1,6 +1,7 @@
 """The chapters as files: run in order, stable, described, linked, and true to their own outputs."""
 
 import ast
+import base64
 import json
 import re
 from pathlib import Path
@@ -42,6 +43,13 @@ def shown(path: Path) -> str:
 def test_every_code_cell_was_run_in_order(path):
     counts = [cell.execution_count for cell in code_cells(path)]
     assert counts == list(range(1, len(counts) + 1))
+
+
+def test_the_picture_in_figures_is_the_one_that_the_chapter_shows(path):
+    for cell in code_cells(path):
+        for name in re.findall(r'\bsave\(\s*fig,\s*"(\w+)"', cell.source):
+            (picture,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.data]
+            assert (ROOT / "figures" / f"{name}.png").read_bytes() == base64.b64decode(picture)
 
 
 def test_the_file_is_valid_and_its_ids_are_unique(path):

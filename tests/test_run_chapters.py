@@ -1,5 +1,7 @@
 """The tool that runs chapters: as they are, or as a copy with another SEED."""
 
+import base64
+
 import nbformat
 import pytest
 import run_chapters
@@ -41,3 +43,35 @@ def test_a_second_run_writes_nothing_new(chapter):
     run_chapters.run_chapter(chapter)
     assert chapter.read_bytes() == first
     assert set(nbformat.read(chapter, as_version=4).metadata) == {"kernelspec", "language_info"}
+
+
+DRAWING = """import time
+from dpo_mini.plotting import axes, leave_out_values, save
+fig, ax = axes({title!r}, "seconds", "y")
+lines = ax.plot([0, time.perf_counter()], [0, 1])
+if {varies}:
+    leave_out_values(*lines)
+save(fig, "clock", alt="a line")
+"""
+
+
+@pytest.mark.parametrize("varies", [True, False])
+def test_a_picture_stays_where_only_what_varies_has_changed(varies, tmp_path, monkeypatch):
+    """And the picture in the notebook is the one in the folder of figures."""
+    monkeypatch.setattr(run_chapters, "FIGURES", tmp_path)
+    head = nbformat.v4.new_markdown_cell(
+        "# 99 Draw\n\n- **You'll need**: nothing.\n\nNext: nothing"
+    )
+    path = tmp_path / "99_drawn.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell("")]), path)
+    pictures = []
+    for title in ("A clock", "A clock", "Another clock"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells[-1].source = DRAWING.format(title=title, varies=varies)
+        nbformat.write(notebook, path)
+        run_chapters.run_chapter(path)
+        (output,) = nbformat.read(path, as_version=4).cells[-1].outputs
+        pictures.append((tmp_path / "clock.png").read_bytes())
+        assert base64.b64decode(output.data["image/png"]) == pictures[-1]
+    assert (pictures[0] == pictures[1]) == varies
+    assert pictures[1] != pictures[2]
