@@ -2,12 +2,16 @@
 
 Run `python benchmarks/training.py` where the package is installed. It takes about five minutes on
 one thread, needs `transformers` and `tqdm`, and prints the tables of RESULTS.md; the names of parts
-(`sampling`, `ppo`, `dpo`, `reading`, `race`) print these alone. PPO is compared with `trl` 1.10.0,
-in this environment or in one of its own, where torch, transformers and tqdm are too, DPO with `trl`
-1.16.0 in this environment; without it, trl's row is left out:
+(`sampling`, `ppo`, `dpo`, `reading`, `race`) print these alone. DPO is compared with `trl` 1.16.0,
+which `requirements.txt` installs. PPO is compared with `trl` 1.10.0, which still has it
+(as `trl.experimental.ppo`); that package alone is put before the other. Without `trl` its row is
+left out.
 
-    python benchmarks/training.py --trl path/to/another/bin/python sampling ppo
     python benchmarks/training.py dpo race
+    python -m pip install --no-deps --target _build/trl-1.10.0 trl==1.10.0
+    PYTHONPATH=_build/trl-1.10.0 python benchmarks/training.py sampling ppo
+
+`--trl` names the Python of another environment that has it, and torch, transformers and tqdm.
 
 The third comparison, one exact gradient, is in `enumeration.py`.
 
