@@ -231,11 +231,15 @@ def check_normalised(**tables: Tensor) -> None:
     for name, table in tables.items():
         if not values_visible(table):
             continue
-        logps = table.detach().float() if table.element_size() < 4 else table.detach()
-        rounding = torch.finfo(table.dtype).eps * torch.special.entr(logps.exp()).sum(-1)
-        wrong = ((logps.logsumexp(-1).exp() - 1).abs() - rounding).flatten()
+        half = table.element_size() < 4
+        logps = table.detach().float() if half else table.detach()
+        sums = logps.logsumexp(-1).exp().flatten()
+        wrong = (sums - 1).abs()
+        if half:
+            entropies = torch.special.entr(logps.exp()).sum(-1).flatten()
+            wrong = wrong - torch.finfo(table.dtype).eps * entropies
         if not wrong.max() < 1e-3:
-            worst = logps.logsumexp(-1).exp().flatten()[wrong.argmax()].item()
+            worst = sums[wrong.argmax()].item()
             raise ValueError(
                 f"`{name}` must have rows whose probabilities sum to 1, got a sum of {worst:.4g}: "
                 "if these are logits, apply log_softmax first"

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 HALVES = (torch.bfloat16, torch.float16)
+_BLOCK = 2**13
 _SMALL = 0.5  # below it, e^u - 1 - u is summed as a series
 _SERIES = [1 / math.factorial(k + 2) for k in range(15)]  # of (e^u - 1 - u) / u^2
 
@@ -137,16 +138,29 @@ def hold(exponents: Tensor) -> Tensor:
 
 def exp_remainder(u: Tensor) -> Tensor:
     """e^u - 1 - u, never negative: a series near 0, and e^u held where it would overflow."""
-    small = u.clamp(-_SMALL, _SMALL)
-    series = torch.zeros_like(u)
-    for coefficient in reversed(_SERIES):
-        series = series * small + coefficient
     far = expm1(hold(u)) - u
-    return torch.where(u.abs() < _SMALL, series * small * small, far)
+    return torch.where(u.abs() < _SMALL, _exp_remainder_near_0(u.clamp(-_SMALL, _SMALL)), far)
+
+
+def _exp_remainder_near_0(u: Tensor) -> Tensor:
+    """e^u - 1 - u for |u| <= 1/2."""
+    series = torch.zeros_like(u)
+    for coefficient in torch.tensor(_SERIES[::-1], dtype=u.dtype, device=u.device):
+        series = torch.addcmul(coefficient, series, u)
+    return series * u * u
 
 
 # Each formula takes log p, log q and u = log(p / q), all finite: somebody may know u better than by
 # subtracting the other two.
+
+
+def sum_in_blocks(formula: Callable[..., Tensor], *tables: Tensor) -> Tensor:
+    """`formula(*tables)`, a sum over the last axis, of `_BLOCK` columns at a time.
+
+    A formula of many steps is three times as fast where what it writes in between fits in a cache.
+    """
+    blocks = zip(*(table.split(_BLOCK, -1) for table in tables), strict=True)
+    return torch.stack([formula(*block) for block in blocks]).sum(0)
 
 
 def probability_gaps(logps: Tensor, other_logps: Tensor, u: Tensor) -> Tensor:
@@ -160,8 +174,9 @@ def kl_terms(logps: Tensor, other_logps: Tensor, u: Tensor) -> Tensor:
     Summed over two distributions it is KL(p || q), for the sums of p and of q are both 1.
     """
     probs = logps.exp()
-    near = probs * exp_remainder(-u.clamp(-_SMALL, _SMALL))
-    far = probs * u - u.sign() * probability_gaps(logps, other_logps, u)
+    near = probs * _exp_remainder_near_0(-u.clamp(-_SMALL, _SMALL))
+    gaps = torch.maximum(logps, other_logps).exp() * (1 - (-u.abs()).exp())  # far: not near 0
+    far = probs * u - u.sign() * gaps
     return torch.where(u.abs() < _SMALL, near, far)
 
 
@@ -192,12 +207,15 @@ def log_mean_exp(logps: Tensor, weights: Tensor) -> Tensor:
       logps: log p, of rows that sum to 1; -inf where p is 0, and there `weights` does not matter.
       weights: w of the same shape, less than inf where p is not 0.
     """
+
+    def surplus_of(logps: Tensor, weights: Tensor) -> Tensor:
+        probs = logps.exp()
+        # Rows sum to 1 but for rounding, so their sum minus 1 counts as 0. Its gradient counts.
+        return (probs * expm1(hold(weights)) + value_zero(probs)).sum(-1)
+
     impossible = torch.isneginf(logps)
     weights = weights.masked_fill(impossible, 0.0)
-    probs = logps.exp()
-    bounded = hold(weights)
-    # The rows sum to 1 but for rounding, so their sum less 1 counts as 0. Its gradient counts.
-    surplus = (probs * expm1(bounded)).sum(-1) + value_zero(probs.sum(-1))
+    surplus = sum_in_blocks(surplus_of, logps, weights)
     near = surplus.abs() < _SMALL
     largest = weights.detach().masked_fill(impossible, -torch.inf).amax(-1, keepdim=True)
     far = normalise(logps + (weights - largest))[1] + largest.squeeze(-1)

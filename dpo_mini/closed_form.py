@@ -35,6 +35,7 @@ from dpo_mini._numerics import (
     log_mean_exp,
     normalise,
     probability_gaps,
+    sum_in_blocks,
     value_zero,
     widen,
 )
@@ -377,12 +378,16 @@ def _frontier_point(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> tuple[T
     weights = (rewards - likeliest).masked_fill(torch.isneginf(ref_logps), 0.0) / beta
     gaps = weights - log_mean_exp(ref_logps, weights).unsqueeze(-1)
     u = torch.where(gaps.abs().amax(-1, keepdim=True) < 0.5, gaps, optimum - ref_logps)
-    outside = torch.isneginf(optimum)
-    tables = (table.masked_fill(outside, 0.0) for table in (optimum, ref_logps, u))
-    terms = kl_terms(*tables)
-    kls = torch.where(outside, ref_logps.exp(), terms).sum(-1)
-    kls = kls + value_zero((optimum.exp() - ref_logps.exp()).sum(-1))
-    return kls.mean(), (optimum.exp() * rewards).sum(-1).mean()
+
+    def kl_of(optimum: Tensor, ref_logps: Tensor, u: Tensor) -> Tensor:
+        outside = torch.isneginf(optimum)
+        tables = (table.masked_fill(outside, 0.0) for table in (optimum, ref_logps, u))
+        return torch.where(outside, ref_logps.exp(), kl_terms(*tables)).sum(-1)
+
+    probs = optimum.exp()
+    kls = sum_in_blocks(kl_of, optimum, ref_logps, u)
+    kls = kls + value_zero((probs - ref_logps.exp()).sum(-1))
+    return kls.mean(), (probs * rewards).sum(-1).mean()
 
 
 def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
@@ -397,10 +402,14 @@ def _sum_of_terms(
     formula: Callable[[Tensor, Tensor, Tensor], Tensor], logps: Tensor, other_logps: Tensor
 ) -> Tensor:
     """The sum of a formula of p and q that is p + q where one of them is 0."""
-    outside = torch.isneginf(logps) | torch.isneginf(other_logps)
-    tables = (logps, other_logps, logps - other_logps)
-    inside = formula(*(table.masked_fill(outside, 0.0) for table in tables))
-    return torch.where(outside, logps.exp() + other_logps.exp(), inside).sum(-1)
+
+    def sum_of(logps: Tensor, other_logps: Tensor) -> Tensor:
+        outside = torch.isneginf(logps) | torch.isneginf(other_logps)
+        tables = (logps, other_logps, logps - other_logps)
+        inside = formula(*(table.masked_fill(outside, 0.0) for table in tables))
+        return torch.where(outside, torch.maximum(logps, other_logps).exp(), inside).sum(-1)
+
+    return sum_in_blocks(sum_of, logps, other_logps)
 
 
 def _lacks_support(logps: Tensor, other_logps: Tensor) -> Tensor:
