@@ -696,6 +696,21 @@ def test_a_model_for_a_task_reads_its_prompt_tokens(generator):
     assert not torch.allclose(first, second)
 
 
+def test_a_task_says_in_a_line_what_it_is(reviews):
+    assert repr(four_answers()) == (
+        "<Task: 1 prompt ('x1'); 4 completions of 1 token from 4 words ('a', …); with a table for "
+        "its reference>"
+    )
+    assert repr(reviews) == (
+        "<Task: 4 prompts ('the film was', …); 177,156 completions of at most 5 tokens from 12 "
+        "words ('<end>', …); without a table for its reference>"
+    )
+    assert repr(Task(("x", "y"), ("a", "b"), 3, None, torch.zeros(2, 8))) == (
+        "<Task: 2 prompts ('x', …); 8 completions of 3 tokens from 2 words ('a', …); without a "
+        "table for its reference>"
+    )
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 HALF = double([[0.5, 0.5]]).log()
