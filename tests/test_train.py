@@ -1666,6 +1666,7 @@ def test_token_rewards_refuse():
         ((two, torch.zeros(2, 2), mask), "`completion_mask` must have shape [2, 2], got [2, 3]"),
         ((two / 0, torch.zeros(2, 3), mask), "`scores` must be finite, got nan"),
         ((two, torch.zeros(2), mask), "`penalties` must be a non-empty [B, T], got shape [2]"),
+        ((two[None], two[None], mask), "`scores` must be a non-empty [B], got shape [1, 2]"),
     ):
         with pytest.raises(ValueError) as caught:
             token_rewards(*arguments)
