@@ -385,6 +385,17 @@ def test_best_of_n_keeps_its_digits_where_an_answer_hardly_ever_wins():
         assert math.isclose(got, log_share, rel_tol=1e-12, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("meetings", [3e-6, 3e-5, 9.9e-5, 1.01e-4, 1e-3])
+def test_best_of_n_keeps_its_digits_where_draws_seldom_meet(n, meetings):
+    """In exact fractions: the best answer wins if it is drawn at all, here n m times on average."""
+    m = Fraction(meetings / n)
+    want = math.log(1 - (1 - m) ** n)
+    ref_logps = double([[float(m), float(1 - m)]]).log()
+    got = best_of_n_logps(ref_logps, double([[1.0, 0.0]]), n)[0, 0].item()
+    assert math.isclose(got, want, rel_tol=0, abs_tol=1e-12)
+
+
 def test_best_of_n_never_says_what_the_reference_does_not():
     ref_logps = double([[0.5, 0.5, 0.0]]).log()
     logps = best_of_n_logps(ref_logps, double([[0.0, 1.0, 9.0]]), 2)
