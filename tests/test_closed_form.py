@@ -452,6 +452,16 @@ def test_gradients(name, generator):
     )
 
 
+def test_a_prompt_does_not_see_the_rewards_of_another():
+    """Two equally likely answers, one 2 beta better: sigma(2), whatever another prompt pays."""
+    ref_logps = double([[0.5, 0.5]] * 3).log()
+    rewards = double([[0.3, 0.1], [2.0**70, 2.0**70], [-(2.0**70), 0.0]])
+    better = 1 / (1 + math.exp(-2))
+    want = double([[better, 1 - better], [0.5, 0.5], [0.0, 1.0]])
+    exact(optimal_logps(ref_logps, rewards, 0.1).exp(), want)
+    exact(tilt(ref_logps, rewards / 0.1)[0].exp(), want)
+
+
 def test_the_gradient_of_the_frontier_is_a_mean_over_prompts(random_logps, generator):
     ref_logps = random_logps(3, 4).requires_grad_()
     rewards = torch.randn(3, 4, dtype=torch.float64, generator=generator)

@@ -123,6 +123,21 @@ def test_half_precision_is_rounded_once_and_never_becomes_infinite():
     assert double(torch.ones(2), scale=1e39)[0].tolist() == [torch.inf] * 2
 
 
+def test_numbers_have_no_say_in_the_dtype_of_tables():
+    half, wide = torch.ones(2).half(), torch.ones(2)
+    for values, want in (
+        ((half, torch.tensor(0.5)), torch.float16),
+        ((torch.tensor(0.5, dtype=torch.float64), half, 3, None), torch.float16),
+        ((torch.tensor(0.5).half(), torch.tensor(0.5)), torch.float32),  # nothing but numbers
+        ((half, wide), torch.float32),
+        ((half, half.bfloat16()), torch.float32),
+        ((half, wide.double().numpy()), torch.float64),
+        ((half, torch.arange(2)), torch.float16),
+        ((torch.arange(2), 0.5), None),
+    ):
+        assert _numerics.common_dtype(*values) is want
+
+
 class Pair(NamedTuple):
     """What a function may return, with a name for each part."""
 
