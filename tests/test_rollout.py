@@ -244,6 +244,8 @@ def test_enumerating_refuses_chunks_of_nothing(n_parents, error, generator):
     task = toy(2, 5, 3, 0)
     with pytest.raises(error, match="^`n_parents` must be a whole number >= 1, got"):
         enumerate_logps(transformer(task, generator), task, n_parents=n_parents)
+    with pytest.raises(error, match="^`n_parents` must be a whole number >= 1, got"):
+        enumerate_rewards(reward_model(task, generator), task, n_parents=n_parents)
 
 
 # --- exact_gradient --------------------------------------------------------------------------

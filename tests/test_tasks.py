@@ -243,6 +243,22 @@ def test_pairs_of_a_nearly_sure_policy_have_the_exact_law(rows, generator):
     assert chi_squared_p(counts, expected) > 1e-3
 
 
+@pytest.mark.parametrize("rows", PAIRS_OF.values(), ids=PAIRS_OF)
+def test_pairs_of_a_nearly_sure_policy_depend_on_their_generator_only(rows):
+    task = bandit(torch.zeros(len(rows), 4).double(), torch.full((len(rows), 4), 0.25).double())
+
+    def draw(seed):
+        return task.sample_pairs(double(rows), 500, generator=torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = draw(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    for again, before in zip(draw(5), first, strict=True):
+        assert torch.equal(again, before)
+
+
 def test_pairs_that_are_soon_different_are_the_same_draws_as_ever():
     """Beside the plain loop: draw the second answer until all differ."""
     logps = double([[0.9, 0.06, 0.04], [0.2, 0.3, 0.5]]).log()
