@@ -523,7 +523,7 @@ def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
         (
             {"prompts": torch.zeros(0, dtype=torch.int64)},
             ValueError,
-            "`prompts` must be a non-empty",
+            r"`prompts` must be a non-empty \[B\], got shape \[0\]$",
         ),
         ({"prompts": [0]}, TypeError, "`prompts` must be .*, got list"),
         ({"generator": None}, TypeError, "`generator` must be .*, got NoneType"),
