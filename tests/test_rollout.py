@@ -692,6 +692,17 @@ def test_long_prompts_cost_tokens_nodes_and_steps(n_prompts, n, n_read, rows, ge
     assert sum(outputs.numel() for outputs in reads) == (n * n_nodes if rows else n_nodes)
 
 
+def test_a_long_prompt_counts_once_however_many_tokens_follow_it(generator):
+    read = torch.randint(3, (1, 12), generator=generator)
+    policy = TinyTransformer(
+        1, 3, 2, end_token=None, prompt_tokens=read, generator=generator, n_layers=1
+    )
+    reads = count_reads(policy)
+    token_logps(policy, torch.zeros(3, dtype=torch.int64), torch.tensor([[1, 2], [0, 2], [1, 2]]))
+    # Three rows are 3 * 13 = 39 tokens; 12 + 2 nodes cost 14 * (0.8 + 0.1 * 13) = 29.4.
+    assert sum(outputs.numel() for outputs in reads) == 14
+
+
 class Bigram(Policy):
     """What a user may write: a policy with a `forward`, which reads one token back."""
 
