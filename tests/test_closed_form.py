@@ -361,10 +361,11 @@ def test_a_policy_may_give_up_a_completion():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_best_of_n_by_every_tuple_of_draws(n):
     """Whoever drew the highest reward first wins, over all Y^n tuples; two rewards are equal."""
-    ref_probs = double([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
-    rewards = double([[1.0, 0.2, 1.0, 0.8], [0.0, 0.0, -3.0, -3.0]])
+    # In the last row an answer that others beat has most of the mass up to its own reward.
+    ref_probs = double([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.05, 0.4, 0.05, 0.5]])
+    rewards = double([[1.0, 0.2, 1.0, 0.8], [0.0, 0.0, -3.0, -3.0], [0.0, 1.0, 0.0, 2.0]])
     won = torch.zeros_like(ref_probs)
-    for x in range(2):
+    for x in range(3):
         for draws in itertools.product(range(4), repeat=n):
             best = max(draws, key=lambda y: rewards[x, y])  # the first of equals
             won[x, best] += ref_probs[x, list(draws)].prod()
@@ -382,6 +383,17 @@ def test_best_of_n_keeps_its_digits_where_an_answer_hardly_ever_wins():
     for got, share in zip(logps, want, strict=True):
         log_share = math.log(share.numerator) - math.log(share.denominator)
         assert math.isclose(got, log_share, rel_tol=1e-12, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("meetings", [3e-6, 3e-5, 9.9e-5, 1.01e-4, 1e-3])
+def test_best_of_n_keeps_its_digits_where_draws_seldom_meet(n, meetings):
+    """In exact fractions: the best answer wins if it is drawn at all, here n m times on average."""
+    m = Fraction(meetings / n)
+    want = math.log(1 - (1 - m) ** n)
+    ref_logps = double([[float(m), float(1 - m)]]).log()
+    got = best_of_n_logps(ref_logps, double([[1.0, 0.0]]), n)[0, 0].item()
+    assert math.isclose(got, want, rel_tol=0, abs_tol=1e-12)
 
 
 def test_best_of_n_never_says_what_the_reference_does_not():
@@ -438,6 +450,48 @@ def test_gradients(name, generator):
         lambda p, q, r: function(p.log_softmax(-1), q.log_softmax(-1), r),
         (p.detach().requires_grad_(), q.detach().requires_grad_(), r.detach().requires_grad_()),
     )
+
+
+def test_a_prompt_does_not_see_the_rewards_of_another():
+    """Two equally likely answers, one 2 beta better: sigma(2), whatever another prompt pays."""
+    ref_logps = double([[0.5, 0.5]] * 3).log()
+    rewards = double([[0.3, 0.1], [2.0**70, 2.0**70], [-(2.0**70), 0.0]])
+    better = 1 / (1 + math.exp(-2))
+    want = double([[better, 1 - better], [0.5, 0.5], [0.0, 1.0]])
+    exact(optimal_logps(ref_logps, rewards, 0.1).exp(), want)
+    exact(tilt(ref_logps, rewards / 0.1)[0].exp(), want)
+
+
+def test_the_gradient_of_the_frontier_is_a_mean_over_prompts(random_logps, generator):
+    ref_logps = random_logps(3, 4).requires_grad_()
+    rewards = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    for part in range(2):
+        (slope,) = torch.autograd.grad(frontier(ref_logps, rewards, [0.7])[part].sum(), ref_logps)
+        for x in range(3):
+            alone = ref_logps[x : x + 1].detach().requires_grad_()
+            of_one = frontier(alone, rewards[x : x + 1], [0.7])[part].sum()
+            (want,) = torch.autograd.grad(of_one, alone)
+            exact(slope[x], want[0] / 3)
+
+
+def test_log_z_may_be_as_large_as_the_widest_table_allows():
+    """Equal rewards r: log Z = r / beta, here above the largest float16, 65,504."""
+    half = torch.full((2, 2), 0.5, dtype=torch.float16).log()
+    rewards = torch.full((2, 2), 60_000.0, dtype=torch.float16)
+    for tables in ((half.float(), rewards), (half, rewards.float())):
+        log_z = log_partition(*tables, 0.5)
+        assert log_z.dtype == torch.float32
+        assert_close(log_z, torch.full((2,), 120_000.0), rtol=1e-6, atol=0)
+    chain = half[0], half, rewards[0]
+    for wide in range(3):
+        tables = [table.float() if n == wide else table for n, table in enumerate(chain)]
+        log_z = log_partition_markov(*tables, 0.5, 2)
+        assert log_z.dtype == torch.float32
+        assert_close(log_z, torch.tensor(240_000.0), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"^`beta` must be large enough .* in torch\.float16"):
+        log_partition(half, rewards, 0.5)
+    with pytest.raises(ValueError, match=r"^`beta` must be large enough .* in torch\.float16"):
+        log_partition_markov(*chain, 0.5, 2)
 
 
 @pytest.mark.parametrize("name", [*TABLE_FUNCTIONS, "log_partition_markov"])

@@ -1,5 +1,6 @@
 """Each loss against worked numbers, its identities, and the optimum of a whole population."""
 
+import inspect
 import itertools
 import math
 from functools import partial
@@ -817,6 +818,14 @@ def test_settings_out_of_range_are_refused(call, want):
     assert str(caught.value) == want
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_loss_says_what_it_takes(name):
+    loss = getattr(ALL[name], "func", ALL[name])
+    bound = getattr(ALL[name], "keywords", {})
+    assert tuple(inspect.signature(loss).parameters)[: len(NAMES[name])] == NAMES[name]
+    assert set(bound) <= set(inspect.signature(loss).parameters)
+
+
 def test_python_refuses_what_is_missing_too_much_or_given_twice(four):
     for arguments, named, want in (
         ((), {"beta": 0.5}, "missing 4 required positional arguments: 'chosen_logps', "),
@@ -855,3 +864,15 @@ def test_other_divergences_by_hand_and_far_away():
         assert values[0] == 0 < values[1]
         assert torch.isfinite(values).all()
         assert all(torch.isfinite(tensor.grad).all() for tensor in far)
+
+
+# --- half precision --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_is_single_precision_rounded_once(name, generator):
+    shape = (8, 3) if SHAPES[name] == "[B, K]" else (8,)
+    halves = [(-4 * torch.rand(shape, generator=generator) - 0.1).bfloat16() for _ in NAMES[name]]
+    want = ALL[name](*[half.float() for half in halves]).bfloat16()
+    assert torch.equal(ALL[name](*halves), want)
+    assert torch.equal(ALL[name](**dict(zip(NAMES[name], halves, strict=True))), want)

@@ -1,6 +1,8 @@
 """Formulas that keep their digits, each against mpmath on the same rounded numbers."""
 
+import inspect
 import math
+from typing import NamedTuple
 
 import mpmath
 import pytest
@@ -119,6 +121,49 @@ def test_half_precision_is_rounded_once_and_never_becomes_infinite():
         (slope,) = torch.autograd.grad(large[:2].sum(), x)
         assert slope[:2].tolist() == torch.tensor([1e4, 1e4]).to(dtype).tolist()
     assert double(torch.ones(2), scale=1e39)[0].tolist() == [torch.inf] * 2
+
+
+def test_numbers_have_no_say_in_the_dtype_of_tables():
+    half, wide = torch.ones(2).half(), torch.ones(2)
+    for values, want in (
+        ((half, torch.tensor(0.5)), torch.float16),
+        ((torch.tensor(0.5, dtype=torch.float64), half, 3, None), torch.float16),
+        ((torch.tensor(0.5).half(), torch.tensor(0.5)), torch.float32),  # nothing but numbers
+        ((half, wide), torch.float32),
+        ((half, half.bfloat16()), torch.float32),
+        ((half, wide.double().numpy()), torch.float64),
+        ((half, torch.arange(2)), torch.float16),
+        ((torch.arange(2), 0.5), None),
+    ):
+        assert _numerics.common_dtype(*values) is want
+
+
+class Pair(NamedTuple):
+    """What a function may return, with a name for each part."""
+
+    double: torch.Tensor
+    count: torch.Tensor
+
+
+def test_a_function_that_narrows_returns_what_it_returned_before():
+    def pair(x, *, scale=2.0):
+        """Says what it does."""
+        return Pair(_numerics.widen(x) * scale, torch.tensor(len(x)))
+
+    narrowing = _numerics.dtype_of_input(pair)
+    assert (narrowing.__name__, narrowing.__doc__) == ("pair", "Says what it does.")
+    assert inspect.signature(narrowing) == inspect.signature(pair)
+    got = narrowing(torch.tensor([1.0, 2.5]).bfloat16())
+    assert type(got) is Pair
+    assert (got.double.dtype, got.double.tolist()) == (torch.bfloat16, [2.0, 5.0])
+    assert (got.count.dtype, got.count.item()) == (torch.int64, 2)
+    plain = _numerics.dtype_of_input(lambda x: (x.float(), x))(torch.ones(2).half())
+    assert type(plain) is tuple
+    assert [part.dtype for part in plain] == [torch.float16] * 2
+    for dtype in (torch.float32, torch.float64):  # wide enough: as it is
+        got = narrowing(torch.tensor([1.0, 2.5], dtype=dtype), scale=3.0)
+        assert type(got) is Pair
+        assert (got.double.dtype, got.double.tolist()) == (dtype, [3.0, 7.5])
 
 
 def test_a_gradient_in_half_precision_never_becomes_infinite():

@@ -335,6 +335,14 @@ def test_for_task_takes_the_prompts_of_the_task(generator):
 # --- TabularPolicy ---------------------------------------------------------------------------
 
 
+def test_a_policy_says_its_sizes(generator):
+    sizes = "n_prompts=1, vocab_size=4, max_tokens=1, end_token=None"
+    assert repr(TabularPolicy(torch.zeros(1, 4))) == f"TabularPolicy({sizes})"
+    policy = TinyTransformer(1, 4, 1, end_token=None, generator=generator)
+    assert sizes in repr(policy)
+    assert "SelfAttention" in repr(policy)
+
+
 def test_tabular_policy_by_hand():
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
     policy = TabularPolicy((7 * probs).log())  # a constant factor is no matter

@@ -242,6 +242,15 @@ def test_group_normalisation_with_many_samples_of_a_rare_success():
     assert round(ratio[0].item(), 2) == 6.74
 
 
+def test_the_slope_of_an_entropy_is_that_of_its_own_row():
+    """dH/dz_v = p_v (mean logit - z_v), however far away the logits of another row are."""
+    row = double([0.3, -0.2, 0.5])
+    logits = torch.stack([row, row + 2.0**70, row - 2.0**70]).requires_grad_()
+    entropy(logits)[0].backward()
+    probs = row.softmax(0)
+    exact(logits.grad[0], probs * ((probs * row).sum() - row))
+
+
 def test_the_optimal_baseline_has_the_least_variance(random_logps, generator):
     logps = random_logps(3, 5)
     rewards = torch.randn(3, 5, dtype=torch.float64, generator=generator)
@@ -269,6 +278,15 @@ def test_the_optimal_baseline_by_hand():
         optimal_baseline(impossible, double([[3.0, 9.0, 9.0]]), double([[1.0, 1.0, 1.0]])),
         double([3.0]),
     )
+
+
+def test_the_optimal_baseline_where_a_sure_answer_has_no_score():
+    """Only the two others count, e times as likely one as the other, however rare both are."""
+    rewards, squares = double([[5.0, 1.0, 3.0]]), double([[0.0, 1.0, 1.0]])
+    want = double([(1 + 3 / math.e) / (1 + 1 / math.e)])
+    for rare in (30.0, 700.0, 709.5, 800.0, 1e5):  # e^709.8 is the largest float
+        best = optimal_baseline(double([[0.0, -rare, -rare - 1]]), rewards, squares)
+        exact(best, want)
 
 
 # --- gae and whitening -----------------------------------------------------------------------
@@ -352,7 +370,8 @@ def test_whitening_over_the_tokens_of_a_batch(episode):
     two = whiten(double([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]))
     edge = 1 / math.sqrt(1 + 1e-8)
     exact(two, double([[-edge, edge, 0.0]]))
-    assert (whiten(torch.ones(2, 2), torch.ones(2, 2)) == 0).all()
+    for value in (1.0, 0.1, 1e6 / 7):  # equal values, also where their mean would be rounded
+        assert not whiten(torch.full((7, 13), value), torch.ones(7, 13)).any()
 
 
 # --- entropy and KL --------------------------------------------------------------------------

@@ -225,30 +225,6 @@ def test_no_public_name_or_argument_goes_or_comes_unnoticed():
     assert not new, f"new: {new}. To make them public run: python tools/public_names.py"
 
 
-# --- what a value says of itself ----------------------------------------------------------------
-
-
-def test_a_task_says_in_a_line_what_it_is():
-    tasks = dpo_mini.tasks
-    assert repr(tasks.four_answers()) == (
-        "<Task: 1 prompt ('x1'); 4 completions of 1 token from 4 words ('a', …); with a table for "
-        "its reference>"
-    )
-    assert repr(tasks.micro_reviews()) == (
-        "<Task: 4 prompts ('the film was', …); 177,156 completions of at most 5 tokens from 12 "
-        "words ('<end>', …); without a table for its reference>"
-    )
-
-
-def test_a_policy_says_its_sizes(generator):
-    task = dpo_mini.tasks.four_answers()
-    sizes = "n_prompts=1, vocab_size=4, max_tokens=1, end_token=None"
-    assert repr(dpo_mini.policies.TabularPolicy(task.ref_logps)) == f"TabularPolicy({sizes})"
-    policy = dpo_mini.policies.TinyTransformer.for_task(task, generator=generator)
-    assert sizes in repr(policy)
-    assert "SelfAttention" in repr(policy)
-
-
 def test_every_public_module_has_its_page_in_the_reference():
     sys.path.insert(0, str(ROOT / "docs"))
     import stage

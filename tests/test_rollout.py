@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from dpo_mini.logps import PAD
 from dpo_mini.policies import (
+    Policy,
     RewardModel,
     ScalarTransformer,
     SeparateNetworks,
@@ -243,6 +244,8 @@ def test_enumerating_refuses_chunks_of_nothing(n_parents, error, generator):
     task = toy(2, 5, 3, 0)
     with pytest.raises(error, match="^`n_parents` must be a whole number >= 1, got"):
         enumerate_logps(transformer(task, generator), task, n_parents=n_parents)
+    with pytest.raises(error, match="^`n_parents` must be a whole number >= 1, got"):
+        enumerate_rewards(reward_model(task, generator), task, n_parents=n_parents)
 
 
 # --- exact_gradient --------------------------------------------------------------------------
@@ -520,7 +523,7 @@ def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
         (
             {"prompts": torch.zeros(0, dtype=torch.int64)},
             ValueError,
-            "`prompts` must be a non-empty",
+            r"`prompts` must be a non-empty \[B\], got shape \[0\]$",
         ),
         ({"prompts": [0]}, TypeError, "`prompts` must be .*, got list"),
         ({"generator": None}, TypeError, "`generator` must be .*, got NoneType"),
@@ -660,6 +663,93 @@ def test_pairs_that_begin_alike_are_read_as_a_tree_and_others_in_rows(n_read, ge
         n_distinct = len(distinct_prefixes(prompts.repeat(2), answers.flatten(0, 1)))
         want = n_in_rows if rows else n_distinct + 3 * (n_read - 1)
         assert sum(outputs.numel() for outputs in reads) == want
+
+
+@pytest.mark.parametrize(
+    # Each of `n` rows for each prompt reads P + 1 tokens. A tree reads the P tokens of each prompt
+    # and the one token that follows, in P + 1 steps, so each node costs 0.8 + 0.1 (P + 1) tokens.
+    ("n", "n_read", "rows"),
+    [
+        (1, 3, True),  # 4 tokens; 4 nodes, which cost 1.2 each
+        (2, 10, False),  # 22 tokens; 11 nodes cost 11 * 1.9 = 20.9
+        (2, 12, True),  # 26 tokens; 13 nodes cost 13 * 2.1 = 27.3
+        (3, 12, False),  # 39 tokens
+        (3, 20, False),  # 63 tokens; 21 nodes cost 21 * 2.9 = 60.9
+        (3, 22, True),  # 69 tokens; 23 nodes cost 23 * 3.1 = 71.3
+    ],
+)
+@pytest.mark.parametrize("n_prompts", [1, 2, 5])
+def test_long_prompts_cost_tokens_nodes_and_steps(n_prompts, n, n_read, rows, generator):
+    shape = {"n_layers": 1, "n_heads": 1, "width": 4}
+    read = torch.randint(3, (n_prompts, n_read), generator=generator)
+    policy = TinyTransformer(
+        n_prompts, 3, 2, end_token=None, prompt_tokens=read, generator=generator, **shape
+    )
+    reads = count_reads(policy)
+    prompts = torch.arange(n_prompts).repeat(n)
+    token_logps(policy, prompts, torch.tensor([[1, 2]]).expand(len(prompts), 2))
+    n_nodes = n_prompts * (n_read + 1)
+    assert sum(outputs.numel() for outputs in reads) == (n * n_nodes if rows else n_nodes)
+
+
+def test_a_long_prompt_counts_once_however_many_tokens_follow_it(generator):
+    read = torch.randint(3, (1, 12), generator=generator)
+    policy = TinyTransformer(
+        1, 3, 2, end_token=None, prompt_tokens=read, generator=generator, n_layers=1
+    )
+    reads = count_reads(policy)
+    token_logps(policy, torch.zeros(3, dtype=torch.int64), torch.tensor([[1, 2], [0, 2], [1, 2]]))
+    # Three rows are 3 * 13 = 39 tokens; 12 + 2 nodes cost 14 * (0.8 + 0.1 * 13) = 29.4.
+    assert sum(outputs.numel() for outputs in reads) == 14
+
+
+class Bigram(Policy):
+    """What a user may write: a policy with a `forward`, which reads one token back."""
+
+    def __init__(self, first, following):
+        super().__init__()
+        self.n_prompts, self.vocab_size = first.shape
+        self.max_tokens, self.end_token = 3, None
+        self.first, self.following = torch.nn.Parameter(first), torch.nn.Parameter(following)
+
+    def forward(self, tokens):
+        return torch.cat([self.first[tokens[:, :1]], self.following[tokens[:, 1:]]], dim=1)
+
+
+def test_a_policy_that_is_a_forward_is_scored_and_not_sampled(generator):
+    first = torch.randn(2, 4, dtype=torch.float64, generator=generator)
+    following = torch.randn(4, 4, dtype=torch.float64, generator=generator)
+    policy = Bigram(first, following)
+    prompts = torch.tensor([1, 0])
+    answers = torch.tensor([[2, 3, 0], [0, 0, 1]]), torch.tensor([[3, 3, 3], [1, 2, 1]])
+    got = token_logps(policy, prompts, *answers)
+    begin_with, go_on = first.log_softmax(1), following.log_softmax(1)
+    want = [
+        [begin_with[1, 2], go_on[2, 3], go_on[3, 0]],
+        [begin_with[0, 0], go_on[0, 0], go_on[0, 1]],
+        [begin_with[1, 3], go_on[3, 3], go_on[3, 3]],
+        [begin_with[0, 1], go_on[1, 2], go_on[2, 1]],
+    ]
+    assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-14)
+    got.sum().backward()
+    in_first = torch.zeros(2, 4, dtype=torch.float64)
+    for x, y in ((1, 2), (0, 0), (1, 3), (0, 1)):  # d log p_y = 1 at y, and minus p everywhere
+        in_first[x] -= first[x].softmax(0)
+        in_first[x, y] += 1
+    assert_close(policy.first.grad, in_first, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match=r"^`completions` must have tokens in 0\.\.3, got 4$"):
+        token_logps(policy, prompts, answers[0] + 1)
+    task = toy(2, 4, 3, None)
+    for call in (
+        lambda: sample(policy, prompts, generator=generator),
+        lambda: enumerate_logps(policy, task),
+        lambda: exact_gradient(policy, task, lambda x, logps, columns: logps.sum()),
+        lambda: shared_prefix_token_logps(policy, prompts, answers[0]),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        want = "`model` must be a TinyTransformer or a model with its body, got Bigram"
+        assert str(caught.value) == want
 
 
 def test_a_policy_of_another_kind_scores_by_itself():

@@ -243,6 +243,22 @@ def test_pairs_of_a_nearly_sure_policy_have_the_exact_law(rows, generator):
     assert chi_squared_p(counts, expected) > 1e-3
 
 
+@pytest.mark.parametrize("rows", PAIRS_OF.values(), ids=PAIRS_OF)
+def test_pairs_of_a_nearly_sure_policy_depend_on_their_generator_only(rows):
+    task = bandit(torch.zeros(len(rows), 4).double(), torch.full((len(rows), 4), 0.25).double())
+
+    def draw(seed):
+        return task.sample_pairs(double(rows), 500, generator=torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = draw(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    for again, before in zip(draw(5), first, strict=True):
+        assert torch.equal(again, before)
+
+
 def test_pairs_that_are_soon_different_are_the_same_draws_as_ever():
     """Beside the plain loop: draw the second answer until all differ."""
     logps = double([[0.9, 0.06, 0.04], [0.2, 0.3, 0.5]]).log()
@@ -694,6 +710,21 @@ def test_a_model_for_a_task_reads_its_prompt_tokens(generator):
     first, second, third = enumerate_rewards(reward_model, task)
     assert torch.equal(first, third)
     assert not torch.allclose(first, second)
+
+
+def test_a_task_says_in_a_line_what_it_is(reviews):
+    assert repr(four_answers()) == (
+        "<Task: 1 prompt ('x1'); 4 completions of 1 token from 4 words ('a', …); with a table for "
+        "its reference>"
+    )
+    assert repr(reviews) == (
+        "<Task: 4 prompts ('the film was', …); 177,156 completions of at most 5 tokens from 12 "
+        "words ('<end>', …); without a table for its reference>"
+    )
+    assert repr(Task(("x", "y"), ("a", "b"), 3, None, torch.zeros(2, 8))) == (
+        "<Task: 2 prompts ('x', …); 8 completions of 3 tokens from 2 words ('a', …); without a "
+        "table for its reference>"
+    )
 
 
 # --- what is refused -------------------------------------------------------------------------

@@ -70,6 +70,7 @@ from dpo_mini.train import (
     token_rewards,
     without_reference,
 )
+from dpo_mini.train.pair_losses import check_pair_loss
 
 PAIRED = {
     "dpo": partial(dpo_loss, beta=0.5),
@@ -1665,6 +1666,7 @@ def test_token_rewards_refuse():
         ((two, torch.zeros(2, 2), mask), "`completion_mask` must have shape [2, 2], got [2, 3]"),
         ((two / 0, torch.zeros(2, 3), mask), "`scores` must be finite, got nan"),
         ((two, torch.zeros(2), mask), "`penalties` must be a non-empty [B, T], got shape [2]"),
+        ((two[None], two[None], mask), "`scores` must be a non-empty [B], got shape [1, 2]"),
     ):
         with pytest.raises(ValueError) as caught:
             token_rewards(*arguments)
@@ -1741,6 +1743,13 @@ def test_pairs_of_the_live_policy_take_a_loss_of_means(generator):
     assert history["loss"] == pytest.approx([each.mean().item() for each in seen], abs=1e-12)
 
 
+class Margin:
+    """A loss without a name and without a reference."""
+
+    def __call__(self, chosen, rejected):
+        return rejected - chosen
+
+
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
@@ -1757,6 +1766,7 @@ def test_pairs_of_the_live_policy_take_a_loss_of_means(generator):
         (partial(losses.plackett_luce_loss, beta=1.0), "a list of K answers per prompt"),
         (partial(losses.best_of_k_loss, beta=1.0), "a list of K answers per prompt"),
         (losses.reward_model_loss, "`fit_reward_model` takes it as it is"),
+        (Margin(), "got this loss, which takes no reference: write train.without_reference("),
     ],
 )
 def test_a_loss_of_something_else_is_told_what_it_needs(loss, words, generator):
@@ -1769,3 +1779,22 @@ def test_a_loss_of_something_else_is_told_what_it_needs(loss, words, generator):
         fit_online_preferences(
             policy, reference, TASK.prompts, lambda p, y: y[:, 0].double(), loss, **settings
         )
+
+
+def test_what_a_loop_passes_on_to_a_loss_counts_as_bound():
+    check_pair_loss(dpo_loss, beta=0.1)  # as `real.fit_preferences` does
+    check_pair_loss(without_reference(losses.simpo_loss), beta=0.1, gamma=1.0)
+    with pytest.raises(ValueError) as caught:
+        check_pair_loss(cdpo_loss, beta=0.1)
+    assert str(caught.value) == (
+        "`loss` must take four tensors, with all else bound by functools.partial, got cdpo_loss: "
+        "missing a required argument: 'label_smoothing'"
+    )
+    with pytest.raises(ValueError, match="'label_smoothing'$"):
+        check_pair_loss(dpo_loss, beta=0.1, label_smoothing=0.1)
+    with pytest.raises(ValueError) as caught:
+        check_pair_loss(losses.cpo_loss, beta=0.1)
+    assert str(caught.value) == (
+        "`loss` must take pairs with a reference, got cpo_loss, which takes no reference: write "
+        "train.without_reference(cpo_loss)"
+    )
