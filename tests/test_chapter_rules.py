@@ -2,6 +2,7 @@
 
 import json
 
+import minutes
 import nbformat
 import pytest
 import stamp_chapters
@@ -90,3 +91,68 @@ def test_a_tag_that_means_nothing_is_refused(altered):
     text = words("A word.")
     text.metadata["tags"] = ["derivation"]
     refused(rules.test_a_tag_is_one_that_means_something, altered(text))
+
+
+# --- exercises -------------------------------------------------------------------------------
+
+PAPER = """**2.{n}** (10 minutes, medium, on paper) Show that $Z > 0$.
+
+<details><summary>Hint</summary>
+
+Every term is positive.
+
+</details>"""
+ANSWER = """
+
+<details><summary>Answer</summary>
+
+A sum of positive terms is positive.
+
+</details>"""
+FORM = rules.test_exercises_have_minutes_difficulty_and_a_hint
+PARTS = rules.test_an_exercise_on_paper_has_an_answer_and_every_other_one_a_check
+
+
+def with_exercises(altered, *sources):
+    """Chapter 02 with exercises more, after its three and before its summary."""
+    path = altered()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1:-1] = [words(source) for source in sources]
+    path.write_text(text_of(json.loads(nbformat.writes(notebook))), encoding="utf-8")
+    return path
+
+
+def test_exercises_on_paper_are_numbered_and_counted_like_the_others(altered):
+    fourth, fifth, sixth = ((PAPER + ANSWER).format(n=n) for n in (4, 5, 6))
+    path = with_exercises(altered, fourth, fifth)
+    for rule in (FORM, PARTS, rules.test_the_rhythm_of_a_chapter):
+        rule(path)
+    before, after = (json.loads(p.read_text(encoding="utf-8")) for p in (CHAPTER, path))
+    assert minutes.exercise_minutes(after) == minutes.exercise_minutes(before) + 20
+    refused(FORM, with_exercises(altered, fourth, fifth, sixth))
+    refused(FORM, with_exercises(altered, fifth))
+    refused(FORM, with_exercises(altered, fourth + "\n\n" + fifth))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        PAPER,
+        (PAPER + ANSWER).replace(", on paper", ""),
+        PAPER.replace(", on paper", ""),
+        (PAPER + ANSWER).replace("Hint", "Help"),
+        (PAPER + ANSWER).replace("Answer", "Solution"),
+        PAPER + ANSWER + ANSWER,
+        PAPER + ANSWER + "\n\nA word more.",
+    ],
+)
+def test_an_exercise_of_another_form_is_refused(altered, source):
+    refused(PARTS, with_exercises(altered, source.format(n=4)))
+
+
+def test_the_answer_of_an_exercise_on_paper_is_no_reading_time():
+    one, other = (
+        minutes.reading_minutes({"cells": [{"cell_type": "markdown", "source": source}]})
+        for source in (PAPER, PAPER + ANSWER)
+    )
+    assert one == other > 0

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from dpo_mini.checks import exercises
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -171,7 +173,6 @@ def test_the_rhythm_of_a_chapter(path):
     for part in ("## Two routes meet", "## Where it breaks", "## Exercises", "## Summary"):
         assert part in text, part
     assert "**References.**" in text
-    assert 2 <= len(re.findall(r"^check\(", shown(path), re.M)) <= 3
 
 
 def test_a_chapter_opened_alone_lacks_no_picture(path):
@@ -211,20 +212,42 @@ def test_decimal_numbers_in_prose_occur_in_the_chapter(path):
 
 
 EXERCISE = re.compile(
-    r"^\*\*(\d+)\.(\d)\*\* \(\d+ minutes, (?:easy|medium|hard)\) .+?"
-    r"\n\n<details><summary>Hint</summary>\n\n.+?\n\n</details>$",
+    r"^\*\*(\d+)\.(\d)\*\* \(\d+ minutes, (?:easy|medium|hard)(?P<on_paper>, on paper)?\) .+?"
+    r"\n\n<details><summary>Hint</summary>\n\n.+?\n\n</details>"
+    r"(?P<answer>\n\n<details><summary>Answer</summary>\n\n.+?\n\n</details>)?\s*\Z",
     re.M | re.S,
 )
 
 
-def test_exercises_have_minutes_difficulty_and_a_hint(path):
+def exercises_of(path: Path) -> list[re.Match]:
+    """The exercises of a chapter, each a cell of its own that ends with what is folded."""
     cells = [cell.source for cell in read(path).cells if "<details>" in cell.source]
     found = [EXERCISE.search(source) for source in cells]
-    chapter = int(path.name[:2])
-    numbers = [(int(match[1]), int(match[2])) for match in found if match]
-    assert numbers == [(chapter, n + 1) for n in range(len(cells))]
-    assert 2 <= len(numbers) <= 4
-    assert prose(path).count("minutes, ") == len(numbers)
+    assert all(found), "not an exercise, or not of its form"
+    return found
+
+
+def test_exercises_have_minutes_difficulty_and_a_hint(path):
+    found, chapter = exercises_of(path), int(path.name[:2])
+    numbers = [(int(match[1]), int(match[2])) for match in found]
+    assert numbers == [(chapter, n + 1) for n in range(len(found))]
+    assert 2 <= len(numbers) <= 5
+    assert len(re.findall(r"\(\d+ minutes, ", prose(path))) == len(numbers)
+
+
+def test_an_exercise_on_paper_has_an_answer_and_every_other_one_a_check(path):
+    coded = []
+    for match in exercises_of(path):
+        assert bool(match["on_paper"]) == bool(match["answer"]), match[0]
+        assert match[0].count("<details>") == 1 + bool(match["answer"]), match[0]
+        if not match["on_paper"]:
+            coded.append(f"{match[1]}.{match[2]}")
+    cells = "\n".join(cell.source for cell in code_cells(path))
+    assert re.findall(r"^check\((?:\"([\d.]+)\")?", cells, re.M) == coded
+    assert [
+        number for number in exercises() if int(number.split(".")[0]) == int(path.name[:2])
+    ] == coded
+    assert len(coded) >= 2
 
 
 def test_the_chapter_has_solutions(path):

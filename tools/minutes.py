@@ -11,6 +11,8 @@ WORDS_A_MINUTE = 200
 MINUTES_A_LINE = 4 / 60
 MINUTES_A_PICTURE = 0.5
 EXERCISE = re.compile(r"^\*\*\d+\.\d+\*\* \((\d+) minutes", re.M)
+# The folded answer of an exercise on paper: its minutes are the exercise's.
+ANSWER = re.compile(r"<details><summary>Answer</summary>.*?</details>", re.S)
 
 
 def sources(notebook: dict, kind: str) -> str:
@@ -19,7 +21,7 @@ def sources(notebook: dict, kind: str) -> str:
 
 def reading_minutes(notebook: dict) -> float:
     """Minutes to read a chapter, by the formula above."""
-    prose = sources(notebook, "markdown")
+    prose = ANSWER.sub("", sources(notebook, "markdown"))
     equations = len(re.findall(r"\$\$.+?\$\$", prose, re.S))
     prose = re.sub(r"\$\$.+?\$\$", " ", prose, flags=re.S)
     prose = re.sub(r"\$[^$\n]+\$", " symbol ", prose)  # an inline formula reads as one word
