@@ -1,5 +1,6 @@
 """What tests/test_course.py asks of a chapter, tried on copies of one with a cell more."""
 
+import copy
 import json
 
 import minutes
@@ -19,10 +20,11 @@ def altered(tmp_path):
     def make(*cells, last=()):
         notebook = nbformat.read(CHAPTER, as_version=4)
         at = next(i for i, c in enumerate(notebook.cells) if c.source.startswith("## Exercises"))
-        notebook.cells[at:at] = cells
-        notebook.cells += last
+        notebook.cells[at:at] = map(copy.deepcopy, cells)
+        notebook.cells += map(copy.deepcopy, last)
         counts = iter(range(1, 1000))
-        for cell in notebook.cells:
+        for number, cell in enumerate(notebook.cells):
+            cell.id = cell.id if cell.id == stamp_chapters.ID else f"cell-{number}"
             if cell.cell_type == "code":
                 cell.execution_count = next(counts)
         path = tmp_path / CHAPTER.name
@@ -156,3 +158,30 @@ def test_the_answer_of_an_exercise_on_paper_is_no_reading_time():
         for source in (PAPER, PAPER + ANSWER)
     )
     assert one == other > 0
+
+
+# --- the order of the parts ------------------------------------------------------------------
+
+RHYTHM = rules.test_the_rhythm_of_a_chapter
+
+
+def test_what_is_optional_stands_under_its_heading_after_the_summary(altered):
+    deeper = words("## Going deeper (optional)\n\nThree more questions.")
+    section = words("## Why not forward KL?\n\nAnother answer.")
+    path = altered(last=[deeper, section, code("x = 1"), words("Read it.")])
+    RHYTHM(path)
+    rules.test_text_and_code_take_turns(path)
+    rules.test_the_run_tool_wrote_the_file(path)
+    for last in ([section], [deeper], [section, deeper], [deeper, section, deeper]):
+        refused(RHYTHM, altered(last=last))
+    refused(RHYTHM, altered(deeper, section))
+    refused(RHYTHM, altered(deeper, last=[deeper, section]))
+    refused(rules.test_text_and_code_take_turns, altered(last=[deeper, section, code("x = 1")]))
+
+
+def test_references_belong_to_the_summary_and_exercises_stand_before_it(altered):
+    for old, new in (("**References.**", "Read"), ("## Summary", "## Between\n\n## Summary")):
+        path = altered()
+        text = path.read_text(encoding="utf-8").replace(old, new.replace("\n", "\\n"))
+        path.write_text(text, encoding="utf-8")
+        refused(RHYTHM, path)

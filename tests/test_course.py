@@ -170,9 +170,18 @@ def test_the_rhythm_of_a_chapter(path):
         "**You'll spend**",
     ):
         assert part in text.split("\n## ")[0], part
-    for part in ("## Two routes meet", "## Where it breaks", "## Exercises", "## Summary"):
+    for part in ("## Two routes meet", "## Where it breaks"):
         assert part in text, part
-    assert "**References.**" in text
+    titles = re.findall(r"^## (.+)$", text, re.M)
+    summary = titles.index("Summary")
+    assert titles[summary - 1] == "Exercises", "the exercises stand before the summary"
+    optional = titles[summary + 1 :]
+    if optional:  # sections that keep titles of their own
+        assert optional[0] == "Going deeper (optional)", "after the summary comes what is optional"
+        assert len(optional) > 1
+    assert titles.count("Going deeper (optional)") == bool(optional)
+    last = text.partition("\n## Summary\n")[2].partition("\n## Going deeper (optional)\n")[0]
+    assert "**References.**" in last
 
 
 def test_a_chapter_opened_alone_lacks_no_picture(path):

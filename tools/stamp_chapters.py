@@ -2,8 +2,9 @@
 
 The address in pyproject.toml goes into each chapter's badge, into the cell that installs the
 package where it is missing, into README.md and CITATION.cff. Minutes of reading and of exercises go
-into each chapter's first cell and into README's table; a number that is still right stays. What
-follows them in their line, how long the chapter runs, is its author's.
+into each chapter's first cell and into README's table; a number that is still right stays. A
+chapter with optional sections has two numbers of reading, without them and with. How long it runs,
+which follows in the same line, is its author's.
 
 python tools/stamp_chapters.py writes what has changed and names it. Run again, it writes nothing.
 """
@@ -12,7 +13,13 @@ import json
 import re
 
 from course import ROOT, address, chapters, sheets, text_of, write
-from minutes import exercise_minutes, reading_minutes, within
+from minutes import (
+    exercise_minutes,
+    has_optional_sections,
+    main_line,
+    reading_minutes,
+    within,
+)
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github/"
@@ -33,8 +40,12 @@ if spec is None or spec.origin is None:  # a mere folder has no origin
 """
 ID = "bootstrap"
 SPENT = re.compile(
-    r"^- \*\*You'll spend\*\*: about (\d+) minutes to read and (\d+) for the exercises", re.M
+    r"^- \*\*You'll spend\*\*: about (?:(?P<main>\d+) minutes to read the main line, "
+    r"(?P<all>\d+) to read everything,|(?P<reading>\d+) minutes to read) "
+    r"and (?P<doing>\d+) for the exercises",
+    re.M,
 )
+TABLE = re.compile(r"^\| chapter \| what it shows \|[^|]*\|$", re.M)
 
 
 def bootstrap() -> str:
@@ -48,19 +59,40 @@ def open_line(name: str) -> str:
     return f"{badge} · [All chapters]({address()}#the-chapters)"
 
 
-def stated_minutes(title: str) -> int | None:
-    """What a chapter's first cell says of its reading; None where it says nothing."""
+def stated_minutes(title: str) -> tuple[int, int] | None:
+    """What a chapter's first cell says of reading its main line, and of reading everything.
+
+    The two are alike where it gives one number; None where it says nothing.
+    """
     found = SPENT.search(title)
-    return int(found[1]) if found else None
+    if not found:
+        return None
+    if found["reading"]:
+        return int(found["reading"]), int(found["reading"])
+    return int(found["main"]), int(found["all"])
+
+
+def in_fives(by_formula: float) -> int:
+    return max(5, 5 * round(by_formula / 5))
 
 
 def spent(notebook: dict, title: str) -> str:
     """What the chapter takes: what is stated while it is about right, and else the number anew."""
-    by_formula, minutes = reading_minutes(notebook), stated_minutes(title)
-    if minutes is None or not within(1.25, minutes, by_formula):
-        minutes = max(5, 5 * round(by_formula / 5))
+    main, everything = reading_minutes(main_line(notebook)), reading_minutes(notebook)
+    short, long = stated_minutes(title) or (0, 0)
+    optional = has_optional_sections(notebook)
+    if optional != (short < long):  # it gained its optional sections, or lost them
+        short = long = 0
+    if not within(1.25, short, main):
+        short = in_fives(main)
+    if not within(1.25, long, everything):
+        long = in_fives(everything)
+    reading = f"{short} minutes to read"
+    if optional:
+        long = max(long, short + 5)
+        reading = f"{short} minutes to read the main line, {long} to read everything,"
     doing = exercise_minutes(notebook)
-    return f"- **You'll spend**: about {minutes} minutes to read and {doing} for the exercises"
+    return f"- **You'll spend**: about {reading} and {doing} for the exercises"
 
 
 def stamp_title(notebook: dict, name: str) -> None:
@@ -110,11 +142,16 @@ def stamped_readme(text: str, titles: dict[str, str]) -> str:
     slug = address().removeprefix("https://github.com/")
     text = re.sub(rf"{re.escape(COLAB)}[\w.-]+/[\w.-]+/blob", f"{COLAB}{slug}/blob", text)
     text = re.sub(r"(git\+|git clone )https://\S+", rf"\1{address()}", text)
+    heading = "minutes to read + to do"
     for name, title in titles.items():
-        reading, doing = SPENT.search(title).groups()
+        short, long = stated_minutes(title)
+        reading = short if short == long else f"{short} ({long})"
+        if short < long:
+            heading = "minutes to read (with optional sections) + to do"
+        minutes = f"{reading} + {SPENT.search(title)['doing']}"
         row = re.compile(rf"^(\| \[[^\]]*\]\(notebooks/{re.escape(name)}\) \|.*\|)[^|]*\|$", re.M)
-        text = row.sub(lambda found, m=f"{reading} + {doing}": f"{found[1]} {m} |", text)
-    return text
+        text = row.sub(lambda found, m=minutes: f"{found[1]} {m} |", text)
+    return TABLE.sub(f"| chapter | what it shows | {heading} |", text)
 
 
 def stamped_citation(text: str) -> str:
