@@ -130,6 +130,25 @@ def test_a_chapter_that_lost_its_head_gets_it_back_but_for_its_run(copy):
     assert texts(copy) == {**before, name: before[name].replace(run, ".", 1)}
 
 
+def test_a_link_to_the_glossary_is_written_out_and_moves_with_the_repository(copy):
+    words = "A [KL divergence](glossary:kl-divergence) and a [nat](glossary:nat)."
+    there = ("notebooks/00_take_the_tour.ipynb", f"notebooks/homework/{sheets()[0].name}")
+    for name in there:
+        notebook = read(copy / name)
+        notebook["cells"][-1] |= {"cell_type": "markdown", "source": words}
+        for key in ("outputs", "execution_count"):
+            notebook["cells"][-1].pop(key, None)
+        (copy / name).write_text(json.dumps(notebook), encoding="utf-8")
+    for repository in (address(), FORK):
+        in_one_line(copy, f'Repository = "{address()}"', f'Repository = "{repository}"')
+        stamp(copy)
+        assert stamp(copy) == "", "run again it writes nothing"
+        page = f"{repository}/blob/main/docs/glossary.md"
+        for name in there:
+            source = read(copy / name)["cells"][-1]["source"]
+            assert source == f"A [KL divergence]({page}#kl-divergence) and a [nat]({page}#nat)."
+
+
 # --- the bootstrap ---------------------------------------------------------------------------
 
 

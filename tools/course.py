@@ -44,6 +44,21 @@ def address() -> str:
     return given
 
 
+def glossary_address() -> str:
+    """Where GitHub shows the glossary; `#` and the anchor of a term follow it in a link."""
+    return f"{address()}/blob/main/docs/glossary.md"
+
+
+def glossary_terms() -> dict[str, str]:
+    """The terms of the glossary, each a heading, by the anchors that GitHub gives them."""
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    return {github_anchor(term): term for term in re.findall(r"^## (.+)$", page, re.M)}
+
+
+def github_anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 def text_of(notebook: dict) -> str:
     """A notebook in the one form that is committed: a change shows as a small difference."""
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

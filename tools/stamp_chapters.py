@@ -1,10 +1,10 @@
 """Write what the head of every chapter says about where the course stands and how long it is.
 
 The address in pyproject.toml goes into each chapter's badge, into the cell that installs the
-package where it is missing, into README.md and CITATION.cff. Minutes of reading and of exercises go
-into each chapter's first cell and into README's table; a number that is still right stays. A
-chapter with optional sections has two numbers of reading, without them and with. How long it runs,
-which follows in the same line, is its author's.
+package where it is missing, into links to the glossary, into README.md and CITATION.cff. Minutes of
+reading and of exercises go into each chapter's first cell and into README's table; a number that is
+still right stays. A chapter with optional sections has two numbers of reading, without them and
+with. How long it runs, which follows in the same line, is its author's.
 
 python tools/stamp_chapters.py writes what has changed and names it. Run again, it writes nothing.
 """
@@ -12,7 +12,7 @@ python tools/stamp_chapters.py writes what has changed and names it. Run again, 
 import json
 import re
 
-from course import ROOT, address, chapters, sheets, text_of, write
+from course import ROOT, address, chapters, glossary_address, sheets, text_of, write
 from minutes import (
     exercise_minutes,
     has_optional_sections,
@@ -39,6 +39,10 @@ if spec is None or spec.origin is None:  # a mere folder has no origin
         raise RuntimeError(f"could not install {{source}}: {{done.stderr}}")
 """
 ID = "bootstrap"
+# As an author writes it, and as it stands after stamping, here or in the repository it came from.
+GLOSSARY_LINK = re.compile(
+    r"\]\((?:glossary:|https://github\.com/[\w.-]+/[\w.-]+/blob/main/docs/glossary\.md#)([^)\s]+)\)"
+)
 SPENT = re.compile(
     r"^- \*\*You'll spend\*\*: about (?:(?P<main>\d+) minutes to read the main line, "
     r"(?P<all>\d+) to read everything,|(?P<reading>\d+) minutes to read) "
@@ -124,14 +128,24 @@ def stamp_bootstrap(notebook: dict, metadata: dict) -> None:
     mine["metadata"] = metadata
 
 
+def stamp_glossary_links(notebook: dict) -> None:
+    """Write `[KL divergence](glossary:kl-divergence)` out, in place: GitHub and Colab follow it."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            source = "".join(cell["source"])
+            cell["source"] = GLOSSARY_LINK.sub(rf"]({glossary_address()}#\1)", source)
+
+
 def stamp_chapter(notebook: dict, name: str) -> None:
-    """Stamp a chapter's title and bootstrap cells, in place."""
+    """Stamp a chapter's title and bootstrap cells and its links to the glossary, in place."""
+    stamp_glossary_links(notebook)
     stamp_title(notebook, name)
     stamp_bootstrap(notebook, {"tags": ["remove-cell"]})  # the site runs nothing
 
 
 def stamp_sheet(notebook: dict, name: str) -> None:
-    """Stamp a homework sheet's bootstrap cell, in place: students cannot edit it."""
+    """Stamp a homework sheet's links and bootstrap cell, in place: students cannot edit it."""
+    stamp_glossary_links(notebook)
     about = {"grade": False, "grade_id": f"h{name[0]}-bootstrap", "locked": True}
     about |= {"schema_version": 3, "solution": False, "task": False}
     stamp_bootstrap(notebook, {"nbgrader": about})
