@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "tools"))
 
-from course import glossary_address, glossary_terms  # noqa: E402
+from course import claim_of, glossary_address, glossary_terms  # noqa: E402
 from public_names import GATHERING, MODULES  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -83,8 +83,9 @@ def stage_notebook(path: Path) -> None:
     """A chapter as the site reads it: alt text where Sphinx looks for it, no empty outputs.
 
     Its badge becomes words, for no page asks another host for a picture, and its links to the
-    glossary lead to the site's own. The cell that installs the
-    package has a tag by which myst-nb leaves it out: nothing runs here.
+    glossary lead to the site's own. The cell that installs the package has a tag by which myst-nb
+    leaves it out: nothing runs here. Of a cell tagged `check` the code is folded, under what it
+    claims.
     """
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0]
@@ -98,6 +99,13 @@ def stage_notebook(path: Path) -> None:
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": " ".join(alt.split())}}
+        if "check" in cell.metadata.get("tags", []):
+            claim, tolerance = claim_of(cell.source)
+            within = "exactly" if tolerance == "exact" else f"within {tolerance}"
+            summary = f"Check: {claim} ({within})"
+            prompts = {"code_prompt_show": summary, "code_prompt_hide": summary}
+            cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), **prompts}
+            cell.metadata["tags"] = [*cell.metadata["tags"], "hide-input"]
     write(f"notebooks/{path.name}", nbformat.writes(notebook))
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import course
 import minutes
 import nbformat
 import pytest
@@ -93,6 +94,47 @@ def test_a_tag_that_means_nothing_is_refused(altered):
     text = words("A word.")
     text.metadata["tags"] = ["derivation"]
     refused(rules.test_a_tag_is_one_that_means_something, altered(text))
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+CLAIMS = rules.test_a_check_begins_with_its_claim_and_nothing_else_asserts
+
+
+@pytest.mark.parametrize(
+    "claim", ["the gradients agree | 1e-12", "|a| is |b| | 0.001", "two counts agree | exact"]
+)
+def test_a_check_says_what_it_claims_and_how_closely(altered, claim):
+    path = altered(code(f"# {claim}\nassert abs(1 - 1) < 1e-12", "check"))
+    CLAIMS(path)
+    rules.test_a_tag_is_one_that_means_something(path)
+    assert course.claim_of(f"# {claim}\nassert 1 < 2") == tuple(claim.rsplit(" | ", 1))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "assert 1 < 2",
+        "x = 1\n# it is | 1e-12",
+        "# it is",
+        "# it is | about 1e-12",
+        "# it is | 0",
+        "# it is | -1",
+        "# it is | tiny",
+        "#  | 1e-12",
+        "# it is|1e-12",
+        '"# it is | 1e-12"',
+    ],
+)
+def test_a_check_that_does_not_say_so_is_refused(altered, source):
+    refused(CLAIMS, altered(code(source, "check")))
+    assert course.claim_of(source) is None
+
+
+def test_an_assert_stands_in_a_check_and_nowhere_else(altered):
+    for source in ("assert 1 < 2", "# it is | exact\nfor k in range(3):\n    assert k < 3"):
+        refused(CLAIMS, altered(code(source)))
+    CLAIMS(altered(code("# no assert here\nassertion = 1")))
 
 
 # --- exercises -------------------------------------------------------------------------------

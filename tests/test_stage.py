@@ -52,3 +52,31 @@ def test_the_glossary_of_the_site_has_every_term_and_a_notation_of_its_own():
         assert f"\n## {term}\n" in page
     assert "[Notation](notation.md)" in page
     assert "README" not in page
+
+
+def test_the_code_of_a_check_is_folded_under_its_claim_and_what_it_prints_is_not(staged):
+    source = "# the two gradients agree | 1e-12\nassert 1 < 2"
+    plain = nbformat.v4.new_code_cell("x = 1")
+    cells = [plain]
+    for text in (source, source.replace("1e-12", "exact")):
+        output = nbformat.v4.new_output("stream", text="largest error: below 1e-12\n")
+        cell = nbformat.v4.new_code_cell(text, metadata={"tags": ["check"]}, outputs=[output])
+        cells.append(cell)
+    untouched, *checks = staged(*cells)
+    assert untouched.metadata == {}
+    for cell, given, within in zip(checks, cells[1:], ("within 1e-12", "exactly"), strict=True):
+        summary = f"Check: the two gradients agree ({within})"
+        assert cell.metadata.tags == ["check", "hide-input"]
+        assert set(cell.metadata.mystnb.values()) == {summary}
+        assert (cell.source, cell.outputs) == (given.source, given.outputs)
+
+
+def test_a_check_that_draws_keeps_the_words_for_its_picture(staged):
+    data = {"image/png": "aGk=", "text/plain": "A line"}
+    output = nbformat.v4.new_output("display_data", data, metadata={"image/png": {"alt": "A line"}})
+    source = "# the line is straight | exact"
+    (cell,) = staged(
+        nbformat.v4.new_code_cell(source, metadata={"tags": ["check"]}, outputs=[output])
+    )
+    assert cell.metadata.mystnb.image.alt == "A line"
+    assert cell.metadata.mystnb.code_prompt_show.startswith("Check: the line")

@@ -59,6 +59,18 @@ def github_anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
+def claim_of(source: str) -> tuple[str, str] | None:
+    """The claim and the tolerance in the comment that begins a cell tagged `check`.
+
+    The comment is `# claim | tolerance`, such as `# the two gradients agree | 1e-12`; the tolerance
+    is a number > 0 or the word `exact`. None where a cell begins otherwise.
+    """
+    found = re.match(r"# (\S.*) \| (exact|\d[\d.]*(?:e-?\d+)?)$", source, re.M)
+    if not found or (found[2] != "exact" and not float(found[2]) > 0):
+        return None
+    return found[1], found[2]
+
+
 def text_of(notebook: dict) -> str:
     """A notebook in the one form that is committed: a change shows as a small difference."""
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
