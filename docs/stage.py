@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "tools"))
 
+from course import claim_of, glossary_address, glossary_terms  # noqa: E402
 from public_names import GATHERING, MODULES  # noqa: E402
 
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "_build" / "source"
 CITED = re.compile(r"arXiv:((?:[a-z-]+/)?\d+(?:\.\d+)?)")
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")
+GLOSSARY = re.compile(rf"\]\((?:{re.escape(glossary_address())}|docs/glossary\.md)(#[^)\s]+)?\)")
 API = {
     "On exact tables": ["closed_form", "preferences", "losses"],
     "Gradients through samples": ["policy_gradient", "relaxations"],
@@ -37,6 +39,26 @@ API["Around it"] = [name for name in _others if name not in _placed]
 def anchor(title: str) -> str:
     """Anchors as Jupyter makes them, so that the links of README and chapters hold here too."""
     return title.replace(" ", "-")
+
+
+def to_glossary(text: str, page: str = "glossary.md") -> str:
+    """The text with its links to the glossary on GitHub leading to the site's own, at `page`."""
+    return GLOSSARY.sub(lambda found: f"]({page}{term_anchor(found[1] or '')})", text)
+
+
+def term_anchor(fragment: str) -> str:
+    """From `#kl-divergence`, GitHub's anchor of a term, to the one that stands for it here."""
+    terms = glossary_terms()
+    if fragment and fragment[1:] not in terms:
+        raise SystemExit(f"docs/glossary.md has no heading {fragment}")
+    return f"#{anchor(terms[fragment[1:]])}" if fragment else ""
+
+
+def glossary_page() -> str:
+    """docs/glossary.md, whose links are such as GitHub follows."""
+    text = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    text = re.sub(r"(?<=\]\()#[^)\s]+", lambda found: term_anchor(found[0]), text)
+    return text.replace("](../README.md#notation)", "](notation.md)")
 
 
 def write(name: str, text: str) -> None:
@@ -60,20 +82,30 @@ def explorer() -> str:
 def stage_notebook(path: Path) -> None:
     """A chapter as the site reads it: alt text where Sphinx looks for it, no empty outputs.
 
-    Its badge becomes words, for no page asks another host for a picture. The cell that installs the
-    package has a tag by which myst-nb leaves it out: nothing runs here.
+    Its badge becomes words, for no page asks another host for a picture, and its links to the
+    glossary lead to the site's own. The cell that installs the package has a tag by which myst-nb
+    leaves it out: nothing runs here. Of a cell tagged `check` the code is folded, under what it
+    claims.
     """
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0]
     title.source = BADGE.sub(r"[Open in Colab](\1)", title.source)
     for cell in notebook.cells:
         if cell.cell_type != "code":
+            cell.source = to_glossary(cell.source, "../glossary.md")
             continue
         cell.outputs = [out for out in cell.outputs if out.get("data", {}).get("text/html") != ""]
         for output in cell.outputs:
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": " ".join(alt.split())}}
+        if "check" in cell.metadata.get("tags", []):
+            claim, tolerance = claim_of(cell.source)
+            within = "exactly" if tolerance == "exact" else f"within {tolerance}"
+            summary = f"Check: {claim} ({within})"
+            prompts = {"code_prompt_show": summary, "code_prompt_hide": summary}
+            cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), **prompts}
+            cell.metadata["tags"] = [*cell.metadata["tags"], "hide-input"]
     write(f"notebooks/{path.name}", nbformat.writes(notebook))
 
 
@@ -164,8 +196,10 @@ def main() -> None:
         shutil.copy(ROOT / name, SOURCE / name)
     teaching = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
     # The sheets hold their solutions: they are named here, and no pages.
+    teaching = to_glossary(teaching)
     write("INSTRUCTORS.md", re.sub(r"\[([^\]]+)\]\(notebooks/homework/[^)]+\)", r"`\1`", teaching))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = to_glossary(readme)
     readme = re.sub(r"(?<=\.ipynb#)[^)]+", lambda found: unquote(found[0]), readme)
     for folder in ("configs/", "benchmarks/"):  # a folder is no page
         readme = readme.replace(f"[{folder}]({folder})", f"`{folder}`")
@@ -180,7 +214,7 @@ def main() -> None:
     write("losses.md", losses_page())
     write("questions.md", questions_page(chapters[-1]))
     write("bibliography.md", bibliography_page(chapters))
-    shutil.copy(DOCS / "glossary.md", SOURCE / "glossary.md")
+    write("glossary.md", glossary_page())
     text = (DOCS / "explorer.md").read_text(encoding="utf-8")
     write("explorer.md", text + "\n" + explorer())
     api_pages()

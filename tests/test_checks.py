@@ -7,14 +7,25 @@ import runpy
 import subprocess
 import sys
 from dataclasses import fields
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dpo_mini import closed_form
-from dpo_mini.checks import Exercise, check, diagnose, exercises, homework, slips, theorems
+from dpo_mini.checks import (
+    Exercise,
+    check,
+    diagnose,
+    exercises,
+    homework,
+    largest_error,
+    slips,
+    theorems,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = exercises()
@@ -411,6 +422,138 @@ def test_a_check_imports_its_own_chapter_alone():
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "['dpo_mini.checks.chapter_02']"
+
+
+# --- how closely two ways agree ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (1.0, 1.0 + 1e-13),
+        (2, 2),
+        (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float16)),
+        (torch.ones(3, requires_grad=True), np.ones(3)),
+        (np.arange(6.0).reshape(2, 3)[:, ::-1], [[2, 1, 0], [5.0, 4.0, 3.0]]),
+        (np.float64(0.5), torch.tensor(0.5)),
+        ([torch.tensor(1.0), 2, np.int64(3)], torch.tensor([1.0, 2, 3])),
+        ([torch.ones(2), torch.ones(3, 1)], (np.ones(2), [[1.0]] * 3)),
+        ([[1.0, 2.0], [3.0]], [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]),
+        (torch.tensor([-math.inf, 0.0]), [-math.inf, 0.0]),
+        ([torch.ones(0), torch.ones(1)], [torch.ones(0), torch.ones(1)]),
+        (Fraction(1, 4), 0.25),
+    ],
+)
+def test_the_largest_error_is_printed_as_a_bound(a, b, capsys):
+    for one, other in ((a, b), (b, a)):
+        assert largest_error(one, other) is None
+        assert capsys.readouterr().out == "largest error: below 1e-12\n"
+
+
+@pytest.mark.parametrize(
+    ("below", "shown"),
+    [(1e-12, "1e-12"), (1e-5, "1e-5"), (0.001, "0.001"), (1, "1"), (2.5e-8, "2.5e-8")],
+)
+def test_a_bound_is_printed_as_one_writes_it_and_with_the_name(below, shown, capsys):
+    largest_error([1.0, 2.0], [1.0, 2.0], below=below, what="the gradient")
+    assert capsys.readouterr().out == f"largest error of the gradient: below {shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        (1.0, 1.5, "got 0.5, where `a` is 1.0 and `b` is 1.5"),
+        (
+            [[0.0, 0.0, -2.0]],
+            [[0.0, 1.0, 1.0]],
+            "got 3 at [0, 2], where `a` is -2.0 and `b` is 1.0",
+        ),
+        (
+            [torch.zeros(2), torch.zeros(1, 3)],
+            [torch.ones(2), torch.tensor([[0.0, 0.0, 2.0]])],
+            "got 2 at [1][0, 2], where `a` is 0.0 and `b` is 2.0",
+        ),
+        ([0.0, math.inf], [0.0, 1.0], "got inf at [1], where `a` is inf and `b` is 1.0"),
+        ([math.inf], [-math.inf], "got inf at [0], where `a` is inf and `b` is -inf"),
+    ],
+)
+def test_a_larger_error_is_told_with_its_place(a, b, said, capsys):
+    for what, name in (("", "largest error"), ("J", "largest error of J")):
+        with pytest.raises(ValueError) as told:
+            largest_error(a, b, below=1e-3, what=what)
+        assert str(told.value) == f"{name}: must be below 0.001, {said}"
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_of_just_the_bound_is_not_below_it(capsys):
+    with pytest.raises(ValueError, match="must be below 0.5, got 0.5"):
+        largest_error(1.0, 1.5, below=0.5)
+    largest_error(1.0, 1.5, below=math.nextafter(0.5, 1.0))
+    assert capsys.readouterr().out == "largest error: below 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        (
+            torch.ones(2, 3),
+            torch.ones(3, 2),
+            "`b` must have shape [2, 3] like `a`, got shape [3, 2]",
+        ),
+        (torch.ones(3), 1.0, "`b` must have shape [3] like `a`, got shape []"),
+        (torch.ones(1), 1.0, "`b` must have shape [1] like `a`, got shape []"),
+        (
+            [torch.ones(2), torch.ones(3)],
+            [torch.ones(2), torch.ones(4)],
+            "`b` must have shape [3] like `a`, got shape [4] at [1]",
+        ),
+        (
+            [torch.ones(2), torch.ones(3)],
+            torch.ones(5),
+            "`b` must have 2 parts of several shapes like `a`, got shape [5]",
+        ),
+        ([], [], "`a` must hold a number at least, got none"),
+        (torch.ones(0, 2), torch.ones(0, 2), "`a` must hold a number at least, got none"),
+        (math.nan, math.nan, "`a` must hold no NaN, got one"),
+        ([0.0, 1.0], [0.0, math.nan], "`b` must hold no NaN, got one at [1]"),
+        (
+            [torch.ones(2), torch.ones(1, 2)],
+            [torch.ones(2), torch.tensor([[1.0, math.nan]])],
+            "`b` must hold no NaN, got one at [1][0, 1]",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(a, b, said):
+    with pytest.raises(ValueError) as told:
+        largest_error(a, b)
+    assert str(told.value) == said
+
+
+@pytest.mark.parametrize("below", [0, 0.0, -1e-3, math.nan, math.inf])
+def test_a_bound_that_is_none_is_refused(below):
+    with pytest.raises(ValueError, match=r"^`below` must be a finite number > 0, got "):
+        largest_error(1.0, 1.0, below=below)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"a": "1.0"}, "`a` must hold real numbers, got str"),
+        ({"b": [1.0, None]}, "`b` must hold real numbers, got NoneType"),
+        ({"b": torch.tensor(1j)}, "`b` must hold real numbers, got Tensor of torch.complex64"),
+        ({"b": torch.tensor(True)}, "`b` must hold real numbers, got Tensor of torch.bool"),
+        ({"b": np.array(["1"])}, "`b` must hold real numbers, got ndarray of <U1"),
+        ({"b": True}, "`b` must hold real numbers, got bool"),
+        ({"b": 1j}, "`b` must hold real numbers, got complex"),
+        ({"below": "1e-12"}, "`below` must be a number, got str"),
+        ({"below": True}, "`below` must be a number, got bool"),
+        ({"what": 3}, "`what` must be a text, got 3"),
+    ],
+)
+def test_what_is_of_another_type_is_refused(options, said):
+    with pytest.raises(TypeError) as told:
+        largest_error(**{"a": 1.0, "b": 1.0, **options})
+    assert str(told.value) == said
 
 
 # --- what the judges have in common --------------------------------------------------------------

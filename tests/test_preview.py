@@ -4,11 +4,16 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
+import course
 import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "docs" / "glossary.md",
+]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 CODE = re.compile(r"```.*?```|``[^`]+``|`[^`\n]+`", re.S)
 MATH = re.compile(r"\$\$.*?\$\$|(?<!\\)\$[^$]*?(?<!\\)\$", re.S)
@@ -157,15 +162,34 @@ def test_a_notebook_keeps_no_state_of_widgets_or_of_an_editor(path):
 # --- the glossary ----------------------------------------------------------------------------
 
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-ENTRIES = dict(re.findall(r"^(\w[^\n]*)\n((?:  [^\n]+\n?)+)", GLOSSARY, re.M))
+ENTRIES = dict(re.findall(r"^## ([^\n]+)\n\n(.+?)(?=\n\n## |\n\Z)", GLOSSARY, re.M | re.S))
 
 
 def test_the_glossary_is_in_the_order_of_the_alphabet_and_each_entry_is_a_sentence():
     keys = [re.sub(r"[^a-z0-9]", "", term.lower()) for term in ENTRIES]
     assert keys == sorted(keys)
-    assert len(keys) > 50
+    assert len(keys) == GLOSSARY.count("\n## ") > 50
     for term, text in ENTRIES.items():
         assert text.rstrip().endswith("."), term
+
+
+def test_a_term_has_one_anchor_which_the_site_makes_too():
+    """Sphinx makes its own of letters, digits and hyphens, and a letter comes first."""
+    assert list(course.glossary_terms().values()) == list(ENTRIES)
+    for anchor in course.glossary_terms():
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", anchor), anchor
+    page = anchors(ROOT / "docs" / "glossary.md")
+    assert page == {"glossary", *course.glossary_terms()}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_to_the_glossary_lead_to_a_term(path):
+    for text in cells(path):
+        for _, target in LINK.findall(text):
+            if "glossary" in target:
+                page, _, anchor = target.partition("#")
+                assert page == course.glossary_address(), "run tools/stamp_chapters.py"
+                assert anchor in course.glossary_terms(), f"{target}: no such term"
 
 
 def test_every_abbreviation_that_three_chapters_write_is_in_the_glossary():

@@ -50,14 +50,23 @@ def test_the_notation_is_that_of_chapter_00():
 
 def test_the_chapter_table_names_every_chapter_in_order():
     (table,) = tables_with("| chapter |", README)
-    listed = re.findall(r"\[(\d\d [^\]]+)\]\(notebooks/(\S+?)\) \|.*\| (\d+) \+ (\d+) \|", table)
+    listed = re.findall(
+        r"\[(\d\d [^\]]+)\]\(notebooks/(\S+?)\) \|.*\| (\d+)(?: \((\d+)\))? \+ (\d+) \|", table
+    )
     chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert [name for _, name, _, _ in listed] == [path.name for path in chapters]
-    for (title, _, reading, doing), path in zip(listed, chapters, strict=True):
+    assert [name for _, name, *_ in listed] == [path.name for path in chapters]
+    for (title, _, reading, with_optional, doing), path in zip(listed, chapters, strict=True):
         first = nbformat.read(path, as_version=4).cells[0].source
         assert first.startswith(f"# {title}\n")
         spent = f"about {reading} minutes to read and {doing} for the exercises"
+        if with_optional:
+            spent = (
+                f"about {reading} minutes to read the main line, {with_optional} to read "
+                f"everything, and {doing} for the exercises"
+            )
         assert spent in first, f"{path.name}: {spent}"
+    two_numbers = any(with_optional for *_, with_optional, _ in listed)
+    assert ("(with optional sections)" in table.splitlines()[0]) == two_numbers
 
 
 def test_links_and_pictures_are_there():

@@ -45,6 +45,28 @@ def test_a_second_run_writes_nothing_new(chapter):
     assert set(nbformat.read(chapter, as_version=4).metadata) == {"kernelspec", "language_info"}
 
 
+def test_another_seed_prints_the_errors_whose_bound_or_name_changes(tmp_path, capsys):
+    calls = (
+        "from dpo_mini.checks import largest_error",
+        "largest_error(SEED, 0, below=8, what='the seed')",
+        "largest_error(0, 0, below=10.0 ** -(3 + SEED))",
+        "largest_error(0, 0, what='zero')",
+    )
+    cells = [nbformat.v4.new_markdown_cell("# 99 Err\n\n- **You'll need**: nothing.\n\nNext: no")]
+    cells += map(nbformat.v4.new_code_cell, (CELLS[0], "\n".join(calls)))
+    path = tmp_path / "99_err.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    run_chapters.run_chapter(path)
+    for seed, said in (
+        (1, ["  cell 3: largest error: below 0.0001"]),
+        (8, ["  stopped: ValueError: largest error of the seed: must be below 8, got 8, where"]),
+    ):
+        run_chapters.try_seed(path, seed)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(said)
+        assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines
+
+
 DRAWING = """import time
 from dpo_mini.plotting import axes, leave_out_values, save
 fig, ax = axes({title!r}, "seconds", "y")

@@ -130,6 +130,25 @@ def test_a_chapter_that_lost_its_head_gets_it_back_but_for_its_run(copy):
     assert texts(copy) == {**before, name: before[name].replace(run, ".", 1)}
 
 
+def test_a_link_to_the_glossary_is_written_out_and_moves_with_the_repository(copy):
+    words = "A [KL divergence](glossary:kl-divergence) and a [nat](glossary:nat)."
+    there = ("notebooks/00_take_the_tour.ipynb", f"notebooks/homework/{sheets()[0].name}")
+    for name in there:
+        notebook = read(copy / name)
+        notebook["cells"][-1] |= {"cell_type": "markdown", "source": words}
+        for key in ("outputs", "execution_count"):
+            notebook["cells"][-1].pop(key, None)
+        (copy / name).write_text(json.dumps(notebook), encoding="utf-8")
+    for repository in (address(), FORK):
+        in_one_line(copy, f'Repository = "{address()}"', f'Repository = "{repository}"')
+        stamp(copy)
+        assert stamp(copy) == "", "run again it writes nothing"
+        page = f"{repository}/blob/main/docs/glossary.md"
+        for name in there:
+            source = read(copy / name)["cells"][-1]["source"]
+            assert source == f"A [KL divergence]({page}#kl-divergence) and a [nat]({page}#nat)."
+
+
 # --- the bootstrap ---------------------------------------------------------------------------
 
 
@@ -199,8 +218,15 @@ def test_the_bootstrap_says_what_could_not_be_installed(monkeypatch):
 def test_stated_minutes_are_within_a_factor_of_two_of_the_formula_and_exercises_add_up(path):
     notebook = read(path)
     title = notebook["cells"][0]["source"]
-    assert minutes.within(2, stated_minutes(title), minutes.reading_minutes(notebook))
-    assert int(SPENT.search(title)[2]) == minutes.exercise_minutes(notebook) >= 8
+    short, long = stated_minutes(title)
+    assert minutes.within(2, short, minutes.reading_minutes(minutes.main_line(notebook)))
+    assert minutes.within(2, long, minutes.reading_minutes(notebook))
+    assert int(SPENT.search(title)["doing"]) == minutes.exercise_minutes(notebook) >= 8
+    if minutes.has_optional_sections(notebook):
+        assert short < long
+        assert short <= 30, "more than half an hour: what of it is optional?"
+    else:
+        assert short == long
 
 
 def test_reading_minutes_by_hand():
@@ -233,8 +259,57 @@ def test_numbers_stay_while_they_are_about_right_and_the_authors_words_always():
     twice["cells"] += 2 * notebook["cells"][1:]
     stamp_chapters.stamp_title(twice, chapters()[2].name)
     longer = twice["cells"][0]["source"]
-    assert minutes.within(1.1, stated_minutes(longer), 2 * minutes.reading_minutes(notebook))
+    for stated in stated_minutes(longer):
+        assert minutes.within(1.1, stated, 2 * minutes.reading_minutes(notebook))
     assert RUN.findall(longer) == ["; it runs in about two minutes."]
+
+
+OPTIONAL = [
+    {"cell_type": "markdown", "source": "See you.\n\n## Going deeper (optional)\n\nMore of it."},
+    {"cell_type": "markdown", "source": "## A title of its own\n\n" + "word " * 2000},
+    {"cell_type": "code", "source": "x = 1", "outputs": []},
+]
+
+
+def test_the_main_line_ends_at_the_heading_of_the_optional_sections():
+    notebook = read(chapters()[2])
+    assert minutes.main_line(notebook) is notebook
+    assert not minutes.has_optional_sections(notebook)
+    both = {**notebook, "cells": [*notebook["cells"], *OPTIONAL]}
+    last = minutes.main_line(both)["cells"][-1]
+    assert last == {"cell_type": "markdown", "source": "See you.\n\n"}
+    assert minutes.has_optional_sections(both)
+    for source in ("## Going deeper", "### Going deeper (optional)", "Going deeper (optional)"):
+        other = {"cells": [{"cell_type": "markdown", "source": source}]}
+        assert not minutes.has_optional_sections(other)
+
+
+def test_a_head_and_readme_give_both_times_where_a_chapter_has_optional_sections(copy):
+    path = copy / "notebooks" / chapters()[2].name
+    committed = texts(copy)
+    notebook = read(path)
+    short, _ = stated_minutes(notebook["cells"][0]["source"])
+    metadata = [{"metadata": {}, "id": f"more-{n}", **cell} for n, cell in enumerate(OPTIONAL)]
+    metadata[-1]["execution_count"] = 99
+    path.write_text(json.dumps({**notebook, "cells": [*notebook["cells"], *metadata]}), "utf-8")
+    assert stamp(copy).splitlines() == [f"stamped notebooks/{path.name}", "stamped README.md"]
+    title = read(path)["cells"][0]["source"]
+    found = SPENT.search(title)
+    assert stated_minutes(title) == (short, short + 10)  # 2,000 words
+    assert found[0] == (
+        f"- **You'll spend**: about {short} minutes to read the main line, {short + 10} to read "
+        f"everything, and {minutes.exercise_minutes(notebook)} for the exercises"
+    )
+    assert RUN.match(title, found.end())
+    table = (copy / "README.md").read_text(encoding="utf-8")
+    assert "| minutes to read (with optional sections) + to do |" in table
+    (row,) = re.findall(rf"^\| \[[^\]]*\]\(notebooks/{path.name}\) \|.*$", table, re.M)
+    assert row.endswith(f"| {short} ({short + 10}) + {found['doing']} |")
+    assert stamp(copy) == "", "run again it writes nothing"
+    notebook = read(path)
+    path.write_text(json.dumps({**notebook, "cells": notebook["cells"][:-3]}), "utf-8")
+    stamp(copy)
+    assert texts(copy) == committed, "without them it is as it was"
 
 
 # --- the teaching plans ----------------------------------------------------------------------
@@ -255,14 +330,14 @@ def test_the_minutes_of_a_teaching_plan_add_up(hours, total):
 
 
 def test_a_teaching_plan_agrees_with_the_chapters():
-    """A whole chapter takes what it states, a part of it less; exercises what they say."""
+    """A whole chapter takes what its main line does, a part less; exercises what they say."""
     titles = {path.name[:2]: read(path)["cells"][0]["source"] for path in chapters()}
     everything = "\n".join(minutes.sources(read(path), "markdown") for path in chapters())
     wholes = 0
     for _, parts in plans():
         for what, given in parts:
             named = re.findall(r"(?<![\d.])(?:0\d|1[0-7])(?![\d.]\d)", what)
-            reading = sum(stated_minutes(titles[number]) for number in named)
+            reading = sum(stated_minutes(titles[number])[0] for number in named)
             doing = 0
             for number in re.findall(r"\b\d+\.\d\b", what):
                 told = re.search(rf"^\*\*{re.escape(number)}\*\* \((\d+) minutes", everything, re.M)

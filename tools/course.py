@@ -44,6 +44,33 @@ def address() -> str:
     return given
 
 
+def glossary_address() -> str:
+    """Where GitHub shows the glossary; `#` and the anchor of a term follow it in a link."""
+    return f"{address()}/blob/main/docs/glossary.md"
+
+
+def glossary_terms() -> dict[str, str]:
+    """The terms of the glossary, each a heading, by the anchors that GitHub gives them."""
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    return {github_anchor(term): term for term in re.findall(r"^## (.+)$", page, re.M)}
+
+
+def github_anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def claim_of(source: str) -> tuple[str, str] | None:
+    """The claim and the tolerance in the comment that begins a cell tagged `check`.
+
+    The comment is `# claim | tolerance`, such as `# the two gradients agree | 1e-12`; the tolerance
+    is a number > 0 or the word `exact`. None where a cell begins otherwise.
+    """
+    found = re.match(r"# (\S.*) \| (exact|\d[\d.]*(?:e-?\d+)?)$", source, re.M)
+    if not found or (found[2] != "exact" and not float(found[2]) > 0):
+        return None
+    return found[1], found[2]
+
+
 def text_of(notebook: dict) -> str:
     """A notebook in the one form that is committed: a change shows as a small difference."""
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -2,7 +2,8 @@
 
 200 words per minute, the rate at which people read to learn (Carver 1990, *Reading Rate*); by our
 own guess 4 seconds for a line of code and half a minute for a figure or a displayed equation.
-Exercises say their minutes themselves. How long a chapter runs is not computed: its author says it.
+Exercises say their minutes themselves. The main line of a chapter is what stands before its heading
+`## Going deeper (optional)`. How long a chapter runs is not computed: its author says it.
 """
 
 import re
@@ -10,16 +11,35 @@ import re
 WORDS_A_MINUTE = 200
 MINUTES_A_LINE = 4 / 60
 MINUTES_A_PICTURE = 0.5
+OPTIONAL = re.compile(r"^## Going deeper \(optional\)$", re.M)
 EXERCISE = re.compile(r"^\*\*\d+\.\d+\*\* \((\d+) minutes", re.M)
+# The folded answer of an exercise on paper: its minutes are the exercise's.
+ANSWER = re.compile(r"<details><summary>Answer</summary>.*?</details>", re.S)
 
 
 def sources(notebook: dict, kind: str) -> str:
     return "\n\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind)
 
 
+def main_line(notebook: dict) -> dict:
+    """A chapter without its optional sections: without what follows the heading of them."""
+    cells = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        found = OPTIONAL.search(source) if cell["cell_type"] == "markdown" else None
+        if found:
+            return {**notebook, "cells": [*cells, {**cell, "source": source[: found.start()]}]}
+        cells.append(cell)
+    return notebook
+
+
+def has_optional_sections(notebook: dict) -> bool:
+    return main_line(notebook) is not notebook
+
+
 def reading_minutes(notebook: dict) -> float:
     """Minutes to read a chapter, by the formula above."""
-    prose = sources(notebook, "markdown")
+    prose = ANSWER.sub("", sources(notebook, "markdown"))
     equations = len(re.findall(r"\$\$.+?\$\$", prose, re.S))
     prose = re.sub(r"\$\$.+?\$\$", " ", prose, flags=re.S)
     prose = re.sub(r"\$[^$\n]+\$", " symbol ", prose)  # an inline formula reads as one word

@@ -27,7 +27,7 @@ from dpo_mini._files import write_whole
 
 QUIET_KERNEL = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=40"]}
 FIGURES = NOTEBOOKS.parent / "figures"
-VERDICT = re.compile(r"\b(?:True|False|passed|not yet)\b")
+VERDICT = re.compile(r"\b(?:True|False|passed|not yet)\b|\blargest error[^:]*: below \S+")
 LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"}
 
 

@@ -1,9 +1,10 @@
 """Write what the head of every chapter says about where the course stands and how long it is.
 
 The address in pyproject.toml goes into each chapter's badge, into the cell that installs the
-package where it is missing, into README.md and CITATION.cff. Minutes of reading and of exercises go
-into each chapter's first cell and into README's table; a number that is still right stays. What
-follows them in their line, how long the chapter runs, is its author's.
+package where it is missing, into links to the glossary, into README.md and CITATION.cff. Minutes of
+reading and of exercises go into each chapter's first cell and into README's table; a number that is
+still right stays. A chapter with optional sections has two numbers of reading, without them and
+with. How long it runs, which follows in the same line, is its author's.
 
 python tools/stamp_chapters.py writes what has changed and names it. Run again, it writes nothing.
 """
@@ -11,8 +12,14 @@ python tools/stamp_chapters.py writes what has changed and names it. Run again, 
 import json
 import re
 
-from course import ROOT, address, chapters, sheets, text_of, write
-from minutes import exercise_minutes, reading_minutes, within
+from course import ROOT, address, chapters, glossary_address, sheets, text_of, write
+from minutes import (
+    exercise_minutes,
+    has_optional_sections,
+    main_line,
+    reading_minutes,
+    within,
+)
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github/"
@@ -32,9 +39,17 @@ if spec is None or spec.origin is None:  # a mere folder has no origin
         raise RuntimeError(f"could not install {{source}}: {{done.stderr}}")
 """
 ID = "bootstrap"
-SPENT = re.compile(
-    r"^- \*\*You'll spend\*\*: about (\d+) minutes to read and (\d+) for the exercises", re.M
+# As an author writes it, and as it stands after stamping, here or in the repository it came from.
+GLOSSARY_LINK = re.compile(
+    r"\]\((?:glossary:|https://github\.com/[\w.-]+/[\w.-]+/blob/main/docs/glossary\.md#)([^)\s]+)\)"
 )
+SPENT = re.compile(
+    r"^- \*\*You'll spend\*\*: about (?:(?P<main>\d+) minutes to read the main line, "
+    r"(?P<all>\d+) to read everything,|(?P<reading>\d+) minutes to read) "
+    r"and (?P<doing>\d+) for the exercises",
+    re.M,
+)
+TABLE = re.compile(r"^\| chapter \| what it shows \|[^|]*\|$", re.M)
 
 
 def bootstrap() -> str:
@@ -48,19 +63,40 @@ def open_line(name: str) -> str:
     return f"{badge} · [All chapters]({address()}#the-chapters)"
 
 
-def stated_minutes(title: str) -> int | None:
-    """What a chapter's first cell says of its reading; None where it says nothing."""
+def stated_minutes(title: str) -> tuple[int, int] | None:
+    """What a chapter's first cell says of reading its main line, and of reading everything.
+
+    The two are alike where it gives one number; None where it says nothing.
+    """
     found = SPENT.search(title)
-    return int(found[1]) if found else None
+    if not found:
+        return None
+    if found["reading"]:
+        return int(found["reading"]), int(found["reading"])
+    return int(found["main"]), int(found["all"])
+
+
+def in_fives(by_formula: float) -> int:
+    return max(5, 5 * round(by_formula / 5))
 
 
 def spent(notebook: dict, title: str) -> str:
     """What the chapter takes: what is stated while it is about right, and else the number anew."""
-    by_formula, minutes = reading_minutes(notebook), stated_minutes(title)
-    if minutes is None or not within(1.25, minutes, by_formula):
-        minutes = max(5, 5 * round(by_formula / 5))
+    main, everything = reading_minutes(main_line(notebook)), reading_minutes(notebook)
+    short, long = stated_minutes(title) or (0, 0)
+    optional = has_optional_sections(notebook)
+    if optional != (short < long):  # it gained its optional sections, or lost them
+        short = long = 0
+    if not within(1.25, short, main):
+        short = in_fives(main)
+    if not within(1.25, long, everything):
+        long = in_fives(everything)
+    reading = f"{short} minutes to read"
+    if optional:
+        long = max(long, short + 5)
+        reading = f"{short} minutes to read the main line, {long} to read everything,"
     doing = exercise_minutes(notebook)
-    return f"- **You'll spend**: about {minutes} minutes to read and {doing} for the exercises"
+    return f"- **You'll spend**: about {reading} and {doing} for the exercises"
 
 
 def stamp_title(notebook: dict, name: str) -> None:
@@ -92,14 +128,24 @@ def stamp_bootstrap(notebook: dict, metadata: dict) -> None:
     mine["metadata"] = metadata
 
 
+def stamp_glossary_links(notebook: dict) -> None:
+    """Write `[KL divergence](glossary:kl-divergence)` out, in place: GitHub and Colab follow it."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            source = "".join(cell["source"])
+            cell["source"] = GLOSSARY_LINK.sub(rf"]({glossary_address()}#\1)", source)
+
+
 def stamp_chapter(notebook: dict, name: str) -> None:
-    """Stamp a chapter's title and bootstrap cells, in place."""
+    """Stamp a chapter's title and bootstrap cells and its links to the glossary, in place."""
+    stamp_glossary_links(notebook)
     stamp_title(notebook, name)
     stamp_bootstrap(notebook, {"tags": ["remove-cell"]})  # the site runs nothing
 
 
 def stamp_sheet(notebook: dict, name: str) -> None:
-    """Stamp a homework sheet's bootstrap cell, in place: students cannot edit it."""
+    """Stamp a homework sheet's links and bootstrap cell, in place: students cannot edit it."""
+    stamp_glossary_links(notebook)
     about = {"grade": False, "grade_id": f"h{name[0]}-bootstrap", "locked": True}
     about |= {"schema_version": 3, "solution": False, "task": False}
     stamp_bootstrap(notebook, {"nbgrader": about})
@@ -110,11 +156,16 @@ def stamped_readme(text: str, titles: dict[str, str]) -> str:
     slug = address().removeprefix("https://github.com/")
     text = re.sub(rf"{re.escape(COLAB)}[\w.-]+/[\w.-]+/blob", f"{COLAB}{slug}/blob", text)
     text = re.sub(r"(git\+|git clone )https://\S+", rf"\1{address()}", text)
+    heading = "minutes to read + to do"
     for name, title in titles.items():
-        reading, doing = SPENT.search(title).groups()
+        short, long = stated_minutes(title)
+        reading = short if short == long else f"{short} ({long})"
+        if short < long:
+            heading = "minutes to read (with optional sections) + to do"
+        minutes = f"{reading} + {SPENT.search(title)['doing']}"
         row = re.compile(rf"^(\| \[[^\]]*\]\(notebooks/{re.escape(name)}\) \|.*\|)[^|]*\|$", re.M)
-        text = row.sub(lambda found, m=f"{reading} + {doing}": f"{found[1]} {m} |", text)
-    return text
+        text = row.sub(lambda found, m=minutes: f"{found[1]} {m} |", text)
+    return TABLE.sub(f"| chapter | what it shows | {heading} |", text)
 
 
 def stamped_citation(text: str) -> str:

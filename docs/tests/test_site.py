@@ -7,6 +7,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import axe_playwright_python
 import pytest
+from course import glossary_terms
 
 SITE = Path(__file__).resolve().parents[2] / "_build" / "site"
 CHAPTERS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
@@ -83,6 +84,10 @@ def test_every_link_within_the_site_leads_somewhere():
             assert (SITE / path).exists(), f"{name}: {link}"
             if fragment and path in read:
                 assert unquote(fragment) in read[path].ids, f"{name}: {link}"
+
+
+def test_a_term_of_the_glossary_has_the_anchor_that_github_gives_it():
+    assert set(glossary_terms()) <= Page(SITE / "glossary.html").ids
 
 
 @pytest.mark.parametrize("name", PAGES)

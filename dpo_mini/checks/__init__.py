@@ -11,6 +11,10 @@ reads the theorem.
     check("2.1", my_function)               # in a notebook: prints one line
     passed, sentence = diagnose("2.1", f)   # in a homework's own tests
     check(Exercise(...), f)                 # an exercise of your own: INSTRUCTORS.md has one
+
+Where a chapter computes one thing in two ways, `largest_error` says how closely they agree:
+
+    largest_error(by_hand, by_autograd)     # prints `largest error: below 1e-12`, or raises
 """
 
 import sys
@@ -24,10 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_mini.checks._differences import Numbers, check_bound, furthest_apart, short
 from dpo_mini.checks.homework import _shape_sentence
 from dpo_mini.checks.slips import NEARLY, named_slip
 
-__all__ = ["Answer", "NOT_ATTEMPTED", "Exercise", "check", "diagnose", "exercises"]
+__all__ = [
+    "Answer",
+    "NOT_ATTEMPTED",
+    "Exercise",
+    "check",
+    "diagnose",
+    "exercises",
+    "largest_error",
+]
 
 Answer = Callable[..., Any]
 NOT_ATTEMPTED = "not attempted"
@@ -148,6 +161,39 @@ def diagnose(number: str | Exercise, candidate: Answer) -> tuple[bool, str]:
 def exercises() -> dict[str, Exercise]:
     """Every exercise of the course by its number."""
     return {number: exercise for name in _chapters() for number, exercise in _of(name).items()}
+
+
+def largest_error(a: Numbers, b: Numbers, *, below: float = 1e-12, what: str = "") -> None:
+    """Print that `a` and `b` differ by less than a bound, or raise with the true difference.
+
+    The size itself is in the last digits and differs from machine to machine. The bound does not,
+    so a chapter can print it: `largest error: below 1e-12`. Equal infinities differ by 0.
+
+    Args:
+      a: a tensor, a numpy array, a number, or a list of them, such as the gradients of several
+        parameters.
+      b: the same numbers, computed in another way, in the same shape: nothing is broadcast.
+      below: the bound on the largest absolute difference, > 0.
+      what: a name of what is compared, such as "the gradient", printed too:
+        `largest error of the gradient: below 1e-12`.
+    Raises:
+      ValueError: the largest difference is not below the bound. The message gives the difference,
+        its place, the two values and the bound. Also where shapes differ, where there are no
+        numbers or a NaN, and where `below` is not a finite number > 0.
+      TypeError: an argument is of another type.
+    """
+    check_bound(below)
+    if not isinstance(what, str):
+        raise TypeError(f"`what` must be a text, got {what!r}")
+    name = f"largest error of {what}" if what else "largest error"
+    error, place, one, other = furthest_apart(a, b)
+    if not error < below:
+        at = f" at {place}" if place else ""
+        raise ValueError(
+            f"{name}: must be below {short(below)}, got {error:.3g}{at}, "
+            f"where `a` is {one!r} and `b` is {other!r}"
+        )
+    print(f"{name}: below {short(below)}")
 
 
 def _chapters() -> list[str]:
