@@ -38,6 +38,7 @@ __all__ = [
     "label_lines",
     "named_points",
     "decision_chart",
+    "pipeline",
     "ternary",
     "ternary_xy",
     "ternary_grid",
@@ -300,6 +301,44 @@ def decision_chart(ax: Axes, questions: Mapping[str, str], *, otherwise: str) ->
             ax.annotate("", *ends, arrowprops={"arrowstyle": "->", "shrinkA": 0, **boxes})
             middle = np.mean(ends, axis=0)
             ax.annotate(word, middle, shift, textcoords="offset points", **words)
+
+
+def pipeline(title: str, boxes: Sequence[str], arrows: Sequence[str], shortcut: str) -> Figure:
+    """Boxes from top to bottom, an arrow from each to the next, and a shortcut in DPO's look.
+
+    Args:
+      title: the finding.
+      boxes: n >= 4 texts.
+      arrows: n - 1 texts, what leads from each box to the next.
+      shortcut: what leads from the third box to the last one.
+    Returns:
+      The figure.
+    Raises:
+      ValueError: boxes and arrows do not fit.
+    """
+    if len(boxes) < 4 or len(arrows) != len(boxes) - 1:
+        got = f"{len(boxes)} and {len(arrows)}"
+        raise ValueError(f"`boxes` must be >= 4 and `arrows` one fewer, got {got}")
+    fig, ax = axes(title, "", "", width=6.4, height=0.85 * len(boxes) + 0.3)
+    ax.set(xlim=(-1.5, 2.2), ylim=(0.5 - len(boxes), 0.5))
+    ax.set_axis_off()
+    look = {"ha": "center", "va": "center", "fontsize": 12}
+    frame = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "black"}
+    drawn = [ax.text(0, -row, text, bbox=frame, **look) for row, text in enumerate(boxes)]
+    head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0}
+    for row, text in enumerate(arrows):
+        ends = {"patchA": drawn[row].get_bbox_patch(), "patchB": drawn[row + 1].get_bbox_patch()}
+        ax.annotate("", (0, -row - 1), (0, -row), arrowprops={**head, "color": "black", **ends})
+        ax.text(0.08, -row - 0.5, text, ha="left", va="center", fontsize=11)
+    last, beside, blue = 1 - len(boxes), -0.85, STYLES["dpo"]["color"]
+    way = {"color": blue, "linewidth": 2.5}
+    ax.plot([0, beside, beside], [-2, -2, last], **way, zorder=0, label="_shortcut")
+    ends = {"patchB": drawn[-1].get_bbox_patch()}
+    ax.annotate("", (0, last), (beside, last), arrowprops={**head, **way, **ends})
+    ax.text(
+        beside - 0.06, (last - 2) / 2, shortcut, color=blue, fontsize=12, ha="right", va="center"
+    )
+    return fig
 
 
 def ternary(ax: Axes, corners: Sequence[str]) -> None:
