@@ -322,7 +322,7 @@ def pipeline(title: str, boxes: Sequence[str], arrows: Sequence[str], shortcut: 
     fig, ax = axes(title, "", "", width=6.4, height=0.85 * len(boxes) + 0.3)
     ax.set(xlim=(-1.5, 2.2), ylim=(0.5 - len(boxes), 0.5))
     ax.set_axis_off()
-    look = {"ha": "center", "va": "center", "fontsize": 12}
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 12}
     frame = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "black"}
     drawn = [ax.text(0, -row, text, bbox=frame, **look) for row, text in enumerate(boxes)]
     head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0}
