@@ -690,3 +690,26 @@ def test_a_bad_markov_chain_is_refused(arguments, want):
     assert refusal(ValueError, log_partition_markov, *arguments) == want
     with pytest.raises(TypeError, match="`n_tokens` must be a whole number >= 1, got float"):
         log_partition_markov(V, VV, V, 1.0, 2.0)
+
+
+def test_tables_of_more_columns_than_a_block_are_the_sums_of_their_definitions(generator):
+    """Blocks of 8,192 columns and a rest, one without support, beside the plain formulas."""
+    n = 3 * 2**13 + 5
+    logps, other = (
+        torch.randn(2, n, dtype=torch.float64, generator=generator).log_softmax(-1)
+        for _ in range(2)
+    )
+    logps[:, 2**13 : 2**14] = -INF
+    logps = logps.log_softmax(-1)
+    rewards = torch.randn(2, n, dtype=torch.float64, generator=generator)
+    p, q = logps.exp(), other.exp()
+    assert_close(kl(logps, other), torch.xlogy(p, p / q).sum(-1), atol=1e-12, rtol=0)
+    assert_close(total_variation(logps, other), (p - q).abs().sum(-1) / 2, atol=1e-12, rtol=0)
+    log_z = (p * (rewards / 0.5).exp()).sum(-1).log()
+    assert_close(log_partition(logps, rewards, 0.5), log_z, atol=1e-12, rtol=0)
+    best = p * (rewards / 0.5).exp() / log_z.exp()[:, None]
+    kls, values = frontier(logps, rewards, [0.5])
+    assert_close(
+        kls[0], torch.xlogy(best, best / p.clamp(min=1e-300)).sum(-1).mean(), atol=1e-12, rtol=0
+    )
+    assert_close(values[0], (best * rewards).sum(-1).mean(), atol=1e-12, rtol=0)
