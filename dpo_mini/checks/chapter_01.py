@@ -148,7 +148,7 @@ def _negative_beta(rewards, floor):
 
 
 def judge_forward_gaussian(forward_gaussian):
-    """1.3: forward KL, by autograd, is stationary; it has one stationary point."""
+    """1.4: forward KL, by autograd, is stationary; it has one stationary point."""
     for seed, (_, (points, _), _) in enumerate(other_instances(seed=3)):
         probs = random_policies(points, seed)
         gaussian = forward_gaussian(points, probs).requires_grad_()
@@ -228,7 +228,7 @@ EXERCISES = (
         ),
     ),
     Exercise(
-        "1.3",
+        "1.4",
         cases=((POINTS, TARGET), (POINTS + 1.0, TARGET.flip(0))),
         judge=judge_forward_gaussian,
         mistakes=(

@@ -19,9 +19,9 @@ def safe_beta(rewards, floor):
 
 
 def forward_gaussian(points, probs):
-    """1.3: maximum likelihood matches the target's first two moments."""
+    """1.4: maximum likelihood matches the target's first two moments."""
     mean = probs @ points
     return torch.stack([mean, (probs @ points**2 - mean**2).sqrt()])
 
 
-SOLUTIONS = {"1.1": objective, "1.2": safe_beta, "1.3": forward_gaussian}
+SOLUTIONS = {"1.1": objective, "1.2": safe_beta, "1.4": forward_gaussian}

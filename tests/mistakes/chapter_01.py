@@ -121,7 +121,7 @@ MISTAKES = {
         "base 10": beta_in_decades,
         "negative": beta_below_zero,
     },
-    "1.3": {
+    "1.4": {
         "variance": gaussian_with_its_variance,
         "highest point": gaussian_on_the_mode,
         "not weighted": gaussian_of_the_points,
