@@ -125,8 +125,103 @@ def _rounded_up(ref_probs, rewards, beta, error):
     return torch.ceil(_chi_squared(ref_probs, rewards, beta) / error**2)
 
 
+def judge_estimate_log_z(estimate_log_z):
+    """3.3: over all that N draws can be, the estimate is Z on average, and so is its variance."""
+    for (ref_probs, _), (rewards, _), beta in other_instances(seed=3):
+        weights = (rewards / beta).exp()
+        z = ref_probs @ weights
+        variance = ref_probs @ (weights - z) ** 2
+        for n_draws in (2, 3):
+            drawn, chances = every_draw(ref_probs, n_draws)
+            log_z, error = torch.stack(
+                [estimate_log_z(rewards[said], beta) for said in drawn]
+            ).unbind(1)
+            agree(
+                chances @ (log_z - z.log()).exp(),
+                1.0,
+                "averaged over all that N draws can be, your estimate is not Z",
+            )
+            agree(
+                chances @ ((log_z - z.log()).exp() * error) ** 2 * z**2 / variance,
+                1.0 / n_draws,
+                "averaged over all that N draws can be, the square of your error, times that of "
+                "your estimate, is not the variance of the mean",
+            )
+            agree(
+                (error >= 0).all(),
+                True,
+                "an error is negative",
+            )
+            raised = estimate_log_z(rewards[drawn[1]] + 400 * beta, beta)
+            agree(
+                raised - estimate_log_z(rewards[drawn[1]], beta),
+                torch.tensor([400.0, 0.0], dtype=torch.float64),
+                "with 400 beta added to every reward, log Z does not rise by 400 while its "
+                "error stays",
+            )
+
+
+def _log_mean(scaled):
+    return torch.logsumexp(scaled, 0) - math.log(len(scaled))
+
+
+def _relative_error(scaled, correction=1):
+    weights = (scaled - scaled.max()).exp()
+    return weights.std(correction=correction) / math.sqrt(len(scaled)) / weights.mean()
+
+
+def _mean_of_logs(drawn_rewards, beta):
+    """This is the mean of r/beta, the logarithm inside the average: take it of the average."""
+    scaled = drawn_rewards / beta
+    return torch.stack([scaled.mean(), _relative_error(scaled)])
+
+
+def _sum_of_draws(drawn_rewards, beta):
+    """The sum over the draws is not divided by their number: Z is a mean."""
+    scaled = drawn_rewards / beta
+    return torch.stack([torch.logsumexp(scaled, 0), _relative_error(scaled)])
+
+
+def _spread_of_one(drawn_rewards, beta):
+    """The error is that of a single draw: a mean of N draws has a smaller one."""
+    scaled = drawn_rewards / beta
+    return torch.stack([_log_mean(scaled), _relative_error(scaled) * math.sqrt(len(scaled))])
+
+
+def _divided_by_n(drawn_rewards, beta):
+    """The spread of one draw is divided by N: variances fall like 1/N, and this is no variance."""
+    scaled = drawn_rewards / beta
+    return torch.stack([_log_mean(scaled), _relative_error(scaled) / math.sqrt(len(scaled))])
+
+
+def _spread_of_rewards(drawn_rewards, beta):
+    """The error is the spread of r/beta: what is averaged is its exponential."""
+    scaled = drawn_rewards / beta
+    return torch.stack([_log_mean(scaled), scaled.std() / math.sqrt(len(scaled))])
+
+
+def _variance_by_n(drawn_rewards, beta):
+    """The sample's variance is divided by N: around a mean from the same draws, use N - 1."""
+    scaled = drawn_rewards / beta
+    return torch.stack([_log_mean(scaled), _relative_error(scaled, correction=0)])
+
+
+def _absolute_error(drawn_rewards, beta):
+    """This is the error of Z itself: divide it by the estimate, for a relative one."""
+    weights = torch.exp(drawn_rewards / beta)
+    error = weights.std() / math.sqrt(len(weights))
+    return torch.stack([weights.mean().log(), error])
+
+
+def _overflows(drawn_rewards, beta):
+    """A large reward makes this overflow: take the largest r/beta out before the exponential."""
+    weights = torch.exp(drawn_rewards / beta)
+    error = weights.std() / math.sqrt(len(weights)) / weights.mean()
+    return torch.stack([weights.mean().log(), error])
+
+
 def judge_count_solutions(count_solutions):
-    """3.3: log Z of a formula whose solutions were counted beforehand, by its truth table."""
+    """3.5: log Z of a formula whose solutions were counted beforehand, by its truth table."""
     generator = torch.Generator().manual_seed(3)
     for n_bits, beta in ((3, 0.5), (6, 2.0), (8, 0.25), (5, 1.25)):
         holds = torch.rand(2**n_bits, dtype=torch.float64, generator=generator) < 0.3
@@ -213,6 +308,22 @@ EXERCISES = (
     ),
     Exercise(
         "3.3",
+        cases=((REWARDS, 0.5), (WIDER_REWARDS, 2.0), (200 * REWARDS, 0.5)),
+        judge=judge_estimate_log_z,
+        mistakes=(
+            _mean_of_logs,
+            _sum_of_draws,
+            _spread_of_one,
+            _divided_by_n,
+            _spread_of_rewards,
+            _variance_by_n,
+            _absolute_error,
+            _overflows,
+        ),
+        shape=lambda drawn_rewards, beta: (2,),
+    ),
+    Exercise(
+        "3.5",
         cases=((_log_z_of(37, 0.5, 8), 0.5, 8), (_log_z_of(5, 2.0, 10), 2.0, 10)),
         judge=judge_count_solutions,
         mistakes=(

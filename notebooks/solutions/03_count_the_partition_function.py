@@ -19,13 +19,23 @@ def draws_needed(ref_probs, rewards, beta, error):
     return chi_squared / error**2
 
 
+def estimate_log_z(drawn_rewards, beta):
+    """3.3: the largest r/beta is taken out, so that nothing overflows."""
+    scaled = drawn_rewards / beta
+    largest = scaled.max()
+    weights = torch.exp(scaled - largest)
+    error = weights.std() / math.sqrt(len(weights)) / weights.mean()
+    return torch.stack([largest + weights.mean().log(), error])
+
+
 def count_solutions(log_z, beta, n_bits):
-    """3.3: Z = 1 + (e^(1/beta) - 1) * share, turned round."""
+    """3.5: Z = 1 + (e^(1/beta) - 1) * share, solved for the share."""
     return math.expm1(log_z) / math.expm1(1 / beta) * 2**n_bits
 
 
 SOLUTIONS = {
     "3.1": log_z_of_tokens,
     "3.2": draws_needed,
-    "3.3": count_solutions,
+    "3.3": estimate_log_z,
+    "3.5": count_solutions,
 }

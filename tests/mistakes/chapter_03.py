@@ -104,6 +104,53 @@ def powers_of_two(log_z, beta, n_bits):
     return (2**log_z - 1) / (2 ** (1 / beta) - 1) * 2**n_bits
 
 
+def halves(drawn_rewards, beta):
+    """The logarithm of the estimate, and the relative weights of the draws: their mean is 1."""
+    scaled = drawn_rewards / beta
+    log_z = scaled.logsumexp(0) - math.log(len(scaled))
+    return log_z, (scaled - log_z).exp()
+
+
+def mean_of_logs(drawn_rewards, beta):
+    _, w = halves(drawn_rewards, beta)
+    return torch.stack([drawn_rewards.mean() / beta, w.std() / len(w) ** 0.5])
+
+
+def sum_of_draws(drawn_rewards, beta):
+    log_z, w = halves(drawn_rewards, beta)
+    return torch.stack([log_z + math.log(len(w)), w.std() / len(w) ** 0.5])
+
+
+def error_of_one_draw(drawn_rewards, beta):
+    log_z, w = halves(drawn_rewards, beta)
+    return torch.stack([log_z, w.std()])
+
+
+def error_over_n(drawn_rewards, beta):
+    log_z, w = halves(drawn_rewards, beta)
+    return torch.stack([log_z, w.std() / len(w)])
+
+
+def error_of_the_exponent(drawn_rewards, beta):
+    log_z, w = halves(drawn_rewards, beta)
+    return torch.stack([log_z, drawn_rewards.std() / beta / len(w) ** 0.5])
+
+
+def error_with_n(drawn_rewards, beta):
+    log_z, w = halves(drawn_rewards, beta)
+    return torch.stack([log_z, ((w - 1) ** 2).mean().sqrt() / len(w) ** 0.5])
+
+
+def error_of_z(drawn_rewards, beta):
+    tilts = (drawn_rewards / beta).exp()
+    return torch.stack([tilts.mean().log(), (tilts.var() / len(tilts)).sqrt()])
+
+
+def overflowing(drawn_rewards, beta):
+    tilts = (drawn_rewards / beta).exp()
+    return torch.stack([tilts.mean().log(), (tilts.var() / len(tilts)).sqrt() / tilts.mean()])
+
+
 MISTAKES = {
     "3.1": {
         "one token said n times over": log_z_of_one_token_repeated,
@@ -123,6 +170,16 @@ MISTAKES = {
         "This is rounded": rounded_up,
     },
     "3.3": {
+        "the logarithm inside the average": mean_of_logs,
+        "Z is a mean": sum_of_draws,
+        "that of a single draw": error_of_one_draw,
+        "this is no variance": error_over_n,
+        "the spread of r/beta": error_of_the_exponent,
+        "use N - 1": error_with_n,
+        "divide it by the estimate": error_of_z,
+        "overflow": overflowing,
+    },
+    "3.5": {
         "reward 0 are forgotten": count_that_gives_failures_nothing,
         "share of solutions": count_as_a_share,
         "used where Z belongs": count_from_the_logarithm,
