@@ -1,5 +1,6 @@
 """What GitHub shows of the pages and notebooks, and what a screen reader says of them."""
 
+import math
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -171,6 +172,54 @@ def test_the_glossary_is_in_the_order_of_the_alphabet_and_each_entry_is_a_senten
     assert len(keys) == GLOSSARY.count("\n## ") > 50
     for term, text in ENTRIES.items():
         assert text.rstrip().endswith("."), term
+        parts = re.split(r"\s\*Example\*:\s", text)
+        assert len(parts) == 2, f"{term}: a plain sentence and an example"
+
+
+def test_the_numbers_of_the_glossarys_examples_are_right():
+    """Each from its definition, with `math` alone."""
+
+    def sigma(z):
+        return 1 / (1 + math.exp(-z))
+
+    ref, rewards, beta = (0.4, 0.3, 0.2, 0.1), (1.0, 0.2, -0.4, 0.8), 0.5
+    weights = [q * math.exp(r / beta) for q, r in zip(ref, rewards, strict=True)]
+    z = sum(weights)
+    best = [w / z for w in weights]
+    mean = sum(q * r for q, r in zip(ref, rewards, strict=True))
+    earned = sum(p * r for p, r in zip(best, rewards, strict=True))
+    kl = sum(p * math.log(p / q) for p, q in zip(best, ref, strict=True))
+    chi2 = 0.9**2 / 0.5 + 0.1**2 / 0.5 - 1
+    numbers = {
+        "advantage": [mean, 1 - mean],
+        "Bradley-Terry model": [sigma(0.2)],
+        "chi-squared": [chi2, math.sqrt(chi2 / 100)],
+        "entropy": [math.log(4)],
+        "Fisher information": [0.5 * 0.5, 0.9 * 0.1],
+        "frontier": [earned, kl],
+        "gap identity": [beta * 0.1],
+        "implied reward": [best[0], beta * math.log(best[0] / ref[0])],
+        "importance weight": [best[0] / ref[0]],
+        "KL divergence": [0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)],
+        "log-odds": [math.log(0.75 / 0.25)],
+        "log-ratio": [math.log(2)],
+        "margin": [0.3 + 0.5, -math.log(sigma(0.8))],
+        "objective": [earned, kl, earned - beta * kl],
+        "partition function": [math.log(z), beta * math.log(z)],
+        "REBEL": [1.0 - 0.2],
+        "RLOO": [(0.2 + 0.8) / 2],
+        "standard error": [math.sqrt(0.55 * 0.45 / 200)],
+        "TD error": [-0.2 + 1.0 - 0.5],
+        "total variation": [(abs(0.9 - 0.5) + abs(0.1 - 0.5)) / 2],
+        "value function": [mean],
+    }
+    for term, values in numbers.items():
+        written = re.findall(r"(?<![\d.])\d+\.\d+", ENTRIES[term])
+        for value in values:
+            near = [
+                w for w in written if abs(float(w) - value) < 0.5001 * 10 ** -len(w.split(".")[1])
+            ]
+            assert near, f"{term}: {value:.4f} is not in {written}"
 
 
 def test_a_term_has_one_anchor_which_the_site_makes_too():
