@@ -16,10 +16,14 @@ CHAPTER = chapters()[2]
 
 @pytest.fixture
 def altered(tmp_path):
-    """A maker of copies of chapter 02: `cells` are put before its exercises, `last` at its end."""
+    """A maker of copies of chapter 02 without its optional sections: `cells` are put before its
+    exercises, `last` at its end.
+    """
 
     def make(*cells, last=()):
-        notebook = nbformat.read(CHAPTER, as_version=4)
+        main = minutes.main_line(json.loads(CHAPTER.read_text(encoding="utf-8")))
+        main["cells"] = [cell for cell in main["cells"] if cell["source"]]
+        notebook = nbformat.from_dict(main)
         at = next(i for i, c in enumerate(notebook.cells) if c.source.startswith("## Exercises"))
         notebook.cells[at:at] = map(copy.deepcopy, cells)
         notebook.cells += map(copy.deepcopy, last)
@@ -153,12 +157,13 @@ ANSWER = """
 A sum of positive terms is positive.
 
 </details>"""
+HAS = len(rules.exercises_of(CHAPTER))
 FORM = rules.test_exercises_have_minutes_difficulty_and_a_hint
 PARTS = rules.test_an_exercise_on_paper_has_an_answer_and_every_other_one_a_check
 
 
 def with_exercises(altered, *sources):
-    """Chapter 02 with exercises more, after its three and before its summary."""
+    """Chapter 02 with exercises more, after its own and before its summary."""
     path = altered()
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-1:-1] = [words(source) for source in sources]
@@ -167,15 +172,15 @@ def with_exercises(altered, *sources):
 
 
 def test_exercises_on_paper_are_numbered_and_counted_like_the_others(altered):
-    fourth, fifth, sixth = ((PAPER + ANSWER).format(n=n) for n in (4, 5, 6))
-    path = with_exercises(altered, fourth, fifth)
+    *added, sixth = ((PAPER + ANSWER).format(n=n) for n in range(HAS + 1, 7))
+    path = with_exercises(altered, *added)
     for rule in (FORM, PARTS, rules.test_the_rhythm_of_a_chapter):
         rule(path)
     before, after = (json.loads(p.read_text(encoding="utf-8")) for p in (CHAPTER, path))
-    assert minutes.exercise_minutes(after) == minutes.exercise_minutes(before) + 20
-    refused(FORM, with_exercises(altered, fourth, fifth, sixth))
-    refused(FORM, with_exercises(altered, fifth))
-    refused(FORM, with_exercises(altered, fourth + "\n\n" + fifth))
+    assert minutes.exercise_minutes(after) == minutes.exercise_minutes(before) + 10 * len(added)
+    refused(FORM, with_exercises(altered, *added, sixth))
+    refused(FORM, with_exercises(altered, sixth))
+    refused(FORM, with_exercises(altered, added[0] + "\n\n" + sixth))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +196,7 @@ def test_exercises_on_paper_are_numbered_and_counted_like_the_others(altered):
     ],
 )
 def test_an_exercise_of_another_form_is_refused(altered, source):
-    refused(PARTS, with_exercises(altered, source.format(n=4)))
+    refused(PARTS, with_exercises(altered, source.format(n=HAS + 1)))
 
 
 def test_the_answer_of_an_exercise_on_paper_is_no_reading_time():

@@ -323,7 +323,7 @@ def test_other_slips_are_named(number, wrong, words):
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-4])
-@pytest.mark.parametrize("number", ["2.1", "2.2", "5.2", "6.3"])
+@pytest.mark.parametrize("number", ["2.1", "2.3", "5.2", "6.3"])
 def test_who_is_nearly_right_reads_so_with_the_difference(number, size):
     passed, sentence = diagnose(number, lambda *a: SOLUTIONS[number](*a) + size)
     assert not passed

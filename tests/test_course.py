@@ -232,7 +232,7 @@ def test_decimal_numbers_in_prose_occur_in_the_chapter(path):
     """`.74` in the text must be a number of the chapter's code or output, perhaps rounded."""
     sources = [float(number) for number in NUMBER.findall(shown(path))]
     text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$|`[^`\n]*`|\]\([^)]*\)", " ", prose(path), flags=re.S)
-    text = re.sub(r"arXiv:\d+\.\d+", " ", text)
+    text = re.sub(r"arXiv:\d+\.\d+|^\*\*\d+\.\d\*\*", " ", text, flags=re.M)
     for number in NUMBER.findall(text):
         decimals = len(number.split("e")[0].split(".")[1])
         value = float(number)

@@ -63,7 +63,7 @@ def test_without_docstrings_a_wrong_answer_reads_the_theorem_that_fails():
     """`python -OO` drops docstrings too, which are the sentences of the known mistakes."""
     script = (
         "from dpo_mini.checks import diagnose; "
-        "print(diagnose('2.3', lambda q, r, beta: q * (1 + (r - q @ r) / (2 * beta))))"
+        "print(diagnose('2.4', lambda q, r, beta: q * (1 + (r - q @ r) / (2 * beta))))"
     )
     command = [sys.executable, "-OO", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)

@@ -153,7 +153,7 @@ def _multiplier(total, low, high):
 
 
 def judge_forward_kl_policy(forward_kl_policy):
-    """2.2: a policy where the objective, which is concave, is stationary, by autograd."""
+    """2.3: a policy where the objective, which is concave, is stationary, by autograd."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
         probs = forward_kl_policy(ref_probs, rewards, beta)
         sum_to_one(probs, "the probabilities do not sum to 1: lambda must see to it")
@@ -213,7 +213,7 @@ def _lambda_at_the_mean_normalised(ref_probs, rewards, beta):
 
 
 def judge_chi_squared_policy(chi_squared_policy):
-    """2.3: the conditions of Karush, Kuhn and Tucker, which have one solution."""
+    """2.4: the conditions of Karush, Kuhn and Tucker, which have one solution."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=3, n=6):
         for weight in (beta, beta / 8):  # with the smaller one answers are dropped
             probs = chi_squared_policy(ref_probs, rewards, weight)
@@ -359,7 +359,7 @@ EXERCISES = (
         ),
     ),
     Exercise(
-        "2.2",
+        "2.3",
         cases=((REF, REWARDS, 0.5), (REF_4, REWARDS_4, 2.0)),
         judge=judge_forward_kl_policy,
         mistakes=(
@@ -374,7 +374,7 @@ EXERCISES = (
         shape=lambda ref_probs, rewards, beta: ref_probs.shape,
     ),
     Exercise(
-        "2.3",
+        "2.4",
         cases=((REF, REWARDS, 0.35), (REF_4, REWARDS_4, 1.0), (REF_4.flip(0), REWARDS_4, 0.1)),
         judge=judge_chi_squared_policy,
         mistakes=(

@@ -377,7 +377,7 @@
         + line("optimum", "top", got.top, got.topBelow) + line("π", "at", got.at, got.atBelow);
       find(".pair tbody").innerHTML = [
         ["log Z, nats", "logZ", got.logZ],
-        ["multiplier λ of the divergence (reverse KL: β log Z)", "multiplier", got.multiplier],
+        ["shift that makes the optimum sum to 1 (reverse KL: β log Z)", "multiplier", got.multiplier],
         ["true margin, reward of chosen less rejected", "trueMargin", got.trueMargin],
         ["margin of π, implied reward of chosen less rejected", "margin", got.margin],
         ["loss, nats", "loss", got.loss],

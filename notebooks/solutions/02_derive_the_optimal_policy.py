@@ -11,7 +11,7 @@ def shortfall(probs, ref_probs, rewards, beta):
 
 
 def forward_kl_policy(ref_probs, rewards, beta):
-    """2.2: bisection for the multiplier, between max r and max r + beta."""
+    """2.3: bisection for the multiplier, between max r and max r + beta."""
     low, high = rewards.max(), rewards.max() + beta
     for _ in range(100):
         middle = (low + high) / 2
@@ -24,7 +24,7 @@ def forward_kl_policy(ref_probs, rewards, beta):
 
 
 def chi_squared_policy(ref_probs, rewards, beta):
-    """2.3: drop the worst answers, one by one, until none is negative."""
+    """2.4: drop the worst answers, one by one, until none is negative."""
     order = rewards.argsort(descending=True)
     for n_kept in range(len(rewards), 0, -1):
         kept = order[:n_kept]
@@ -40,6 +40,6 @@ def chi_squared_policy(ref_probs, rewards, beta):
 
 SOLUTIONS = {
     "2.1": shortfall,
-    "2.2": forward_kl_policy,
-    "2.3": chi_squared_policy,
+    "2.3": forward_kl_policy,
+    "2.4": chi_squared_policy,
 }

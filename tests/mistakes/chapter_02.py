@@ -282,7 +282,7 @@ MISTAKES = {
         "the KL is reversed (it averages": shortfall_reversed_in_nats,
         "This compares with the reference's J": below_the_reference,
     },
-    "2.2": {
+    "2.3": {
         "does a search stop too early": hyperbola_searched_too_briefly,
         "is a number in float32": hyperbola_in_float32,
         "exponential tilt": optimum,
@@ -293,7 +293,7 @@ MISTAKES = {
         "must be above every reward": lambda_at_the_mean,
         "and the sum is divided out": lambda_at_the_mean_normalised,
     },
-    "2.3": {
+    "2.4": {
         "nearly right": line_searched_too_briefly,
         "negative": line_below_zero,
         "solved again": line_cut_and_rescaled,
