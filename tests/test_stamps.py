@@ -242,10 +242,12 @@ def test_reading_minutes_by_hand():
         {"cell_type": "code", "source": "a = 1\n\nb = 2\nc = 3", "outputs": []},
         {"cell_type": "code", "source": "", "outputs": [{"data": {"image/png": "..."}}]},
         {"cell_type": "markdown", "source": "**1.1** (3 minutes, easy) x\n\n**1.2** (10 minutes"},
+        {"cell_type": "code", "source": 'def f(): ...\n\n\ncheck("1.1", f)', "outputs": []},
+        {"cell_type": "code", "source": "x = 1", "metadata": {"tags": ["remove-cell"]}},
     ]
-    # Words: 2, then and symbol four more, then 1 1 3 minutes easy x, then 1 2 10 minutes: 16.
-    # Three lines of code, one equation, one figure.
-    assert minutes.reading_minutes({"cells": cells}) == pytest.approx(16 / 200 + 3 / 15 + 2 / 2)
+    # Words: 2, then and symbol four more: 6. Three lines of code, one equation, one figure.
+    # The exercises, their stub and the cell that installs are not counted.
+    assert minutes.reading_minutes({"cells": cells}) == pytest.approx(6 / 200 + 3 / 15 + 2 / 2)
     assert minutes.exercise_minutes({"cells": cells}) == 13
 
 

@@ -2,7 +2,8 @@
 
 200 words per minute, the rate at which people read to learn (Carver 1990, *Reading Rate*); by our
 own guess 4 seconds for a line of code and half a minute for a figure or a displayed equation.
-Exercises say their minutes themselves. The main line of a chapter is what stands before its heading
+Exercises say their minutes themselves, and the cell that installs the package is not read: neither
+counts. The main line of a chapter is what stands before its heading
 `## Going deeper (optional)`. How long a chapter runs is not computed: its author says it.
 """
 
@@ -13,8 +14,7 @@ MINUTES_A_LINE = 4 / 60
 MINUTES_A_PICTURE = 0.5
 OPTIONAL = re.compile(r"^## Going deeper \(optional\)$", re.M)
 EXERCISE = re.compile(r"^\*\*\d+\.\d+\*\* \((\d+) minutes", re.M)
-# The folded answer of an exercise on paper: its minutes are the exercise's.
-ANSWER = re.compile(r"<details><summary>Answer</summary>.*?</details>", re.S)
+STUB = re.compile(r"^check\(\"\d+\.\d+\"", re.M)
 
 
 def sources(notebook: dict, kind: str) -> str:
@@ -37,9 +37,18 @@ def has_optional_sections(notebook: dict) -> bool:
     return main_line(notebook) is not notebook
 
 
+def is_read(cell: dict) -> bool:
+    """Whether a cell counts: not an exercise, not its stub, and not the cell that installs."""
+    source = "".join(cell["source"])
+    exercise = EXERCISE if cell["cell_type"] == "markdown" else STUB
+    installs = "remove-cell" in cell.get("metadata", {}).get("tags", ())
+    return not (exercise.search(source) or installs)
+
+
 def reading_minutes(notebook: dict) -> float:
     """Minutes to read a chapter, by the formula above."""
-    prose = ANSWER.sub("", sources(notebook, "markdown"))
+    notebook = {"cells": [cell for cell in notebook["cells"] if is_read(cell)]}
+    prose = sources(notebook, "markdown")
     equations = len(re.findall(r"\$\$.+?\$\$", prose, re.S))
     prose = re.sub(r"\$\$.+?\$\$", " ", prose, flags=re.S)
     prose = re.sub(r"\$[^$\n]+\$", " symbol ", prose)  # an inline formula reads as one word
