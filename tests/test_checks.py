@@ -301,7 +301,7 @@ def test_a_beta_that_is_left_out_or_upside_down_is_named_in_every_exercise(numbe
 @pytest.mark.parametrize(
     ("number", "wrong", "words"),
     [
-        ("4.3", lambda p, old, new: SOLUTIONS["4.3"](p, new, old), "changed places"),
+        ("4.4", lambda p, old, new: SOLUTIONS["4.4"](p, new, old), "changed places"),
         ("5.3", lambda logratios, s, b: SOLUTIONS["5.3"](s, logratios, b), "have changed places"),
         ("3.1", lambda p, r, b, n: SOLUTIONS["3.1"](p, r, b, n + 1), "one too many of `n_tokens`"),
         ("9.3", lambda q, r, n: SOLUTIONS["9.3"](q, r, n - 1), "one too few of `n`"),

@@ -3,7 +3,7 @@
 import torch
 
 from dpo_mini.checks import Exercise
-from dpo_mini.checks.homework import agree, other_instances, random_policies
+from dpo_mini.checks.homework import agree, draws, other_instances, random_policies
 from dpo_mini.checks.theorems import differ_alike, optimum, sum_to_one
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -13,10 +13,82 @@ WIDER_REF = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 WIDER_REWARDS = torch.tensor([2.0, 1.0, 0.0, 0.3], dtype=torch.float64)
 WIDER_POLICY = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 WIDER_EVEN = torch.full((4,), 0.25, dtype=torch.float64)
+TOKENS = torch.tensor([[-0.2, -1.1, -0.7], [-2.0, -0.3, -0.4]], dtype=torch.float64)
+REF_TOKENS = torch.tensor([[-0.9, -0.8, -1.3], [-1.0, -0.6, -0.1]], dtype=torch.float64)
+LONGER = torch.tensor(
+    [[-0.5, -0.1, -2.2, -0.3], [-1.4, -0.2, -0.9, -0.6], [-0.1, -3.0, -0.2, -0.8]],
+    dtype=torch.float64,
+)
+REF_LONGER = torch.tensor(
+    [[-0.7, -0.4, -1.0, -0.2], [-1.1, -0.9, -0.3, -0.5], [-0.6, -1.7, -1.2, -0.4]],
+    dtype=torch.float64,
+)
+
+
+def judge_implied_rewards(implied_rewards):
+    """4.1: all answers of two tokens; e^(implied / beta) turns the reference into the policy."""
+    for seed, (_, _, beta) in enumerate(other_instances(seed=4)):
+        n = 3 + seed
+        first, then = (draws(n, seed=seed), draws(n, n, seed=seed + 10))
+        ref_first, ref_then = draws(n, seed=seed + 20), draws(n, n, seed=seed + 30)
+        token_logps = _of_all_answers(first, then)
+        ref_token_logps = _of_all_answers(ref_first, ref_then)
+        tilted = (
+            ref_token_logps.sum(1) + implied_rewards(token_logps, ref_token_logps, beta) / beta
+        ).exp()
+        agree(
+            tilted,
+            token_logps.sum(1).exp(),
+            "pi_ref e^(implied / beta) is not the policy whose log-probabilities you were given",
+        )
+
+
+def _of_all_answers(first, then):
+    """From logits of the first token `[V]` and of the second, given the first, `[V, V]`: log-
+    probabilities of the tokens of all answers, `[V * V, 2]`.
+    """
+    n = len(first)
+    tokens = [first.log_softmax(0)[:, None].expand(n, n), then.log_softmax(1)]
+    return torch.stack(tokens, -1).flatten(0, 1)
+
+
+def _mean_of_the_tokens(token_logps, ref_token_logps, beta):
+    """The mean over the tokens: an answer's log-probability is their sum."""
+    return beta * (token_logps - ref_token_logps).mean(1)
+
+
+def _without_the_reference(token_logps, ref_token_logps, beta):
+    """The reference is missing: this is beta times the log-probability, not a log-ratio."""
+    return beta * token_logps.sum(1)
+
+
+def _log_ratio_in_nats(token_logps, ref_token_logps, beta):
+    """Beta is missing: this is the log-ratio in nats."""
+    return (token_logps - ref_token_logps).sum(1)
+
+
+def _beta_divides(token_logps, ref_token_logps, beta):
+    """Beta divides: nats times reward per nat gives reward."""
+    return (token_logps - ref_token_logps).sum(1) / beta
+
+
+def _last_token_alone(token_logps, ref_token_logps, beta):
+    """Only the last token is counted: every token of the answer is."""
+    return beta * (token_logps - ref_token_logps)[:, -1]
+
+
+def _ratio_of_logarithms(token_logps, ref_token_logps, beta):
+    """One logarithm is divided by the other: the logarithm of a ratio is a difference."""
+    return beta * token_logps.sum(1) / ref_token_logps.sum(1)
+
+
+def _ratio_of_probabilities(token_logps, ref_token_logps, beta):
+    """The ratio of the probabilities lacks its logarithm."""
+    return beta * (token_logps - ref_token_logps).sum(1).exp()
 
 
 def judge_representative(representative):
-    """4.1: it is of the same class, and its Z is 1."""
+    """4.2: it is of the same class, and its Z is 1."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=1):
         found = representative(rewards, ref_probs, beta)
         differ_alike(found, rewards, "two answers no longer differ as they did")
@@ -65,7 +137,7 @@ def _reference_left_in(rewards, ref_probs, beta):
 
 
 def judge_anchored_rewards(anchored_rewards):
-    """4.2: read off a policy that was made with known rewards, they come back."""
+    """4.3: read off a policy that was made with known rewards, they come back."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=2):
         probs = optimum(ref_probs, rewards, beta)
         agree(
@@ -115,7 +187,7 @@ def _overwritten(probs, ref_probs, beta, reward_of_first):
 
 
 def judge_move_to_reference(move_to_reference):
-    """4.3: optima of one reward and beta at two references, made with both known."""
+    """4.4: optima of one reward and beta at two references, made with both known."""
     for seed, ((old, _), (rewards, _), beta) in enumerate(other_instances(seed=3)):
         new = random_policies(old, seed)
         optima = [optimum(ref, rewards, beta) for ref in (old, new)]
@@ -155,6 +227,21 @@ def _moved_by_the_difference(probs, old_ref_probs, new_ref_probs):
 EXERCISES = (
     Exercise(
         "4.1",
+        cases=((TOKENS, REF_TOKENS, 0.5), (LONGER, REF_LONGER, 2.0)),
+        judge=judge_implied_rewards,
+        mistakes=(
+            _mean_of_the_tokens,
+            _without_the_reference,
+            _log_ratio_in_nats,
+            _beta_divides,
+            _last_token_alone,
+            _ratio_of_logarithms,
+            _ratio_of_probabilities,
+        ),
+        shape=lambda token_logps, ref_token_logps, beta: token_logps.shape[:1],
+    ),
+    Exercise(
+        "4.2",
         cases=((REWARDS, REF, 0.5), (WIDER_REWARDS, WIDER_REF, 2.0)),
         judge=judge_representative,
         mistakes=(
@@ -170,7 +257,7 @@ EXERCISES = (
         shape=lambda rewards, ref_probs, beta: rewards.shape,
     ),
     Exercise(
-        "4.2",
+        "4.3",
         cases=((POLICY, REF, 0.5, 3.0), (WIDER_POLICY, WIDER_REF, 2.0, -1.0)),
         judge=judge_anchored_rewards,
         mistakes=(
@@ -185,7 +272,7 @@ EXERCISES = (
         shape=lambda probs, ref_probs, beta, reward_of_first: probs.shape,
     ),
     Exercise(
-        "4.3",
+        "4.4",
         cases=((POLICY, REF, REF.flip(0)), (WIDER_POLICY, WIDER_REF, WIDER_EVEN)),
         judge=judge_move_to_reference,
         mistakes=(

@@ -1,6 +1,34 @@
 """Plausible wrong answers to the exercises of chapter 04, and words of what each must be told."""
 
 
+def implied_by_the_mean(token_logps, ref_token_logps, beta):
+    return beta * (token_logps.mean(-1) - ref_token_logps.mean(-1))
+
+
+def implied_by_the_policy_alone(token_logps, ref_token_logps, beta):
+    return beta * token_logps.sum(-1)
+
+
+def implied_in_nats(token_logps, ref_token_logps, beta):
+    return token_logps.sum(-1) - ref_token_logps.sum(-1)
+
+
+def implied_over_beta(token_logps, ref_token_logps, beta):
+    return (token_logps.sum(-1) - ref_token_logps.sum(-1)) / beta
+
+
+def implied_by_the_end_token(token_logps, ref_token_logps, beta):
+    return beta * token_logps[:, -1] - beta * ref_token_logps[:, -1]
+
+
+def implied_by_dividing_logarithms(token_logps, ref_token_logps, beta):
+    return token_logps.sum(-1) / ref_token_logps.sum(-1) * beta
+
+
+def implied_without_a_logarithm(token_logps, ref_token_logps, beta):
+    return beta * token_logps.sum(-1).exp() / ref_token_logps.sum(-1).exp()
+
+
 def representative_in_nats(rewards, ref_probs, beta):
     return rewards - (ref_probs.log() + rewards / beta).logsumexp(0)
 
@@ -95,6 +123,15 @@ def moved_by_the_difference(probs, old_ref_probs, new_ref_probs):
 
 MISTAKES = {
     "4.1": {
+        "The mean over the tokens": implied_by_the_mean,
+        "not a log-ratio": implied_by_the_policy_alone,
+        "this is the log-ratio in nats": implied_in_nats,
+        "Beta divides": implied_over_beta,
+        "Only the last token": implied_by_the_end_token,
+        "One logarithm is divided": implied_by_dividing_logarithms,
+        "lacks its logarithm": implied_without_a_logarithm,
+    },
+    "4.2": {
         "is in nats": representative_in_nats,
         "mean 0": representative_with_mean_zero,
         "maximum 0": representative_with_maximum_zero,
@@ -104,7 +141,7 @@ MISTAKES = {
         "beta Z is taken off": z_for_log_z,
         "This is beta log pi*": reference_left_in,
     },
-    "4.2": {
+    "4.3": {
         "still to add": rewards_that_ignore_the_anchor,
         "on top": rewards_with_the_anchor_on_top,
         "reference is missing": rewards_of_plain_odds,
@@ -113,7 +150,7 @@ MISTAKES = {
         "The implied rewards are multiplied to fit": scaled,
         "Only answer 0 has been moved": overwritten,
     },
-    "4.3": {
+    "4.4": {
         "still inside": optimum_with_both_references,
         "has not come in": optimum_without_a_reference,
         "do not sum to 1": optimum_that_keeps_z,
