@@ -244,10 +244,11 @@ def test_reading_minutes_by_hand():
         {"cell_type": "markdown", "source": "**1.1** (3 minutes, easy) x\n\n**1.2** (10 minutes"},
         {"cell_type": "code", "source": 'def f(): ...\n\n\ncheck("1.1", f)', "outputs": []},
         {"cell_type": "code", "source": "x = 1", "metadata": {"tags": ["remove-cell"]}},
+        {"cell_type": "code", "source": "# it is | 1\nx\ny", "metadata": {"tags": ["check"]}},
     ]
-    # Words: 2, then and symbol four more: 6. Three lines of code, one equation, one figure.
-    # The exercises, their stub and the cell that installs are not counted.
-    assert minutes.reading_minutes({"cells": cells}) == pytest.approx(6 / 200 + 3 / 15 + 2 / 2)
+    # Words: 2, then and symbol four more: 6. Three lines of code, one equation, one figure, and the
+    # claim of the check. The exercises, their stub and the cell that installs are not counted.
+    assert minutes.reading_minutes({"cells": cells}) == pytest.approx(6 / 200 + 4 / 15 + 2 / 2)
     assert minutes.exercise_minutes({"cells": cells}) == 13
 
 

@@ -3,7 +3,8 @@
 200 words per minute, the rate at which people read to learn (Carver 1990, *Reading Rate*); by our
 own guess 4 seconds for a line of code and half a minute for a figure or a displayed equation.
 Exercises say their minutes themselves, and the cell that installs the package is not read: neither
-counts. The main line of a chapter is what stands before its heading
+counts. Of a cell tagged `check`, which the site folds, the claim in its first line counts. The main
+line of a chapter is what stands before its heading
 `## Going deeper (optional)`. How long a chapter runs is not computed: its author says it.
 """
 
@@ -41,8 +42,15 @@ def is_read(cell: dict) -> bool:
     """Whether a cell counts: not an exercise, not its stub, and not the cell that installs."""
     source = "".join(cell["source"])
     exercise = EXERCISE if cell["cell_type"] == "markdown" else STUB
-    installs = "remove-cell" in cell.get("metadata", {}).get("tags", ())
-    return not (exercise.search(source) or installs)
+    return not (exercise.search(source) or has_tag(cell, "remove-cell"))
+
+
+def has_tag(cell: dict, tag: str) -> bool:
+    return tag in cell.get("metadata", {}).get("tags", ())
+
+
+def lines_of(cell: dict) -> int:
+    return sum(bool(line.strip()) for line in "".join(cell["source"]).splitlines())
 
 
 def reading_minutes(notebook: dict) -> float:
@@ -54,7 +62,8 @@ def reading_minutes(notebook: dict) -> float:
     prose = re.sub(r"\$[^$\n]+\$", " symbol ", prose)  # an inline formula reads as one word
     prose = re.sub(r"\]\([^)]*\)", "]", prose)
     words = len(re.findall(r"\w[\w'’-]*", prose))
-    lines = sum(bool(line.strip()) for line in sources(notebook, "code").splitlines())
+    code = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    lines = sum(1 if has_tag(cell, "check") else lines_of(cell) for cell in code)
     outputs = [out for cell in notebook["cells"] for out in cell.get("outputs", ())]
     figures = sum("image/png" in out.get("data", {}) for out in outputs)
     pictures = figures + equations
