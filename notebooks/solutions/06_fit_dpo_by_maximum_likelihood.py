@@ -12,7 +12,7 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def dpo_gradient(logps, ref_logps, winners, losers, beta):
-    """6.2: each pair pushes its winner's logit up and its loser's down; descent subtracts it."""
+    """6.2: a pair pushes its winner up and its loser down; a gradient is uphill."""
     logratios = logps - ref_logps
     margins = beta * (logratios[winners] - logratios[losers])
     push = beta * torch.sigmoid(-margins) / len(winners)
