@@ -12,7 +12,7 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def dpo_gradient(logps, ref_logps, winners, losers, beta):
-    """6.2: a pair pushes its winner up and its loser down; a gradient is uphill."""
+    """6.2: minus each pair's push, which lifts the winner over the loser."""
     logratios = logps - ref_logps
     margins = beta * (logratios[winners] - logratios[losers])
     push = beta * torch.sigmoid(-margins) / len(winners)
