@@ -20,6 +20,22 @@ TOKEN_LOGPS = torch.log(
         dtype=torch.float64,
     )
 )
+GRADIENT_CASES = (  # with answers that stand in several pairs, and one that stands in none
+    (
+        torch.tensor([0.4, -0.9, 1.2, 0.1, -0.3], dtype=torch.float64).log_softmax(0),
+        torch.tensor([-0.2, 0.5, 0.3, 0.9, -1.0], dtype=torch.float64).log_softmax(0),
+        torch.tensor([0, 0, 1, 2, 0]),
+        torch.tensor([1, 3, 3, 0, 1]),
+        0.5,
+    ),
+    (
+        torch.tensor([1.5, -0.4, 0.2, 0.7], dtype=torch.float64).log_softmax(0),
+        torch.tensor([-0.3, 0.8, 0.1, 0.6], dtype=torch.float64).log_softmax(0),
+        torch.tensor([2, 1, 2]),
+        torch.tensor([0, 0, 1]),
+        2.0,
+    ),
+)
 TOKENS = torch.tensor([[5, 2, 2, 2], [2, 2, 2, 2], [4, 3, 5, 1], [3, 1, 5, 2]])  # 2 ends and pads
 
 
@@ -98,8 +114,104 @@ def _dpo_each_alone(chosen, rejected, ref_chosen, ref_rejected, beta):
     return _minus_log_sigmoid(good) + _minus_log_sigmoid(-bad)
 
 
+def judge_dpo_gradient(dpo_gradient):
+    """6.2: no constant moves, nor an answer in no pair; along each direction, the loss's slope."""
+    for logps, ref_logps, winners, losers, beta in GRADIENT_CASES:
+        gradient = dpo_gradient(logps, ref_logps, winners, losers, beta)
+        agree(
+            gradient.sum(),
+            0.0,
+            "a constant added to all logits changes no loss, and the gradient does not sum to 0",
+        )
+        compared = torch.zeros(len(logps), dtype=torch.bool)
+        compared[torch.cat([winners, losers])] = True
+        agree(gradient[~compared], 0.0, "the logit of an answer in no pair has a gradient")
+        logits = (logps + 0.3).requires_grad_()
+        logratios = logits.log_softmax(0) - ref_logps
+        margins = beta * (logratios[winners] - logratios[losers])
+        (slopes,) = torch.autograd.grad(_minus_log_sigmoid(margins).mean(), logits)
+        agree(
+            gradient,
+            slopes,
+            "the mean loss of the pairs does not change by the gradient times a small step",
+        )
+
+
+def _gradient_of_pushes(push, logps, winners, losers):
+    """Each pair's push added to its winner's logit and subtracted from its loser's."""
+    signs = torch.zeros(len(winners), len(logps), dtype=logps.dtype)
+    rows = torch.arange(len(winners))
+    signs[rows, winners] += 1.0
+    signs[rows, losers] -= 1.0
+    return -(push[:, None] * signs)
+
+
+def _margins_of(logps, ref_logps, winners, losers, beta):
+    logratios = logps - ref_logps
+    return beta * (logratios[winners] - logratios[losers])
+
+
+def _gradient_without_weight(logps, ref_logps, winners, losers, beta):
+    """The weight is missing: a pair that is ranked right is pushed as hard as one ranked wrong."""
+    push = torch.full(winners.shape, beta, dtype=logps.dtype)
+    return _gradient_of_pushes(push, logps, winners, losers).mean(0)
+
+
+def _gradient_weighed_by_right(logps, ref_logps, winners, losers, beta):
+    """The weight is upside down: it is that of the label's own probability, and so pushes hardest
+    the pairs that are ranked right already.
+    """
+    push = beta * torch.sigmoid(_margins_of(logps, ref_logps, winners, losers, beta))
+    return _gradient_of_pushes(push, logps, winners, losers).mean(0)
+
+
+def _gradient_without_reference(logps, ref_logps, winners, losers, beta):
+    """The reference is missing from the margin in the weight."""
+    push = beta * torch.sigmoid(-beta * (logps[winners] - logps[losers]))
+    return _gradient_of_pushes(push, logps, winners, losers).mean(0)
+
+
+def _gradient_weight_in_nats(logps, ref_logps, winners, losers, beta):
+    """Beta is missing inside the weight: the margin is beta times the difference in nats."""
+    push = beta * torch.sigmoid(-_margins_of(logps, ref_logps, winners, losers, 1.0))
+    return _gradient_of_pushes(push, logps, winners, losers).mean(0)
+
+
+def _gradient_without_outer_beta(logps, ref_logps, winners, losers, beta):
+    """Beta is missing outside the weight: a nat moves the margin by beta."""
+    push = torch.sigmoid(-_margins_of(logps, ref_logps, winners, losers, beta))
+    return _gradient_of_pushes(push, logps, winners, losers).mean(0)
+
+
+def _gradient_summed(logps, ref_logps, winners, losers, beta):
+    """This is a sum over pairs: the loss is their mean."""
+    push = beta * torch.sigmoid(-_margins_of(logps, ref_logps, winners, losers, beta))
+    return _gradient_of_pushes(push, logps, winners, losers).sum(0)
+
+
+def _gradient_of_last_pairs(logps, ref_logps, winners, losers, beta):
+    """Of several pairs with the same answer only the last one counts: indexed assignment does not
+    add up. Use index_add.
+    """
+    push = beta * torch.sigmoid(-_margins_of(logps, ref_logps, winners, losers, beta))
+    gradient = [0.0] * len(logps)
+    for value, winner in zip(push, winners.tolist(), strict=True):
+        gradient[winner] = -value
+    before = list(gradient)
+    for value, loser in zip(push, losers.tolist(), strict=True):
+        gradient[loser] = before[loser] + value
+    return torch.stack([torch.as_tensor(v, dtype=logps.dtype) for v in gradient]) / len(winners)
+
+
+def _gradient_of_the_winner(logps, ref_logps, winners, losers, beta):
+    """The loser is missing: this makes the winner likelier at the cost of every other answer."""
+    push = beta * torch.sigmoid(-_margins_of(logps, ref_logps, winners, losers, beta))
+    chosen = torch.nn.functional.one_hot(winners, len(logps)).to(logps.dtype)
+    return -(push[:, None] * (chosen - logps.exp())).mean(0)
+
+
 def judge_completion_logp(completion_logp):
-    """6.2: which token counts, in every row; and every completion of a policy, to sum to 1."""
+    """6.4: which token counts, in every row; and every completion of a policy, to sum to 1."""
     rows, end_token = torch.tensor(list(product(range(3), repeat=4))), 1
     nothing = torch.zeros(rows.shape, dtype=torch.float64)
     agree(completion_logp(nothing, rows, end_token), 0.0, "tokens of probability 1 do not give 0")
@@ -254,17 +366,19 @@ EXERCISES = (
     ),
     Exercise(
         "6.2",
-        cases=((TOKEN_LOGPS, TOKENS, 2), (TOKEN_LOGPS.flip(0), TOKENS, 5)),
-        judge=judge_completion_logp,
+        cases=GRADIENT_CASES,
+        judge=judge_dpo_gradient,
         mistakes=(
-            _logp_without_end,
-            _logp_with_padding,
-            _logp_mean,
-            _logp_shifted_mask,
-            _logp_without_first,
-            _logp_of_padding,
+            _gradient_without_weight,
+            _gradient_weighed_by_right,
+            _gradient_without_reference,
+            _gradient_weight_in_nats,
+            _gradient_without_outer_beta,
+            _gradient_summed,
+            _gradient_of_last_pairs,
+            _gradient_of_the_winner,
         ),
-        shape=lambda token_logps, tokens, end_token: tokens.shape[:1],
+        shape=lambda logps, *_: logps.shape,
     ),
     Exercise(
         "6.3",
@@ -281,5 +395,19 @@ EXERCISES = (
             _error_slope_upside_down,
             _error_without_root,
         ),
+    ),
+    Exercise(
+        "6.4",
+        cases=((TOKEN_LOGPS, TOKENS, 2), (TOKEN_LOGPS.flip(0), TOKENS, 5)),
+        judge=judge_completion_logp,
+        mistakes=(
+            _logp_without_end,
+            _logp_with_padding,
+            _logp_mean,
+            _logp_shifted_mask,
+            _logp_without_first,
+            _logp_of_padding,
+        ),
+        shape=lambda token_logps, tokens, end_token: tokens.shape[:1],
     ),
 )

@@ -31,6 +31,63 @@ def dpo_with_the_reference_added(chosen, rejected, ref_chosen, ref_rejected, bet
     return softplus(-beta * (chosen + ref_chosen - rejected - ref_rejected))
 
 
+def pushed(weights, logps, winners, losers):
+    """The mean over pairs of `weights`: minus at the winner, plus at the loser."""
+    gradient = torch.zeros_like(logps)
+    for weight, w, l in zip(weights, winners.tolist(), losers.tolist(), strict=True):  # noqa: E741
+        gradient[w] -= weight / len(winners)
+        gradient[l] += weight / len(winners)
+    return gradient
+
+
+def log_odds(logps, ref_logps, winners, losers):
+    return (logps - ref_logps)[winners] - (logps - ref_logps)[losers]
+
+
+def gradient_of_equal_pushes(logps, ref_logps, winners, losers, beta):
+    return pushed([beta] * len(winners), logps, winners, losers)
+
+
+def gradient_that_rewards_success(logps, ref_logps, winners, losers, beta):
+    d = log_odds(logps, ref_logps, winners, losers)
+    return pushed(beta / (1 + torch.exp(-beta * d)), logps, winners, losers)
+
+
+def gradient_on_probabilities_alone(logps, ref_logps, winners, losers, beta):
+    d = logps[winners] - logps[losers]
+    return pushed(beta / (1 + torch.exp(beta * d)), logps, winners, losers)
+
+
+def gradient_with_a_weight_in_nats(logps, ref_logps, winners, losers, beta):
+    d = log_odds(logps, ref_logps, winners, losers)
+    return pushed(beta / (1 + torch.exp(d)), logps, winners, losers)
+
+
+def gradient_in_the_margin(logps, ref_logps, winners, losers, beta):
+    d = log_odds(logps, ref_logps, winners, losers)
+    return pushed(1 / (1 + torch.exp(beta * d)), logps, winners, losers)
+
+
+def gradient_of_the_sum(logps, ref_logps, winners, losers, beta):
+    d = log_odds(logps, ref_logps, winners, losers)
+    return len(winners) * pushed(beta / (1 + torch.exp(beta * d)), logps, winners, losers)
+
+
+def gradient_by_indexed_assignment(logps, ref_logps, winners, losers, beta):
+    d = log_odds(logps, ref_logps, winners, losers)
+    weights = beta / (1 + torch.exp(beta * d)) / len(winners)
+    gradient = torch.zeros_like(logps)
+    gradient[winners] -= weights
+    gradient[losers] += weights
+    return gradient
+
+
+def gradient_of_the_chosen_alone(logps, ref_logps, winners, losers, beta):
+    weights = beta / (1 + torch.exp(beta * log_odds(logps, ref_logps, winners, losers)))
+    eye = torch.eye(len(logps), dtype=logps.dtype)
+    return (weights[:, None] * (logps.exp() - eye[winners])).mean(0)
+
+
 def sum_up_to_the_end(token_logps, tokens, end_token):
     return torch.where(tokens == end_token, 0.0, token_logps).sum(-1)
 
@@ -129,12 +186,14 @@ MISTAKES = {
         "Each answer has a sigmoid of its own": dpo_each_alone,
     },
     "6.2": {
-        "never learns to stop": sum_up_to_the_end,
-        "padding is counted": sum_of_everything,
-        "mean over tokens": mean_of_what_counts,
-        "one place too far": sum_of_one_too_many,
-        "The first token is left out": logp_without_first,
-        "The mask is inverted": logp_of_padding,
+        "The weight is missing": gradient_of_equal_pushes,
+        "The weight is upside down": gradient_that_rewards_success,
+        "missing from the margin": gradient_on_probabilities_alone,
+        "missing inside the weight": gradient_with_a_weight_in_nats,
+        "missing outside the weight": gradient_in_the_margin,
+        "a sum over pairs": gradient_of_the_sum,
+        "index_add": gradient_by_indexed_assignment,
+        "The loser is missing": gradient_of_the_chosen_alone,
     },
     "6.3": {
         "share of wins": error_of_a_proportion,
@@ -146,5 +205,13 @@ MISTAKES = {
         "This is the share's standard error over beta": error_slope_forgotten,
         "The slope is upside down": error_slope_upside_down,
         "The root is missing": error_without_root,
+    },
+    "6.4": {
+        "never learns to stop": sum_up_to_the_end,
+        "padding is counted": sum_of_everything,
+        "mean over tokens": mean_of_what_counts,
+        "one place too far": sum_of_one_too_many,
+        "The first token is left out": logp_without_first,
+        "The mask is inverted": logp_of_padding,
     },
 }
