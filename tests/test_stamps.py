@@ -236,6 +236,20 @@ def test_stated_minutes_are_within_a_factor_of_two_of_the_formula_and_exercises_
         assert short == long
 
 
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("x = 1\n\nshow(fig, alt=x)", 2),
+        ('show(\n    fig,\n    alt="One. "\n    "Two.",\n)', 3),
+        ('alt = """One.\nTwo."""\nsave(fig, "name", alt=alt)', 1),
+        ('alt = "One. "\nalt += "Two."\nshow(fig, alt=alt)', 1),
+        ("alto = 1\nf(alt_text=2)", 2),
+    ],
+)
+def test_the_alt_text_of_a_figure_is_not_counted(source, lines):
+    assert minutes.lines_of({"source": source}) == lines
+
+
 def test_reading_minutes_by_hand():
     cells = [
         {"cell_type": "markdown", "source": "# Two words\n\n$$x = 1$$\n\nand $a b c$ four more."},

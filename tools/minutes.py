@@ -3,11 +3,13 @@
 200 words per minute, the rate at which people read to learn (Carver 1990, *Reading Rate*); by our
 own guess 4 seconds for a line of code and half a minute for a figure or a displayed equation.
 Exercises say their minutes themselves, and the cell that installs the package is not read: neither
-counts. Of a cell tagged `check`, which the site folds, the claim in its first line counts. The main
-line of a chapter is what stands before its heading
-`## Going deeper (optional)`. How long a chapter runs is not computed: its author says it.
+counts. Of a cell tagged `check`, which the site folds, the claim in its first line counts. An alt
+text is read in place of its figure, so its lines do not count either. The main line of a chapter is
+what stands before its heading `## Going deeper (optional)`. How long a chapter runs is not
+computed: its author says it.
 """
 
+import ast
 import re
 
 WORDS_A_MINUTE = 200
@@ -50,7 +52,18 @@ def has_tag(cell: dict, tag: str) -> bool:
 
 
 def lines_of(cell: dict) -> int:
-    return sum(bool(line.strip()) for line in "".join(cell["source"]).splitlines())
+    """Lines of code that are not empty, without those of a figure's alt text."""
+    source = "".join(cell["source"])
+    alt = set()
+    for node in ast.walk(ast.parse(source)):
+        names = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(name, ast.Name) and name.id == "alt" for name in names):
+            alt |= set(range(node.lineno, node.end_lineno + 1))
+        given = isinstance(node, ast.keyword) and node.arg == "alt"
+        if given and not isinstance(node.value, ast.Name):
+            alt |= set(range(node.value.lineno, node.value.end_lineno + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(bool(line.strip()) for number, line in lines if number not in alt)
 
 
 def reading_minutes(notebook: dict) -> float:
