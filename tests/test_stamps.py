@@ -236,6 +236,12 @@ def test_stated_minutes_are_within_a_factor_of_two_of_the_formula_and_exercises_
         assert short == long
 
 
+def test_the_main_lines_of_part_one_are_read_in_two_and_a_half_hours():
+    part_one = [read(path) for path in chapters() if path.name < "07"]
+    assert len(part_one) == 7
+    assert sum(stated_minutes(n["cells"][0]["source"])[0] for n in part_one) <= 150
+
+
 @pytest.mark.parametrize(
     ("source", "lines"),
     [
