@@ -240,6 +240,7 @@ def test_the_main_lines_of_part_one_are_read_in_two_and_a_half_hours():
     part_one = [read(path) for path in chapters() if path.name < "07"]
     assert len(part_one) == 7
     assert sum(stated_minutes(n["cells"][0]["source"])[0] for n in part_one) <= 150
+    assert sum(minutes.reading_minutes(minutes.main_line(n)) for n in part_one) <= 150
 
 
 @pytest.mark.parametrize(
@@ -264,10 +265,11 @@ def test_reading_minutes_by_hand():
         {"cell_type": "markdown", "source": "**1.1** (3 minutes, easy) x\n\n**1.2** (10 minutes"},
         {"cell_type": "code", "source": 'def f(): ...\n\n\ncheck("1.1", f)', "outputs": []},
         {"cell_type": "code", "source": "x = 1", "metadata": {"tags": ["remove-cell"]}},
+        {"cell_type": "code", "source": "import torch\n\nSEED = 0", "metadata": {}},
         {"cell_type": "code", "source": "# it is | 1\nx\ny", "metadata": {"tags": ["check"]}},
     ]
     # Words: 2, then and symbol four more: 6. Three lines of code, one equation, one figure, and the
-    # claim of the check. The exercises, their stub and the cell that installs are not counted.
+    # claim of the check. The exercises, their stub, and the cells that install and set up are not.
     assert minutes.reading_minutes({"cells": cells}) == pytest.approx(6 / 200 + 4 / 15 + 2 / 2)
     assert minutes.exercise_minutes({"cells": cells}) == 13
 

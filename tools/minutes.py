@@ -2,11 +2,11 @@
 
 200 words per minute, the rate at which people read to learn (Carver 1990, *Reading Rate*); by our
 own guess 4 seconds for a line of code and half a minute for a figure or a displayed equation.
-Exercises say their minutes themselves, and the cell that installs the package is not read: neither
-counts. Of a cell tagged `check`, which the site folds, the claim in its first line counts. An alt
-text is read in place of its figure, so its lines do not count either. The main line of a chapter is
-what stands before its heading `## Going deeper (optional)`. How long a chapter runs is not
-computed: its author says it.
+Exercises say their minutes themselves, and the two cells that install the package and set it up are
+the same in every chapter: they do not count. Of a cell tagged `check`, which the site folds, the
+claim in its first line counts. An alt text is read in place of its figure, so its lines do not
+count either. The main line of a chapter is what stands before its heading `## Going deeper
+(optional)`. How long a chapter runs is not computed: its author says it.
 """
 
 import ast
@@ -17,6 +17,7 @@ MINUTES_A_LINE = 4 / 60
 MINUTES_A_PICTURE = 0.5
 OPTIONAL = re.compile(r"^## Going deeper \(optional\)$", re.M)
 EXERCISE = re.compile(r"^\*\*\d+\.\d+\*\* \((\d+) minutes", re.M)
+SET_UP = re.compile(r"^SEED = \d+", re.M)
 STUB = re.compile(r"^check\(\"\d+\.\d+\"", re.M)
 
 
@@ -41,10 +42,11 @@ def has_optional_sections(notebook: dict) -> bool:
 
 
 def is_read(cell: dict) -> bool:
-    """Whether a cell counts: not an exercise, not its stub, and not the cell that installs."""
+    """Whether a cell counts: no exercise, no stub, and neither of the cells that prepare."""
     source = "".join(cell["source"])
-    exercise = EXERCISE if cell["cell_type"] == "markdown" else STUB
-    return not (exercise.search(source) or has_tag(cell, "remove-cell"))
+    if cell["cell_type"] == "markdown":
+        return not EXERCISE.search(source)
+    return not (STUB.search(source) or SET_UP.search(source) or has_tag(cell, "remove-cell"))
 
 
 def has_tag(cell: dict, tag: str) -> bool:
