@@ -101,6 +101,16 @@ def test_what_the_usual_account_gets_wrong_is_proved_by_cells_that_ran():
             assert number in printed, f"{number} is not printed in {path}, {unquote(anchor)}"
 
 
+def test_the_numbers_of_the_three_beliefs_at_the_top_are_printed_by_chapter_03():
+    top = README.partition("## Three things")[2].partition("\n## ")[0]
+    assert "66 samples give it to 10 % at β = 2" in top
+    assert "54 billion are needed at β = 0.3" in top
+    (path,) = (ROOT / "notebooks").glob("03_*.ipynb")
+    printed = printed_in_section(path, "What-explodes-is-χ²")
+    assert re.search(r"^ 2\.0 .* 66$", printed, re.M)
+    assert re.search(r"^ 0\.3 .* 54,000,000,000$", printed, re.M)
+
+
 def test_the_gallery_shows_every_figure_beside_the_chapter_that_draws_it():
     gallery = README.partition("## Figures\n")[2].partition("\n## ")[0]
     shown = re.findall(r"\[!\[([^\]]+)\]\(figures/(\w+)\.png\)<br>([^\]]+)\]\((\S+?)\)", gallery)
