@@ -1,8 +1,9 @@
 """DPO derived, measured and broken on tasks small enough to enumerate.
 
 `import dpo_mini` brings in torch and nothing slower. `dpo_mini.plotting` (matplotlib),
-`dpo_mini.explorer`, `dpo_mini.progress`, `dpo_mini.checks` and `dpo_mini.real` (transformers, which
-the extra `real` installs) are there all the same: each is imported when it is first asked for.
+`dpo_mini.explorer`, `dpo_mini.progress`, `dpo_mini.checks`, `dpo_mini.runs` and `dpo_mini.real`
+(transformers, which the extra `real` installs) are there all the same: each is imported when it is
+first asked for.
 """
 
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dpo_mini import (
     closed_form,
+    devices,
     logps,
     losses,
     policies,
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     from dpo_mini import plotting as plotting
     from dpo_mini import progress as progress
     from dpo_mini import real as real
+    from dpo_mini import runs as runs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "closed_form",
+    "devices",
     "logps",
     "losses",
     "policies",
@@ -44,7 +48,7 @@ __all__ = [
     "tasks",
     "train",
 ]
-_LATER = ("checks", "explorer", "plotting", "progress", "real")
+_LATER = ("checks", "explorer", "plotting", "progress", "real", "runs")
 
 
 if not TYPE_CHECKING:  # a type checker that sees this lets every name pass

@@ -6,7 +6,7 @@ whose completions are one token long, so the same functions serve all of them.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -128,6 +128,11 @@ class Task:
             f"completions of {tokens} from {_counted(self.vocabulary, 'word')}; {table} a table "
             "for its reference>"
         )
+
+    def to(self, device: torch.device | str) -> "Task":
+        """This task with all its tables on a device; a task of its own, this one stays."""
+        ref_logps = None if self.ref_logps is None else self.ref_logps.to(device)
+        return replace(self, rewards=self.rewards.to(device), ref_logps=ref_logps)
 
     @property
     def vocab_size(self) -> int:

@@ -15,6 +15,7 @@ LEVELS = {
     "progress": -1,
     "logps": 0,
     "closed_form": 0,
+    "devices": 0,
     "preferences": 0,
     "losses": 0,
     "policy_gradient": 0,
@@ -27,6 +28,7 @@ LEVELS = {
     "rollout": 2,
     "train": 3,
     "real": 4,
+    "runs": 4,
 }
 HEAVY = {
     "transformers": {"real"},

@@ -72,7 +72,8 @@ class TinyTransformer(Policy):
       prompt_tokens: `[X, P]` int64, what is read for each prompt; if left out, prompt x is the one
         token V + x.
       n_layers, n_heads, width: the shape; `width` is a multiple of `n_heads`.
-      generator: draws the initial weights, as GPT-2's are drawn: N(0, 0.02^2) and smaller.
+      generator: draws the initial weights, as GPT-2's are drawn: N(0, 0.02^2) and smaller. They lie
+        on its device.
     Raises:
       ValueError: a size below 1, or a token out of range.
     """
@@ -102,9 +103,10 @@ class TinyTransformer(Policy):
         self.n_prompts, self.vocab_size = n_prompts, vocab_size
         self.max_tokens, self.end_token = max_tokens, end_token
         check_sizes(self)
-        read = read_for_prompts(self, prompt_tokens)  # [X, P]
+        read = read_for_prompts(self, prompt_tokens).to(generator.device)  # [X, P]
         self.register_buffer("prompt_tokens", read, persistent=False)
-        with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
+        # torch fills new layers from global random state
+        with torch.random.fork_rng(devices=[]), generator.device:
             self.wte = nn.Embedding(max(vocab_size, int(read.max()) + 1), width)
             self.wpe = nn.Embedding(read.shape[1] + max_tokens - 1, width)
             self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))  # type: ignore[assignment]
