@@ -711,6 +711,29 @@ def test_the_mean_of_k1_is_plus_the_kl_from_the_policy():
     assert again["kl"] == [pytest.approx(exact, abs=5 * error)]
 
 
+def test_a_value_function_is_judged_by_the_variance_that_it_explains():
+    """Of prompts with rewards 0 and 4 whatever is answered: V right, off by 1, and constant."""
+    reference = torch.zeros(2, 3, dtype=torch.float64).log_softmax(-1)
+    rewards = torch.tensor([[0.0] * 3, [4.0] * 3], dtype=torch.float64)
+    task = Task(("x", "y"), ("a", "b", "c"), 1, None, rewards, reference)
+    cases = {(0.0, 4.0): 1.0, (1.0, 5.0): 1.0, (7.0, 7.0): 0.0, (1.0, 3.0): 0.75, (4.0, 0.0): -3.0}
+    for values, want in cases.items():
+        critic = TabularPolicy(torch.tensor(values, dtype=torch.float64)[:, None])
+        both = SeparateNetworks(TabularPolicy(reference), critic)
+        _, history = ppo(task, both, steps=1, batch_size=8)
+        assert history["explained_variance"] == [pytest.approx(want)], values
+
+
+def test_where_all_returns_are_equal_there_is_no_variance_to_explain():
+    task = Task(("x",), ("a", "b"), 1, None, torch.full((1, 2), 0.1, dtype=torch.float64),
+                torch.zeros(1, 2, dtype=torch.float64).log_softmax(-1))  # fmt: skip
+    for value in (0.0, 0.1, 3.7):
+        critic = TabularPolicy(torch.tensor([[value]], dtype=torch.float64))
+        both = SeparateNetworks(TabularPolicy(task.ref_logps), critic)
+        _, history = ppo(task, both, steps=1, batch_size=7)
+        assert history["explained_variance"] == [0.0]
+
+
 def test_beta_follows_its_controller():
     task = four_answers()
     best = optimal_logps(task.ref_logps, task.rewards, 0.5)
@@ -1061,6 +1084,7 @@ def ppo_by_its_formulas(
             for t in range(n):
                 advantages[i, t] = sum((discount * lam) ** (k - t) * errors[k] for k in range(t, n))
         returns, of_tokens = advantages + old_values, advantages[mask]
+        residual = (returns - old_values)[mask]
         advantages = (advantages - of_tokens.mean()) / (of_tokens.var(correction=0) + 1e-8) ** 0.5
         for rows in batch.orders or [list(range(n_rows))] * n_epochs:
             kept = mask[rows]
@@ -1083,6 +1107,7 @@ def ppo_by_its_formulas(
             "kl": kl,
             "objective": batch.scores.mean() - beta * kl,
             "entropy": entropies[mask].mean(),
+            "explained_variance": 1 - residual.var() / returns[mask].var(),
             "clipped": ((ratios - 1).abs() > 0.2).double().mean(),
             "value_loss": errors.detach().mean(),
             "beta": beta,

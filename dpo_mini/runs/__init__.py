@@ -1,8 +1,8 @@
 """Trainings whose results are stored: too many for a chapter, or other on another processor.
 
-`load("comparison")` reads what chapter 09 shows, `load("verifiable")` what chapter 10 shows. Each
-file was made by the module of its name; in the repository `python tools/store_runs.py comparison`
-makes it anew and takes minutes.
+`load("ablations")` reads what chapter 08 shows, `load("comparison")` what chapter 09 shows, and
+`load("verifiable")` what chapter 10 shows. Each file was made by the module of its name; in the
+repository `python tools/store_runs.py comparison` makes it anew and takes minutes.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["NAMES", "load"]
 
-NAMES = ("comparison", "verifiable")
+NAMES = ("ablations", "comparison", "verifiable")
 """The files that there are."""
 
 

@@ -170,11 +170,14 @@ def fit_ppo(
       parts: what else can be changed, such as `PPOParts(normalise=as_they_are)`.
       progress: as in `fit_sft`.
     Returns:
-      `{"reward", "kl", "objective", "entropy", "clipped", "value_loss", "beta"}`, each `[steps]`:
-      of each batch the mean score, the mean of k1 = log pi_old - log pi_ref of a completion in
-      nats, score - beta k1, and the mean entropy per token in nats, all as it was drawn; of its
-      last step of Adam the share of tokens whose ratio is outside [.8, 1.2], and the mean value
-      error; and beta.
+      `{"reward", "kl", "objective", "entropy", "explained_variance", "clipped", "value_loss",
+      "beta"}`, each `[steps]`. Of each batch, as it was drawn: the mean score; the mean of
+      k1 = log pi_old - log pi_ref of a completion, in nats; score - beta k1; the mean entropy per
+      token, in nats; and the share of the variance of the returns that V explains,
+      1 - Var(R - V_old) / Var(R) over the tokens: 1 if V is right up to a constant, 0 if V is a
+      constant, below 0 if V is worse than that. Where all R are equal there is nothing to explain,
+      and it is 0. Of the last step of Adam on the batch: the share of tokens whose ratio is outside
+      [.8, 1.2], and the mean value error. And beta.
     Raises:
       ValueError: as `fit_reinforce`, or a reference's log-probability above 0.
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019,
@@ -213,8 +216,9 @@ def fit_ppo(
         schedule.step()
         log_ratios, value_errors = (logps - old_logps[rows])[mask[rows]], value_errors[mask[rows]]
         kls = (old_logps - ref_logps).sum(1)  # of completions: both are 0 on padding
-        measured = _measured(scores, kls, entropies[mask], log_ratios, value_errors, kl_weight)
-        record(history, **measured)
+        explained = _explained_variance(old_values[mask], returns[mask])
+        of_tokens = entropies[mask], explained, log_ratios, value_errors
+        record(history, **_measured(scores, kls, *of_tokens, kl_weight))
         if isinstance(beta, AdaptiveKLController):
             beta.update(kls.mean().item(), batch_size)
     return history
@@ -255,6 +259,7 @@ def _measured(
     scores: Tensor,
     kls: Tensor,
     entropies: Tensor,
+    explained: Tensor,
     log_ratios: Tensor,
     value_errors: Tensor,
     kl_weight: float,
@@ -266,10 +271,19 @@ def _measured(
         "kl": kl,
         "objective": reward - kl_weight * kl,
         "entropy": entropies.mean(),
+        "explained_variance": explained,
         "clipped": ((ratios - 1).abs() > 0.2).double().mean(),
         "value_loss": value_errors.detach().mean(),
         "beta": kl_weight,
     }
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) of tokens `[n]`, and 0 where all R are equal (but for rounding)."""
+    spread = returns.var(correction=0)
+    if spread <= (torch.finfo(returns.dtype).eps * returns.abs().amax()) ** 2:
+        return torch.zeros_like(spread)
+    return 1 - (returns - values).var(correction=0) / spread
 
 
 def _check_two_tokens(parts: PPOParts, mask: Tensor) -> None:
