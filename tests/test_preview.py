@@ -207,6 +207,8 @@ def test_the_numbers_of_the_glossarys_examples_are_right():
         "objective": [earned, kl, earned - beta * kl],
         "partition function": [math.log(z), beta * math.log(z)],
         "REBEL": [1.0 - 0.2],
+        "return": [-0.1 + 0.9, -0.1 - 0.1 + 0.9],
+        "reward per token": [3 - 0.25],
         "RLOO": [(0.2 + 0.8) / 2],
         "standard error": [math.sqrt(0.55 * 0.45 / 200)],
         "TD error": [-0.2 + 1.0 - 0.5],

@@ -1,4 +1,4 @@
-"""Chapter 08: train a policy with PPO."""
+"""Chapter 08: build PPO, then train with it."""
 
 from itertools import product
 
@@ -24,6 +24,16 @@ REF_LOGPS = torch.tensor(
     dtype=torch.float64,
 )
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+
+NEW_VALUES = torch.tensor(
+    [[0.7, 1.2, 0.3, -0.4], [-0.5, 0.1, 0.9, 1.6], [0.2, -1.1, 0.8, 0.5]], dtype=torch.float64
+)
+OLD_VALUES = torch.tensor(
+    [[0.4, 0.8, -0.6, 0.9], [-0.2, -0.3, 0.5, 1.1], [0.6, 0.7, -0.9, 0.3]], dtype=torch.float64
+)
+GAE_ADVANTAGES = torch.tensor(
+    [[1.1, -0.7, 0.4, -0.2], [0.3, -1.6, 0.8, 0.2], [-0.9, 1.3, 0.5, -0.6]], dtype=torch.float64
+)
 
 
 def judge_advantages(advantages):
@@ -327,6 +337,99 @@ def _rewards_in_the_last_column_unmasked(scores, logps, ref_logps, mask, beta):
     return torch.cat([rewards[:, :-1], rewards[:, -1:] + scores[:, None]], dim=1)
 
 
+def judge_critic_loss(critic_loss):
+    """8.4: 0 at A + V_old, a parabola around it, the sum of what each token adds, no padding."""
+    for n_rows, n_tokens in ((1, 3), (2, 3), (3, 2)):
+        old, advantages, off, noise = draws(4, n_rows, n_tokens, seed=10 * n_rows + n_tokens)
+        aim, at = old + advantages, torch.arange(n_tokens)
+        for lengths in product(range(1, n_tokens + 1), repeat=n_rows):
+            kept = at < torch.tensor(lengths)[:, None]
+            rest = old, advantages, kept.long()
+            agree(
+                critic_loss(aim, *rest),
+                0.0,
+                "where every value is what it was plus the advantage, the loss is not 0",
+            )
+            for shift in (0.6, -1.5):
+                agree(
+                    critic_loss(aim + shift, *rest),
+                    shift**2 / 2,
+                    "where every value is off by c, the loss is not half of c squared",
+                )
+            alone = [
+                critic_loss(aim + off * place.view_as(off), *rest)
+                for place in torch.eye(off.numel(), dtype=off.dtype)
+            ]
+            whole = critic_loss(aim + off, *rest)
+            agree(
+                whole,
+                sum(alone),
+                "the loss is not the sum of what it is where a single token is off",
+            )
+            moved = [torch.where(kept, t, t + noise) for t in (aim + off, *rest[:2])]
+            agree(critic_loss(*moved, rest[2]), whole, "what padding holds changes the loss")
+            for length, row, own in zip(lengths, range(n_rows), off, strict=True):
+                only = torch.zeros_like(off)
+                only[row, length - 1] = own[length - 1]
+                agree(
+                    critic_loss(aim + only, *rest),
+                    own[length - 1] ** 2 / 2 / kept.sum(),
+                    "a token that is off by c does not add half of c squared over the number of "
+                    "tokens",
+                )
+
+
+def _critic_errors(values, targets, mask):
+    """Half the mean square over tokens."""
+    return 0.5 * ((values - targets) ** 2 * mask).sum() / mask.sum()
+
+
+def _critic_advantage_as_target(values, old_values, advantages, mask):
+    """The target is the advantage alone: a value guesses a return, so the old value is in it."""
+    return _critic_errors(values, advantages, mask)
+
+
+def _critic_moving_target(values, old_values, advantages, mask):
+    """The target moves with the guess: it was fixed with the values of the time of drawing."""
+    return _critic_errors(values, values + advantages, mask)
+
+
+def _critic_advantage_taken_off(values, old_values, advantages, mask):
+    """The advantage has the wrong sign: the target is the old value plus it."""
+    return _critic_errors(values, old_values - advantages, mask)
+
+
+def _critic_padding_counted(values, old_values, advantages, mask):
+    """The mean runs over padding too: divide by the number of tokens."""
+    return 0.5 * ((values - old_values - advantages) ** 2 * mask).mean()
+
+
+def _critic_padding_in_the_error(values, old_values, advantages, mask):
+    """The mask is missing: nobody asks for a value of padding."""
+    return 0.5 * ((values - old_values - advantages) ** 2).mean()
+
+
+def _critic_mean_of_rows(values, old_values, advantages, mask):
+    """This is the mean over rows of means over their tokens: short reviews count for more."""
+    squares = (values - old_values - advantages) ** 2 * mask
+    return 0.5 * (squares.sum(1) / mask.sum(1)).mean()
+
+
+def _critic_square_of_the_mean(values, old_values, advantages, mask):
+    """This is the square of the mean error: errors of both signs cancel. Square first."""
+    return 0.5 * (((values - old_values - advantages) * mask).sum() / mask.sum()) ** 2
+
+
+def _critic_absolute(values, old_values, advantages, mask):
+    """This is the absolute error, whose best guess is the median: the mean needs squares."""
+    return ((values - old_values - advantages).abs() * mask).sum() / mask.sum()
+
+
+def _critic_old_values(values, old_values, advantages, mask):
+    """The target is the old value: with that the critic learns nothing new."""
+    return _critic_errors(values, old_values, mask)
+
+
 EXERCISES = (
     Exercise(
         "8.1",
@@ -384,5 +487,21 @@ EXERCISES = (
             _rewards_in_the_last_column_unmasked,
         ),
         shape=lambda scores, logps, ref_logps, mask, beta: logps.shape,
+    ),
+    Exercise(
+        "8.4",
+        cases=((NEW_VALUES, OLD_VALUES, GAE_ADVANTAGES, MASK),),
+        judge=judge_critic_loss,
+        mistakes=(
+            _critic_advantage_as_target,
+            _critic_moving_target,
+            _critic_advantage_taken_off,
+            _critic_padding_counted,
+            _critic_padding_in_the_error,
+            _critic_mean_of_rows,
+            _critic_square_of_the_mean,
+            _critic_absolute,
+            _critic_old_values,
+        ),
     ),
 )

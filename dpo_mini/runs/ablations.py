@@ -8,7 +8,7 @@ details, of at most five for the rest.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +29,23 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def long_task() -> tuple[tasks.Task, policies.TinyTransformer, tuple[Tensor, Tensor]]:
-    """Micro-reviews, the reference, and the demonstrations that it is fitted to."""
+class Setting(NamedTuple):
+    """Micro-reviews, the reference, the demonstrations that it is fitted to, and the generator."""
+
+    task: tasks.Task
+    reference: policies.TinyTransformer
+    demos: tuple[Tensor, Tensor]
+    generator: torch.Generator
+
+
+def long_task() -> Setting:
+    """The setting of chapter 08; its generator goes on to draw the pairs of the reward model."""
     task, g = tasks.micro_reviews(), seeded(0)
     demos = tasks.micro_review_demonstrations(8000, generator=g)
     reference = policies.TinyTransformer.for_task(task, n_layers=1, generator=g)
     options = {"steps": 300, "batch_size": 256, "learning_rate": 1e-2}
     train.fit_sft(reference, *demos, generator=g, **options)
-    return task, reference, demos
+    return Setting(task, reference, demos, g)
 
 
 def three_words(task: tasks.Task) -> tasks.Task:
@@ -143,20 +152,30 @@ def health(history: dict[str, list[float]]) -> dict[str, float]:
     return {**ends, "largest share clipped": max(history["clipped"])}
 
 
-def reward_model(
-    task: tasks.Task, reference: policies.TinyTransformer, ref_logps: Tensor
-) -> policies.RewardModel:
-    """A reward model fitted to 2,000 pairs, with mean 0 over a sample of the reference."""
-    g = seeded(3)
+def reward_model(task: tasks.Task, ref_logps: Tensor, g: torch.Generator) -> policies.RewardModel:
+    """A reward model fitted to 2,000 pairs from the reference."""
     pairs = task.sample_pairs(ref_logps, 2_000, generator=g)
     model = policies.RewardModel.for_task(task, n_layers=1, generator=g)
     options = {"steps": 200, "batch_size": 500, "learning_rate": 8e-3}
     train.fit_reward_model(model, pairs, generator=g, **options)
-    rows = task.prompts.repeat(500)
-    with torch.no_grad():
-        drawn = rollout.sample(reference, rows, generator=g)
-        model.centre(rollout.shared_prefix_rewards(model, rows, drawn))
     return model
+
+
+def place(logps: Tensor, ref_logps: Tensor, rewards: tuple[Tensor, ...]) -> list[float]:
+    """Root of the KL from the reference, and by how much the mean of each reward is above its."""
+    nats, change = closed_form.kl(logps, ref_logps).mean(), logps.exp() - ref_logps.exp()
+    return [nats.sqrt().item(), *((change * r).sum(1).mean().item() for r in rewards)]
+
+
+def sweep(
+    task: tasks.Task, ref_logps: Tensor, model: policies.RewardModel
+) -> dict[str, list[float]]:
+    """Where the true reward of a learned reward's exact optimum is highest, and at beta 1/128."""
+    rewards = rollout.enumerate_rewards(model, task), task.rewards
+    betas = [2.0**k for k in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -4, -5, -6, -7)]
+    optima = (closed_form.optimal_logps(ref_logps, rewards[0], beta) for beta in betas)
+    places = [place(logps, ref_logps, rewards) for logps in optima]
+    return {"peak": max(places, key=lambda each: each[2]), "end": places[-1]}
 
 
 def chase(
@@ -180,10 +199,7 @@ def chase(
             if number % 10 == 9:
                 with torch.no_grad():
                     logps = rollout.enumerate_logps(policy, task)
-                nats = closed_form.kl(logps, ref_logps).mean().sqrt().item()
-                change = logps.exp() - ref_logps.exp()
-                gains = [(change * r).sum(1).mean().item() for r in (learned, task.rewards)]
-                path.append([nats, *gains])
+                path.append(place(logps, ref_logps, (learned, task.rewards)))
 
     def score(prompts: Tensor, completions: Tensor) -> Tensor:
         return rollout.shared_prefix_rewards(model, prompts, completions)
@@ -197,7 +213,7 @@ def chase(
 
 def make(progress: Progress = iter) -> dict[str, Any]:
     """All runs anew, as chapter 08 shows them."""
-    task, reference, demos = long_task()
+    task, reference, demos, g = long_task()
     short = three_words(task)
     small = short_reference(short, demos)
     short_ref, best = tables(short, small, 0.5)
@@ -209,6 +225,7 @@ def make(progress: Progress = iter) -> dict[str, Any]:
         "betas": {f"{beta:g}": [] for beta in BETAS},
         "health": {"healthy": [], "learning rate 0.2": [], "no clip": []},
         "chase": [],
+        "models": [],
     }
     jobs: list[tuple[Callable[[], Any], list[Any]]] = []
     for name, options in rows.items():
@@ -245,10 +262,13 @@ def make(progress: Progress = iter) -> dict[str, Any]:
     for (_, found), options in zip(result["health"].items(), ills, strict=True):
         for seed in SEEDS:
             jobs.append((partial(of_health, seed, **options), found))
-    model = reward_model(task, reference, ref_logps)
+    model = reward_model(task, ref_logps, g)
     for seed in SEEDS:
         run = partial(chase, task, reference, ref_logps, model, seed=seed)
         jobs.append((run, result["chase"]))
+    for seed in SEEDS:
+        fit = partial(reward_model, task, ref_logps, seeded(100 + seed))
+        jobs.append((lambda f=fit: sweep(task, ref_logps, f()), result["models"]))
     for run, found in progress(jobs):
         found.append(run())
     return result

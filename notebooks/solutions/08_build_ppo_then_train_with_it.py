@@ -29,4 +29,15 @@ def token_rewards(scores, logps, ref_logps, mask, beta):
     return last * scores[:, None] - beta * mask * (logps - ref_logps)
 
 
-SOLUTIONS = {"8.1": advantages, "8.2": clipped_loss, "8.3": token_rewards}
+def critic_loss(values, old_values, advantages, mask):
+    """8.4: the target A + V_old is a constant; each token counts the same."""
+    targets = (old_values + advantages).detach()
+    return (0.5 * (values - targets) ** 2 * mask).sum() / mask.sum()
+
+
+SOLUTIONS = {
+    "8.1": advantages,
+    "8.2": clipped_loss,
+    "8.3": token_rewards,
+    "8.4": critic_loss,
+}

@@ -180,6 +180,49 @@ def rewards_in_the_last_column_unmasked(scores, logps, ref_logps, mask, beta):
     return rewards
 
 
+def of_tokens(squares, mask):
+    return squares[mask.bool()].mean() / 2
+
+
+def advantage_for_target(values, old_values, advantages, mask):
+    return of_tokens((values - advantages).square(), mask)
+
+
+def target_of_new_values(values, old_values, advantages, mask):
+    return of_tokens(advantages.square(), mask)
+
+
+def advantage_subtracted(values, old_values, advantages, mask):
+    return of_tokens((values - (old_values - advantages)).square(), mask)
+
+
+def divided_by_all_places(values, old_values, advantages, mask):
+    errors = mask * (values - (old_values + advantages))
+    return errors.square().sum() / (2 * mask.numel())
+
+
+def padding_has_errors(values, old_values, advantages, mask):
+    return torch.nn.functional.mse_loss(values, old_values + advantages) / 2
+
+
+def rows_count_the_same(values, old_values, advantages, mask):
+    errors = (values - (old_values + advantages)).square()
+    rows = [row[kept].mean() for row, kept in zip(errors, mask.bool(), strict=True)]
+    return sum(rows) / len(rows) / 2
+
+
+def mean_before_square(values, old_values, advantages, mask):
+    return (values - (old_values + advantages))[mask.bool()].mean().square() / 2
+
+
+def absolute_error(values, old_values, advantages, mask):
+    return (values - (old_values + advantages))[mask.bool()].abs().mean()
+
+
+def nothing_new(values, old_values, advantages, mask):
+    return of_tokens((values - old_values).square(), mask)
+
+
 MISTAKES = {
     "8.1": {
         "TD error alone": td_errors_only,
@@ -219,5 +262,16 @@ MISTAKES = {
         "The score is spread over the tokens": rewards_spread,
         "The penalty is k3": rewards_k3,
         "the score is in the last column, which is": rewards_in_the_last_column_unmasked,
+    },
+    "8.4": {
+        "The target is the advantage alone": advantage_for_target,
+        "The target moves with the guess": target_of_new_values,
+        "The advantage has the wrong sign": advantage_subtracted,
+        "The mean runs over padding too": divided_by_all_places,
+        "The mask is missing": padding_has_errors,
+        "the mean over rows of means": rows_count_the_same,
+        "the square of the mean error": mean_before_square,
+        "This is the absolute error": absolute_error,
+        "The target is the old value": nothing_new,
     },
 }
