@@ -347,13 +347,13 @@ def maxrl_advantages(rewards: Tensor) -> Tensor:
     Args:
       rewards: `[B, K]`, as in `mean_advantages`, none below 0; made for rewards of 0 and 1.
     Returns:
-      `[B, K]`, without unit.
+      `[B, K]`, without unit, without gradient.
     Raises:
       ValueError: a reward is below 0 or not finite, or K < 2.
     Source: Tajwar et al. 2026 (MaxRL), arXiv:2602.02710. Its code divides by the mean plus 1e-6;
       here nothing is added.
     """
-    groups = _groups(rewards)
+    groups = _groups(rewards).detach()
     if values_visible(groups) and (groups < 0).any():
         raise ValueError(f"`rewards` must be >= 0, got {groups.min().item():.4g}")
     means = groups.mean(-1, keepdim=True)
