@@ -366,6 +366,17 @@ def test_the_whole_function_compiles(name, fresh_dynamo):
         exact(*slopes)
 
 
+def test_groups_with_a_difference_inside_transforms(fresh_dynamo):
+    """A verdict, which has no derivative: no row of the table."""
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    want = torch.tensor([False, True])
+    function = policy_gradient.groups_with_difference
+    both = torch.func.vmap(function)(torch.stack([rewards, rewards.flip(0)]))
+    assert torch.equal(both, torch.stack([want, want.flip(0)]))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards), want)
+
+
 # --- what is refused, and where --------------------------------------------------------------
 
 
