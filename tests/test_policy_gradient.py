@@ -696,7 +696,7 @@ def on_policy(method, group, **clips):
 )
 def test_on_policy_each_is_reinforce_but_for_its_division_by_lengths(method, share):
     update = per_completion(share)
-    for group in groups(4, 3):
+    for group in [*groups(4, 2), *groups(4, 3)]:
         exact(on_policy(method, group, **clips_of(method)), update(group))
 
 
@@ -920,10 +920,18 @@ def test_bad_groups_of_completions_are_refused(method):
 
 def test_bad_completions_are_refused_by_the_sequence_ratio():
     logps, old, _, mask = (tensor[0] for tensor in two_prompts())
-    spoilt = logps.clone()
+    spoilt, twice = logps.clone(), logps.clone()
     spoilt[0, 1] = -INF
+    twice[0] = double([INF, -INF])
+    half = (part.nan_to_num().half() for part in (logps, old))
     refused = [
         ((spoilt, old, TWO, mask), "`logps` must be finite, got -inf"),
+        ((twice, old, TWO, mask), "`logps` must be finite, got inf"),
+        (
+            (*half, TWO.float(), mask),
+            "`advantages` must have dtype torch.float16 like `logps`, got torch.float32: write "
+            "advantages.to(torch.float16)",
+        ),
         ((logps, spoilt, TWO, mask), "`old_logps` must be finite, got -inf"),
         ((logps, old, BAD, mask), "`advantages` must be finite, got nan"),
         ((logps[0], old, TWO, mask), "`logps` must be a non-empty [B, T], got shape [2]"),
