@@ -691,7 +691,8 @@ def cispo_loss(
     policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
     advantages = group_normalised_advantages(groups).unsqueeze(-1).expand_as(policy)
     tokens = cispo_surrogate_loss(policy, old, advantages, clip_eps_high=clip_eps_high)
-    return tokens.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).mean(dtype=tokens.dtype)
+    # Where there is no token, log pi is 0, and so is the loss.
+    return tokens.sum(-1) / mask.sum(-1).mean(dtype=tokens.dtype)
 
 
 # --- entropy and KL --------------------------------------------------------------------------
