@@ -239,7 +239,7 @@ def truncated_importance_weights(logps: Tensor, sampler_logps: Tensor, *, cap: f
     check_floats("[...]", logps=logps, sampler_logps=sampler_logps)
     check_finite(logps=logps, sampler_logps=sampler_logps)
     log_ratios = widen(logps).detach() - widen(sampler_logps).detach()
-    return hold(log_ratios).exp().clamp(max=cap)
+    return log_ratios.exp().clamp(max=cap)  # an infinite ratio is the cap, too
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
