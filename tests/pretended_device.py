@@ -5,8 +5,8 @@ computed by the CPU, but it refuses what CUDA refuses: tensors of the CPU beside
 numbers of no dimension, in functions of single elements), its own tensors as indices of one of the
 CPU, generators that lie elsewhere, and numpy. `tests/test_pretended_device.py` lists these rules.
 
-Only calls of torch from Python are looked at, not the kernels that a GPU would run: its rounding, its
-random numbers and its missing operators are not pretended.
+Only calls of torch from Python are looked at, not the kernels that a GPU would run: its rounding,
+its random numbers and its missing operators are not pretended.
 """
 
 from contextlib import contextmanager
@@ -100,9 +100,7 @@ def _everything_else(func, args, kwargs):
     for generator in _of_kind(_RealGenerator, (args, kwargs)):
         if isinstance(generator, PretendedGenerator) != there:
             want, got = ("cuda", "cpu") if there else ("cpu", "cuda")
-            raise RuntimeError(
-                f"Expected a '{want}' device type for generator but found '{got}'"
-            )
+            raise RuntimeError(f"Expected a '{want}' device type for generator but found '{got}'")
     return _moved(func(*args, **kwargs), there, tensors)
 
 
@@ -249,6 +247,11 @@ def _gradients(func, args, kwargs):
     return found
 
 
+def _format(func, args, kwargs):
+    own, spec = args
+    return format(own.item() if own.dim() == 0 else str(own), spec)
+
+
 def _stays_the_same_weight(func, args, kwargs):
     """Whether `Module.to` puts new values into a weight; one that changes devices is a new one."""
     return isinstance(args[0], PretendedTensor) == isinstance(args[1], PretendedTensor)
@@ -279,5 +282,6 @@ _RULES = {
     "__iter__": _iter,
     "__deepcopy__": _deepcopy,
     "__repr__": _repr,
+    "__format__": _format,
     "_has_compatible_shallow_copy_type": _stays_the_same_weight,
 }
