@@ -207,8 +207,8 @@ def _set_item(func, args, kwargs):
     return _moved(func(*args, **kwargs), isinstance(own, PretendedTensor))
 
 
-def _copy(func, args, kwargs):
-    return func(*args, **kwargs)
+def _where_the_first_lies(func, args, kwargs):
+    return _moved(func(*args, **kwargs), isinstance(args[0], PretendedTensor), args)
 
 
 def _iter(func, args, kwargs):
@@ -278,7 +278,10 @@ _RULES = {
     "__setitem__": _set_item,
     "index_put": _set_item,
     "index_put_": _set_item,
-    "copy_": _copy,
+    "copy_": _where_the_first_lies,
+    "expand_as": _where_the_first_lies,
+    "view_as": _where_the_first_lies,
+    "reshape_as": _where_the_first_lies,
     "__iter__": _iter,
     "__deepcopy__": _deepcopy,
     "__repr__": _repr,

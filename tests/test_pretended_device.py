@@ -84,6 +84,11 @@ def test_a_slice_copies_from_everywhere(x):
     assert x.tolist() == [[7.0] * 4, [1.0] * 4, [7.0] * 4]
 
 
+def test_a_shape_is_asked_for_on_every_device(x):
+    assert CPU[0].expand_as(x).device.type == "cpu"
+    assert x[0].expand_as(CPU).device == x.view_as(CPU).device == DEVICE
+
+
 def test_moves(x):
     assert x.to(DEVICE) is x
     assert x.to("cuda", torch.float64).device == DEVICE
