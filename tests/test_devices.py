@@ -302,8 +302,9 @@ def test_a_ranking_lies_beside_the_rewards(device):
 # --- formulas --------------------------------------------------------------------------------
 
 NUMBERS = dict(
-    beta=0.5, label_smoothing=0.1, divergence="forward_kl", gamma=0.5, reference_point=0.1,
-    n=3, n_tokens=2, clip_eps=0.2, discount=0.9, lam=0.9, tie_weight=0.7, betas=[0.5, 2.0],
+    beta=0.5, label_smoothing=0.1, divergence="forward_kl", gamma=0.5, reference_point=0.1, n=3,
+    n_tokens=2, clip_eps=0.2, clip_eps_high=0.3, cap=2.0, discount=0.9, lam=0.9, tie_weight=0.7,
+    betas=[0.5, 2.0],
 )  # fmt: skip
 FORMULAS = [
     (module, name)
@@ -316,14 +317,19 @@ FORMULAS = [
 def arguments_of(module, function, there):
     """What a formula takes, read off the names of its arguments, on a device."""
     generator, given = seeded(6), {}
-    for name, one in inspect.signature(function).parameters.items():
+    parameters = inspect.signature(function).parameters
+    for name, one in parameters.items():
         shape = (5, 3)
         if module is losses and not re.match("log_var|plackett|best_of", function.__name__):
             shape = (5,)
-        if name in ("initial_logps", "token_rewards"):
+        elif name in ("initial_logps", "token_rewards"):
             shape = (4,)
-        if name == "transition_logps":
+        elif name == "transition_logps":
             shape = (4, 4)
+        elif name == "advantages" and "completion_mask" in parameters:
+            shape = (5,)
+        elif {"old_logps", "rewards"} <= {*parameters} and name != "rewards":
+            shape = (5, 3, 4)  # of tokens
         if name in NUMBERS:
             given[name] = NUMBERS[name]
         elif name in ("completion_mask", "desirable"):
@@ -333,7 +339,8 @@ def arguments_of(module, function, there):
         elif one.default is one.empty:
             drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
             drawn = drawn.log_softmax(-1) if "logps" in name else drawn
-            given[name] = (drawn.square() if "squared" in name else drawn).to(there)
+            positive = "squared" in name or ("maxrl" in function.__name__ and name == "rewards")
+            given[name] = (drawn.square() if positive else drawn).to(there)
     return given
 
 
