@@ -11,7 +11,7 @@ from dpo_mini.runs import ablations
 STORED = runs.load("ablations")
 HEALTH = {
     "distance", "reward", "kl", "objective", "entropy", "explained_variance", "clipped",
-    "value_loss", "largest share clipped",
+    "value_loss", "largest", "curves",
 }  # fmt: skip
 
 
@@ -31,6 +31,12 @@ def test_the_file_has_five_seeds_of_each_run_and_finite_numbers():
     assert set(STORED["health"]) == {"healthy", "learning rate 0.2", "no clip"}
     for found in STORED["health"].values():
         assert [set(run) for run in found] == [HEALTH] * 5
+        for run in found:
+            curves = run["curves"]
+            assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(
+                ablations.CURVES, 50
+            )
+            assert all(max(curve) <= run["largest"][name] + 1e-4 for name, curve in curves.items())
     for path in STORED["chase"]:
         assert [len(point) for point in path] == [3] * 10
     assert len(STORED["chase"]) == len(STORED["models"]) == 5

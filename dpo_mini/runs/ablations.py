@@ -146,10 +146,15 @@ def run_detail(
         return closed_form.kl(rollout.enumerate_logps(policy, short), best).mean().item()
 
 
-def health(history: dict[str, list[float]]) -> dict[str, float]:
-    """What tells an ill run from a healthy one: the start, and the mean of the last ten steps."""
+CURVES = ("reward", "kl", "entropy", "clipped", "value_loss", "explained_variance")
+"""What of a run is kept as a curve, of every third batch."""
+
+
+def health(history: dict[str, list[float]]) -> dict[str, Any]:
+    """What tells an ill run from a healthy one: means of the last ten batches, largest, curves."""
     ends = {name: sum(values[-10:]) / 10 for name, values in history.items() if name != "beta"}
-    return {**ends, "largest share clipped": max(history["clipped"])}
+    curves = {name: [round(value, 4) for value in history[name][::3]] for name in CURVES}
+    return {**ends, "largest": {name: max(history[name]) for name in CURVES}, "curves": curves}
 
 
 def reward_model(task: tasks.Task, ref_logps: Tensor, g: torch.Generator) -> policies.RewardModel:
@@ -249,7 +254,7 @@ def make(progress: Progress = iter) -> dict[str, Any]:
             logps = rollout.enumerate_logps(policy, task)
         return closed_form.kl(logps, optimum).mean().item(), history
 
-    def of_health(seed: int, **options: Any) -> dict[str, float]:
+    def of_health(seed: int, **options: Any) -> dict[str, Any]:
         left, history = on_long(1.0, seed, steps=150, batch_size=256, **options)
         return {"distance": left, **health(history)}
 
