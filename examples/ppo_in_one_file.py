@@ -1,13 +1,9 @@
 """PPO in one file: a tiny language model learns from rewards and is compared with the best policy.
 
-The model sells ice cream: to "a child wants" it answers with at most three scoops, one token each.
-PPO draws answers, asks how much better than expected each token turned out, and makes the better
-ones likelier, in small steps. With only 85 answers, the best policy pi* can be computed exactly.
-
+To "a child wants" the model answers with at most three scoops of ice cream, one token each. PPO
+draws answers, finds the tokens that turned out better than expected, and makes those likelier.
 Shapes: B rows, P prompt tokens, T answer tokens, V answer words, X prompts, Y answers.
 """
-
-import copy
 
 import torch
 from torch import Generator, Tensor, nn
@@ -32,28 +28,23 @@ class ActorCritic(nn.Module):
         for weight in self.double().parameters():
             nn.init.normal_(weight, std=0.3, generator=generator)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """After tokens 0 to s: logits of token s + 1, `[B, S, V]`, and the guess, `[B, S]`."""
-        states = self.gru(self.embed(tokens))[0]
-        return self.head(states), self.value_head(states)[:, :, 0]
+    def forward(self, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi of each answer token given all before it, and the value there: `[B, T]` each."""
+        tokens = torch.cat([prompts, answers], dim=1).clamp(min=0)  # PAD has no embedding
+        states, _ = self.gru(self.embed(tokens[:, :-1]))  # the shift: predicted before it is read
+        logits, values = self.head(states[:, -T:]), self.value_head(states[:, -T:])[:, :, 0]
+        logps = logits.log_softmax(-1).gather(2, answers.clamp(min=0)[:, :, None])[:, :, 0]
+        return logps * (answers != PAD), values * (answers != PAD)  # <end> counts, PAD does not
 
-
-def read(model: nn.Module, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi of each answer token given all before it, and the value there: `[B, T]` each."""
-    tokens = torch.cat([prompts, answers], dim=1).clamp(min=0)  # [B, P + T]; PAD has no embedding
-    logits, values = model(tokens[:, :-1])  # the shift: a token is predicted before it is read
-    logps = logits[:, -T:].log_softmax(-1).gather(2, answers.clamp(min=0)[:, :, None])[:, :, 0]
-    return logps * (answers != PAD), values[:, -T:] * (answers != PAD)  # <end> counts, PAD not
-
-
-def sample(model: nn.Module, prompts: Tensor, generator: Generator) -> Tensor:
-    """Draw an answer to each prompt, token by token: `[B, T]`."""
-    tokens = prompts
-    for _ in range(T):
-        probs = model(tokens)[0][:, -1].softmax(-1)  # [B, V], of the next token
-        tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], dim=1)
-    answers = tokens[:, -T:]  # what was drawn after an <end> is no part of the answer
-    return answers.masked_fill((answers == END).cumsum(1) > (answers == END), PAD)
+    @torch.no_grad()
+    def sample(self, prompts: Tensor, generator: Generator) -> Tensor:
+        """Draw an answer to each prompt, token by token: `[B, T]`."""
+        answers = prompts.new_zeros(len(prompts), T)
+        for t in range(T):
+            states, _ = self.gru(self.embed(torch.cat([prompts, answers[:, :t]], dim=1)))
+            probs = self.head(states[:, -1]).softmax(-1)  # [B, V], of the next token
+            answers[:, t] = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        return answers.masked_fill((answers == END).cumsum(1) > (answers == END), PAD)
 
 
 def reward(prompts: Tensor, answers: Tensor) -> Tensor:
@@ -62,70 +53,48 @@ def reward(prompts: Tensor, answers: Tensor) -> Tensor:
     return (served * TASTE[prompts[:, 1] - 6]).sum(1)  # the prompt's second word names the guest
 
 
-def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
-    """Every token pays its share of the KL, and the last one earns the answer's score: `[B, T]`."""
-    is_last = torch.arange(T) == mask.sum(1, keepdim=True) - 1
-    return is_last * scores[:, None] - BETA * (logps - ref_logps)
-
-
-def gae(rewards: Tensor, values: Tensor) -> Tensor:
-    """How much better than expected each token turned out, `[B, T]`; all are 0 on padding."""
-    advantages = rewards - values  # this is all for the last token: nothing comes after it
-    for t in reversed(range(T - 1)):  # the others add what is expected next, and later surprises
-        advantages[:, t] += values[:, t + 1] + LAMBDA * advantages[:, t + 1]
-    return advantages
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and variance 1 over all tokens of the batch: `[B, T]`."""
-    return (x - x[mask].mean()) / (x[mask].var(correction=0) + 1e-8).sqrt() * mask
-
-
-def clipped_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's loss, `[B, T]`: no gradient once a ratio has moved by CLIP in the direction of A."""
-    ratios = (logps - old_logps).exp()
-    return -torch.min(ratios * advantages, ratios.clamp(1 - CLIP, 1 + CLIP) * advantages)
-
-
 def improve(model: nn.Module, ref: nn.Module, prompts: Tensor, answers: Tensor, adam: Adam) -> None:
     """Take EPOCHS steps of Adam on a batch of answers that the model has just drawn."""
     mask = answers != PAD
-    with torch.no_grad():  # advantages, returns and old log-probabilities are data from here on
-        (old_logps, values), (ref_logps, _) = (read(m, prompts, answers) for m in (model, ref))
-        raw = gae(token_rewards(reward(prompts, answers), old_logps, ref_logps, mask), values)
-        advantages, returns = whiten(raw, mask), raw + values  # returns: what values aim at
+    with torch.no_grad():  # what is computed from these is data: no gradient goes back into it
+        (old_logps, values), (ref_logps, _) = model(prompts, answers), ref(prompts, answers)
+    rewards = -BETA * (old_logps - ref_logps)  # every token pays its own share of the KL
+    rewards[range(len(answers)), mask.sum(1) - 1] += reward(prompts, answers)  # the last one earns
+    advantages = rewards - values  # GAE: how much better than expected each token turned out
+    for t in reversed(range(T - 1)):  # add what is expected next, and later surprises
+        advantages[:, t] += values[:, t + 1] + LAMBDA * advantages[:, t + 1]
+    returns = advantages + values  # what the values should have been
+    variance, mean = torch.var_mean(advantages[mask], correction=0)
+    advantages = (advantages - mean) / (variance + 1e-8).sqrt()  # whitened: mean 0, variance 1
     for _ in range(EPOCHS):
-        logps, values = read(model, prompts, answers)
-        losses = clipped_loss(logps, old_logps, advantages) + VALUE_WEIGHT * (values - returns) ** 2
+        logps, values = model(prompts, answers)
+        ratios = (logps - old_logps).exp()  # moving one beyond the clip gains nothing more
+        gains = torch.min(ratios * advantages, ratios.clamp(1 - CLIP, 1 + CLIP) * advantages)
+        losses = VALUE_WEIGHT * (values - returns) ** 2 - gains
         adam.zero_grad()
         losses[mask].mean().backward()
         adam.step()
 
 
-def referee(when: str, model: nn.Module, ref: nn.Module) -> float:
-    """Exact KL(pi || pi*), printed and returned, and J(pi) = E[reward] - beta KL(pi || pi_ref)."""
+def referee(when: str, model: nn.Module, ref: nn.Module) -> None:
+    """Print the exact KL(pi || pi*) and J(pi) = E[reward] - beta KL(pi || pi_ref)."""
     rows = torch.cartesian_prod(*[torch.arange(V)] * T)  # [V^T, T]: all rows of T words
     answers = rows.masked_fill((rows == END).cumsum(1) > (rows == END), PAD).unique(dim=0)  # [Y, T]
     every = PROMPTS.repeat_interleave(len(answers), 0), answers.repeat(len(PROMPTS), 1)
     rewards = reward(*every).view(len(PROMPTS), -1)  # [X, Y], like the tables that follow
-    logps, ref_logps = (read(m, *every)[0].sum(1).view_as(rewards) for m in (model, ref))
+    logps, ref_logps = (each(*every)[0].sum(1).view_as(rewards) for each in (model, ref))
     best = (ref_logps + rewards / BETA).log_softmax(1)  # log pi*: pi* = pi_ref e^(r / beta) / Z
     kl = (logps.exp() * (logps - best)).sum(1).mean()  # of each prompt, then their mean
     j = (logps.exp() * (rewards - BETA * (logps - ref_logps))).sum(1).mean()
     print(f"{when}: KL(pi || pi*) = {kl:.4f}, J(pi) = {j:.4f}, J(pi*) = {j + BETA * kl:.4f}")
-    return kl.item()
-
-
-def main(seed: int = 1) -> tuple[float, float]:
-    """Train, and return KL(pi || pi*) before and after."""
-    generator = Generator().manual_seed(seed)
-    ref = ActorCritic(generator)  # stands for the fine-tuned model that PPO usually starts from
-    model, prompts = copy.deepcopy(ref), PROMPTS.repeat(100, 1)
-    before, adam = referee("before", model, ref), Adam(model.parameters(), lr=0.003)
-    for _ in range(BATCHES):
-        improve(model, ref, prompts, sample(model, prompts, generator), adam)
-    return before, referee("after ", model, ref)
 
 
 if __name__ == "__main__":
-    main()
+    generator = Generator().manual_seed(1)
+    ref, model = ActorCritic(generator), ActorCritic(generator)
+    model.load_state_dict(ref.state_dict())  # training starts at ref, usually a fine-tuned model
+    referee("before", model, ref)
+    adam, prompts = Adam(model.parameters(), lr=0.003), PROMPTS.repeat(100, 1)
+    for _ in range(BATCHES):
+        improve(model, ref, prompts, model.sample(prompts, generator), adam)
+    referee("after ", model, ref)
