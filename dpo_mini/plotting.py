@@ -442,7 +442,7 @@ def ternary_cloud(
       chances: `[n]`, not negative: how likely each is.
       marks: at most 3 names to places `[3]`; they are drawn as a ring, a star and a cross.
     Raises:
-      ValueError: a place does not sum to 1, `chances` are not `[n]` numbers >= 0, or too many marks.
+      ValueError: a place does not sum to 1, `chances` are not `[n]` and >= 0, or too many marks.
     """
     _check_is("ax", ax, Axes)
     _check_is("marks", marks, Mapping)
@@ -450,7 +450,11 @@ def ternary_cloud(
     if weights.shape != (len(places),) or not (weights >= 0).all():
         got = f"shape {list(weights.shape)}, smallest {weights.min():.4g}"
         raise ValueError(f"`chances` must be >= 0, one per row of `probs`, got {got}")
-    looks = (("o", "white", "black", 8), ("*", "black", "white", 17), ("x", "#D55E00", "#D55E00", 10))
+    looks = (
+        ("o", "white", "black", 8),
+        ("*", "black", "white", 17),
+        ("x", "#D55E00", "#D55E00", 10),
+    )
     if len(marks) > len(looks):
         raise ValueError(f"`marks` must have at most {len(looks)} names, got {len(marks)}")
     dots, at = np.unique(places.round(6), axis=0, return_inverse=True)
