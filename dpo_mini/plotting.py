@@ -444,7 +444,7 @@ def ternary_cloud(
       ax: axes that `ternary` has prepared.
       probs: `[n, 3]`, the places; equal ones become one dot.
       chances: `[n]`, not negative: how likely each is.
-      marks: at most 3 names to places `[3]`; they are drawn as a ring, a square and a cross.
+      marks: at most 3 names to places `[3]`; they are drawn as a diamond, a square and a cross.
     Raises:
       ValueError: a place does not sum to 1, `chances` are not `[n]` and >= 0, or too many marks.
     """
@@ -455,20 +455,20 @@ def ternary_cloud(
         got = f"shape {list(weights.shape)}, smallest {weights.min():.4g}"
         raise ValueError(f"`chances` must be >= 0, one per row of `probs`, got {got}")
     looks = (
-        ("o", "white", "black", 8),
-        ("s", "none", "black", 14),
-        ("x", "#D55E00", "#D55E00", 9),
+        ("D", "black", "white", 7),
+        ("s", "none", "black", 12),
+        ("x", "#D55E00", "#D55E00", 6),
     )
     if len(marks) > len(looks):
         raise ValueError(f"`marks` must have at most {len(looks)} names, got {len(marks)}")
     dots, at = np.unique(places.round(6), axis=0, return_inverse=True)
     areas = 900 * np.bincount(at.ravel(), weights)
-    ax.scatter(*dots.T, s=areas, color="#56B4E9A0", edgecolor="#0072B2", label="_cloud")
+    ax.scatter(*dots.T, s=areas, color="#56B4E9A0", edgecolor="#0072B2", label="batches")
     for (name, place), (marker, face, edge, size) in zip(marks.items(), looks, strict=False):
         x, y = ternary_xy(place)
         ax.plot(
             x, y, marker, color=face, markeredgecolor=edge, markersize=size, label=name,
-            markeredgewidth=2 if marker == "x" else 1.2,
+            markeredgewidth=1.8 if marker == "x" else 1.2,
         )  # fmt: skip
 
 

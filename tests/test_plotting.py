@@ -260,11 +260,11 @@ def test_a_cloud_has_one_dot_per_place_with_its_probability_as_area():
     }
     assert by_place == {(0.4, 0.17): 675.0, (0.55, 0.43): 225.0}
     text = receipt(fig)
-    assert "points (no label): 2 points, x 0.4..0.55" in text
+    assert "points 'batches': 2 points, x 0.4..0.55" in text
     assert "line 'now': 1 points, x 0..0, y 0..0" in text
     assert "line 'exact': 1 points, x 1..1, y 0..0" in text
     assert "line 'mean': 1 points, x 0.5..0.5, y 0.866..0.866" in text
-    assert [line.get_marker() for line in ax.lines] == ["o", "s", "x"]
+    assert [line.get_marker() for line in ax.lines] == ["D", "s", "x"]
 
 
 def test_panels_may_stand_in_rows():
