@@ -162,7 +162,7 @@ def judge_clipped_loss(clipped_loss):
 
 
 def _clipped_always(logps, old_logps, advantages, clip_eps):
-    """The minimum is missing: a ratio that moved the wrong way could never come back."""
+    """The minimum is missing: a ratio that moved the wrong way gets no push back."""
     ratios = torch.exp(logps - old_logps).clamp(1 - clip_eps, 1 + clip_eps)
     return -ratios * advantages
 

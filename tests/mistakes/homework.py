@@ -444,7 +444,7 @@ MISTAKES = {
         "GRPO": neighbours_normalised,
     },
     "h3-clip-test": {
-        "could never come back": clip_always,
+        "gets no push back": clip_always,
         "Nothing is clipped": clip_never,
         "a loss has the other sign": clip_as_an_objective,
     },
