@@ -111,11 +111,11 @@ def climb(
 
     There is no KL term, and each completion is used once.
     """
-    prompts = tasks.training_prompts()
+    prompts = tasks.training_prompts().to(generator.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     for _ in progress(range(steps)):
-        asked = prompts[torch.randperm(len(prompts), generator=generator)[:16]]
-        asked = asked.repeat_interleave(N_TRIES)
+        order = torch.randperm(len(prompts), generator=generator, device=generator.device)
+        asked = prompts[order[:16]].repeat_interleave(N_TRIES)
         answers = rollout.sample(policy, asked, generator=generator)
         rewards = task.rewards[asked, task.index(answers)].view(16, N_TRIES)
         logps = policy.logps(asked, answers)
