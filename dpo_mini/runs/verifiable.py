@@ -7,6 +7,7 @@ the advantages differ between them. `success_probs` is exact, so nothing but the
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from dpo_mini import policy_gradient as pg
 from dpo_mini import rollout, tasks, train
 from dpo_mini.policies import TinyTransformer
 
-Progress = Callable[[list], Iterable]
+Run = tuple[str, int]
+Progress = Callable[[list[Run]], Iterable[Run]]
 
 ADVANTAGES = {
     "RLOO": pg.leave_one_out_advantages,
@@ -37,7 +39,7 @@ def make(
     seeds: Iterable[int] = range(10),
     steps: dict[str, int] = STEPS,
     sft_steps: int = 600,
-) -> dict:
+) -> dict[str, Any]:
     """Train every method from every start.
 
     Args:
@@ -52,7 +54,7 @@ def make(
       and `"held-out"`: for each seed the means at each of these steps. Four decimals.
     """
     seeds = list(seeds)
-    made: dict = {
+    made: dict[str, Any] = {
         name: {
             "at": list(range(0, steps[name] + 1, EVERY)),
             "start": [],
@@ -61,10 +63,12 @@ def make(
         for name in steps
     }
     for name, seed in progress([(name, seed) for name in steps for seed in seeds]):
-        task, start = supervised_start(name, seed, steps=sft_steps)
+        draws = torch.Generator().manual_seed(seed)
+        task, start = TASKS[name][0](), supervised_start(name, generator=draws, steps=sft_steps)
         made[name]["start"].append(_rounded(success_probs(start, task)[tasks.held_out_prompts()]))
         for method, advantages in ADVANTAGES.items():
-            policy, measured = copy.deepcopy(start), []
+            policy = copy.deepcopy(start)
+            measured: list[Tensor] = []
             climb(
                 policy,
                 task,
@@ -78,13 +82,16 @@ def make(
 
 
 def supervised_start(
-    name: str, seed: int, *, steps: int = 600, progress: Callable[[range], Iterable[int]] = iter
-) -> tuple[tasks.Task, TinyTransformer]:
-    """The task `name`, "sort" or "sums", and a policy fitted to 4,000 of its demonstrations."""
+    name: str,
+    *,
+    generator: torch.Generator,
+    steps: int = 600,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> TinyTransformer:
+    """A policy for the task "sort" or "sums", fitted to 4,000 of its demonstrations."""
     make_task, demonstrations = TASKS[name]
-    task, generator = make_task(), torch.Generator().manual_seed(seed)
     shown = demonstrations(4000, generator=generator)
-    policy = TinyTransformer.for_task(task, generator=generator)
+    policy = TinyTransformer.for_task(make_task(), generator=generator)
     train.fit_sft(
         policy,
         *shown,
@@ -94,7 +101,7 @@ def supervised_start(
         generator=generator,
         progress=progress,
     )
-    return task, policy
+    return policy
 
 
 def climb(
@@ -148,12 +155,12 @@ def _measuring(
     measured.append(success_probs(policy, task))
 
 
-def _nothing() -> dict:
-    measures = {f"pass@{k}": {"training": [], "held-out": []} for k in (1, N_TRIES)}
+def _nothing() -> dict[str, Any]:
+    measures: dict[str, Any] = {f"pass@{k}": {"training": [], "held-out": []} for k in (1, N_TRIES)}
     return {"end": [], **measures}
 
 
-def _keep(method: dict, probs: Tensor) -> None:
+def _keep(method: dict[str, Any], probs: Tensor) -> None:
     """Add a run's success probabilities `[M, X]`, of M measurements."""
     held_out = tasks.held_out_prompts()
     method["end"].append(_rounded(probs[-1, held_out]))

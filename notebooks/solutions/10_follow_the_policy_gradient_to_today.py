@@ -8,7 +8,9 @@ import torch
 def maxrl_advantages(rewards):
     """10.1: centred, then divided by the mean, where there is one."""
     means = rewards.mean(1, keepdim=True)
-    return torch.where(means > 0, (rewards - means) / means.clamp(min=1e-12), 0.0)
+    return torch.where(
+        means > 0, (rewards - means) / means.clamp(min=1e-12), 0.0
+    )
 
 
 def pass_at_k(n, c, k):
