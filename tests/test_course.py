@@ -148,7 +148,7 @@ def test_a_check_begins_with_its_claim_and_nothing_else_asserts(path):
 def test_every_draw_comes_from_the_one_seed_of_the_set_up(path):
     cells = code_cells(path)
     source = "\n".join(cell.source for cell in cells)
-    seeds = re.findall(r"manual_seed\(((?:[^()]|\([^()]*\))*)\)", source)
+    seeds = re.findall(r"\b(?:manual_seed|seeded)\(((?:[^()]|\([^()]*\))*)\)", source)
     assert all(re.match(r"SEED( \+ \w+)?$", seed) for seed in seeds), seeds
     assert re.findall(r"^SEED\b.*", source, re.M) == [
         "SEED = 0  # another number draws everything anew"
