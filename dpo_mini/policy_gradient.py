@@ -157,8 +157,8 @@ def sequence_ratio_surrogate_loss(
     r"""GSPO's: PPO's clipped loss with one ratio $s$ per completion, clipped as a whole.
 
     $s = \exp\frac{1}{n}\sum_t\log\rho_t$ is the geometric mean of a completion's n token ratios.
-    The importance weight of the completion is another number, s to the power n. Since s
-    stays near 1 where that weight does not, GSPO's clips are small: the paper's are 3e-4 and 4e-4.
+    The importance weight of the completion is another number, s to the power n. As s stays near 1
+    where that weight does not, GSPO's clips are small: the paper's are 3e-4 and 4e-4.
 
     Args:
       logps: `[B, T]`, log pi_theta of the tokens that pi_old drew, nats.
@@ -192,10 +192,10 @@ def sequence_ratio_surrogate_loss(
 def cispo_surrogate_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_eps_high: float
 ) -> Tensor:
-    r"""CISPO's: $-\mathrm{sg}(\min(\rho, 1+\epsilon_{high}))\,A\log\pi_\theta$, sg for no gradient.
+    r"""CISPO's: $-\mathrm{sg}(\min(\rho, 1+\epsilon_{high}))\,A\log\pi_\theta$, sg: as a constant.
 
-    The ratio is a constant weight of the score function, and the weight is capped. So every token
-    keeps a gradient, where PPO's clip would take it away. Where no ratio is capped, the gradient is
+    The ratio is a weight of the score function, and this weight has a cap. So every token keeps a
+    gradient, where PPO's clip would take it away. Where no ratio reaches the cap, the gradient is
     that of `unclipped_surrogate_loss`.
 
     Args:
@@ -347,13 +347,13 @@ def maxrl_advantages(rewards: Tensor) -> Tensor:
     Args:
       rewards: `[B, K]`, as in `mean_advantages`, none below 0; made for rewards of 0 and 1.
     Returns:
-      `[B, K]`, without unit.
+      `[B, K]`, without unit, without gradient.
     Raises:
       ValueError: a reward is below 0 or not finite, or K < 2.
     Source: Tajwar et al. 2026 (MaxRL), arXiv:2602.02710. Its code divides by the mean plus 1e-6;
       here nothing is added.
     """
-    groups = _groups(rewards)
+    groups = _groups(rewards).detach()
     if values_visible(groups) and (groups < 0).any():
         raise ValueError(f"`rewards` must be >= 0, got {groups.min().item():.4g}")
     means = groups.mean(-1, keepdim=True)
@@ -579,7 +579,7 @@ def dapo_loss(
     Args and errors are those of `grpo_loss`; the paper's clips are 0.2 and 0.28.
 
     Returns:
-      `[B, K]`, without unit. Their mean is the sum over all tokens by the number of tokens.
+      `[B, K]`, without unit. Their mean is the sum over all tokens divided by how many they are.
     Source: Yu et al. 2025, Eq. 8, arXiv:2503.14476. The formula divides by the tokens of each
       prompt's group; its code, and `trl`, by those of the whole batch, and so do we.
     """
@@ -631,16 +631,16 @@ def maxrl_loss(
     clip_eps: float,
     clip_eps_high: float | None = None,
 ) -> Tensor:
-    """MaxRL: rewards minus their mean, by their mean; PPO's clip on each token; summed over tokens.
+    """MaxRL: advantages divided by the mean reward, PPO's clip on each token, the sum over tokens.
 
     Args and errors are those of `grpo_loss`; and no reward may be below 0.
 
     Returns:
-      `[B, K]`, without unit. On policy, for rewards of 0 and 1, the gradient of the mean estimates
-      that of minus log p, cut after K - 1 terms: see `maxrl_advantages`.
-    Source: Tajwar et al. 2026, arXiv:2602.02710. Its theorem is about whole completions on policy,
-      hence the sum over tokens. Its code clips each token as here, and divides by the tokens of the
-      batch, which the theorem does not allow for.
+      `[B, K]`, without unit. On policy, for rewards of 0 and 1, the gradient of the mean is an
+      unbiased estimate of that of the first K - 1 terms of the series of -log p in powers of 1 - p.
+    Source: Tajwar et al. 2026, arXiv:2602.02710, whose estimator is made of scores of whole
+      completions on policy: hence the sum over tokens. Its code clips each token, as here, and
+      divides by the tokens of the batch instead, so that longer batches take smaller steps.
     """
     policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
     advantages = maxrl_advantages(groups)
@@ -684,7 +684,7 @@ def cispo_loss(
     Args and errors are those of `grpo_loss` and `cispo_surrogate_loss`.
 
     Returns:
-      `[B, K]`, nats. Their mean is the sum over all tokens by the number of tokens.
+      `[B, K]`, nats. Their mean is the sum over all tokens divided by how many they are.
     Source: MiniMax 2025 (M1), Eq. 4, arXiv:2506.13585. The formula divides by the tokens of each
       prompt's group; `trl` by those of the whole batch, and so do we.
     """
