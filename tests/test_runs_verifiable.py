@@ -10,6 +10,15 @@ STORED = runs.load("verifiable")
 METHODS = ("RLOO", "GRPO", "MaxRL")
 
 
+@pytest.fixture(autouse=True)
+def float64():
+    """As tools/store_runs.py and the chapter have it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("name", ["sort", "sums"])
 def test_the_file_has_ten_seeds_of_every_method(name):
     at = STORED[name]["at"]
