@@ -840,7 +840,7 @@ def _groups_of_tokens(
         raise ValueError(f"`rewards` must have shape {want}, one per completion, got {got}")
     check_alike("logps", logps, rewards=rewards)
     policy, old, mask = _with_tokens(logps, old_logps, completion_mask)
-    return policy, old, widen(rewards).detach(), mask
+    return policy, old, widen(rewards), mask
 
 
 def _clipped_tokens(
