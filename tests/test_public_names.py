@@ -34,12 +34,10 @@ WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called ther
         "body_and_heads",
         "check_same_sizes",
         "extend",
-        "follow",
         "of_rows",
         "of_tokens",
         "read_tree",
         "split",
-        "take",
     },
     "dpo_mini.train": {
         "Progress",

@@ -3,6 +3,7 @@
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -30,7 +31,7 @@ from dpo_mini.rollout import (
     shared_prefix_token_logps,
     token_logps,
 )
-from dpo_mini.rollout.kv_cache import begin, extend, lengthen, take
+from dpo_mini.rollout.kv_cache import begin, extend, lengthen
 from dpo_mini.rollout.trees import of_rows
 from dpo_mini.tasks import Task, enumerate_completions
 
@@ -485,15 +486,44 @@ def test_samples_are_those_drawn_token_by_token(n_prompts, n_rows, end_token, ge
 
 
 def drawn_by_forward(policy, prompts, generator):
-    """What `sample` should draw: each row reads all of its own tokens anew before each token."""
-    drawn, live = torch.full((len(prompts), policy.max_tokens), PAD), torch.arange(len(prompts))
-    for depth in range(policy.max_tokens):
-        text = torch.cat([prompts[live, None], drawn[live, :depth]], dim=1)
-        probs = policy(text)[:, -1].softmax(-1)
-        drawn[live, depth] = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-        if policy.end_token is not None:
-            live = live[drawn[live, depth] != policy.end_token]
+    """What `sample` should draw: one row at a time, which reads all of its tokens before each."""
+    drawn = torch.full((len(prompts), policy.max_tokens), PAD)
+    shape = (policy.max_tokens, len(prompts))
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+    for row, prompt in enumerate(prompts):
+        for step in range(policy.max_tokens):
+            text = torch.cat([prompt[None], drawn[row, :step]])[None]
+            probs = policy(text)[0, -1].softmax(-1).detach().numpy()
+            token = int(np.searchsorted(np.cumsum(probs), uniform[step, row], side="right"))
+            drawn[row, step] = token
+            if token == policy.end_token:
+                break
     return drawn
+
+
+def test_a_completion_depends_on_its_own_numbers_and_not_on_the_other_rows(generator):
+    policy = transformer(toy(5, 7, 4, 3), generator)
+    one = torch.arange(5).repeat(20)
+    other = torch.where(torch.arange(100) < 50, one, (one + 2) % 5)
+    draws = [
+        sample(policy, rows, generator=torch.Generator().manual_seed(3)) for rows in (one, other)
+    ]
+    assert torch.equal(draws[0][:50], draws[1][:50])
+    assert not torch.equal(draws[0][50:], draws[1][50:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1.0, 2)])
+def test_no_number_draws_a_token_of_probability_0(dtype, uniform, token, monkeypatch, generator):
+    """At both ends of [0, 1): also where rounding makes 1 of the largest number below it."""
+    logits = torch.tensor([[-1e4, 0.1, 0.7, -1e4]], dtype=dtype)
+
+    def rand(*shape, dtype, **where):
+        return torch.full(shape, uniform, dtype=dtype)
+
+    monkeypatch.setattr(torch, "rand", rand)
+    draws = sample(TabularPolicy(logits), torch.zeros(3, dtype=torch.int64), generator=generator)
+    assert draws.flatten().tolist() == [token] * 3
 
 
 def test_the_same_seed_gives_the_same_samples_and_global_state_stays(generator):
@@ -1015,7 +1045,8 @@ def test_a_cache_agrees_with_the_plain_model(spelled, generator):
             alike = policy(torch.cat([text, tokens[:1, [c]].expand(6, 1)], 1))[:, -1]
             assert_close(shared[:, c], alike, **EXACT)
         text = torch.cat([text, tokens[:, [1]]], 1)
-        cache = take(lengthen(cache, own), 3 * torch.arange(6) + 1)  # the second of each three
+        second = 3 * torch.arange(6) + 1  # of each three
+        cache = [(keys[second], values[second]) for keys, values in lengthen(cache, own)]
 
 
 def test_samples_after_long_prompts_are_those_drawn_token_by_token(spelled, generator):

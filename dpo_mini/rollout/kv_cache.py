@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.policies.base import KVCache, Policy, TabularPolicy
+from dpo_mini.policies.base import KVCache, TabularPolicy
 from dpo_mini.policies.transformer import SelfAttention
 from dpo_mini.rollout.trees import body_and_heads
 
@@ -70,20 +70,6 @@ def _attend_to_cache(
     weights = scores.softmax(2).mT  # [N, H, C, S + 1]; with C innermost softmax is fast
     mixed = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v)  # [N, H, C, D/H]
     return attn.c_proj(mixed.transpose(1, 2).flatten(2)), k, v
-
-
-def follow(policy: Policy, cache: KVCache, edges: Tensor) -> tuple[Tensor, KVCache]:
-    """Logits `[E, V]` and caches after E edges `[E]`: token v after text n is edge n V + v."""
-    cache = take(cache, edges // policy.vocab_size)
-    logits, own = extend(policy, (edges % policy.vocab_size)[:, None], cache)
-    return logits[:, 0], lengthen(cache, own)
-
-
-def take(cache: KVCache, rows: Tensor) -> KVCache:
-    """The caches of some of the texts; of all in their order, `cache` itself and no copy."""
-    if cache and torch.equal(rows, torch.arange(len(cache[0][0]), device=rows.device)):
-        return cache
-    return [(keys[rows], values[rows]) for keys, values in cache]
 
 
 def split(cache: KVCache, size: int) -> Iterator[KVCache]:
