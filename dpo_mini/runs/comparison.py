@@ -120,7 +120,8 @@ def on_policy_dpo(
     """DPO's loss on pairs that the policy writes; Bradley-Terry of `score` draws the labels."""
     loss = partial(losses.dpo_loss, beta=beta)
     asked = policy, world.reference, world.task.prompts, score
-    return train.fit_online_preferences(*asked, loss, **STEPS, **how)
+    how = {**STEPS, **how}
+    return train.fit_online_preferences(*asked, loss, **how)
 
 
 def rloo(
@@ -141,8 +142,9 @@ def ppo(
     **how: Any,
 ) -> History:
     """PPO, which goes over each batch of 512 answers `n_epochs` times, with its clip."""
-    asked = SharedTrunk(policy), world.reference, world.task.prompts, score
-    return train.fit_ppo(*asked, beta=beta, n_epochs=n_epochs, **STEPS, **how)
+    trunk, how = SharedTrunk(policy), {**STEPS, "n_epochs": n_epochs, **how}
+    asked = trunk, world.reference, world.task.prompts, score
+    return train.fit_ppo(*asked, beta=beta, **how)
 
 
 Method = Callable[..., History]
