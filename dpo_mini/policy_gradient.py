@@ -4,6 +4,10 @@ Pure tensors. A surrogate is a function whose gradient is the estimator and whos
 little; each leaves the reduction to its caller, who takes a mean over samples (and, for tokens, a
 masked one). Advantages, returns and old log-probabilities are data: no gradient flows into them.
 
+GRPO and its relatives are whole methods: an advantage, a surrogate, and a rule for how the tokens
+of a completion add up. Each takes groups, K completions for each of B prompts, and gives one value
+per completion. The mean of these values over the batch is the method's loss.
+
 A ratio is an exponential. Where its exponent is above 0.9 log(largest number) of the dtype (639 in
 float64, 79 in float32), its value and its slope are held at what they are there, so that no loss
 and no gradient is NaN or infinite. Half precision is computed in float32 and rounded once, at the
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from dpo_mini._arguments import (
     as_bool_mask,
+    check_alike,
     check_count,
     check_finite,
     check_floats,
@@ -26,6 +31,7 @@ from dpo_mini._arguments import (
     check_normalised,
     check_number,
     check_positive,
+    check_rows,
     values_visible,
 )
 from dpo_mini._numerics import (
@@ -41,14 +47,26 @@ __all__ = [
     "reinforce_loss",
     "unclipped_surrogate_loss",
     "clipped_surrogate_loss",
+    "sequence_ratio_surrogate_loss",
+    "cispo_surrogate_loss",
+    "truncated_importance_weights",
     "value_loss",
     "clipped_value_loss",
     "mean_advantages",
     "leave_one_out_advantages",
     "group_normalised_advantages",
+    "maxrl_advantages",
+    "groups_with_difference",
     "optimal_baseline",
     "gae",
     "whiten",
+    "grpo_loss",
+    "dr_grpo_loss",
+    "dapo_loss",
+    "rloo_loss",
+    "maxrl_loss",
+    "gspo_loss",
+    "cispo_loss",
     "entropy",
     "kl_k1",
     "kl_k2",
@@ -97,24 +115,131 @@ def unclipped_surrogate_loss(logps: Tensor, old_logps: Tensor, advantages: Tenso
 
 
 def clipped_surrogate_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_eps: float
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
 ) -> Tensor:
-    r"""PPO's: $-\min(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon) A)$.
+    r"""PPO's: $-\min(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon_{high}) A)$.
 
     Args:
       logps, old_logps, advantages: as in `unclipped_surrogate_loss`.
       clip_eps: > 0; a sample whose ratio went further than this in the direction that its advantage
         asks for has no gradient.
+      clip_eps_high: > 0, the upper clip where it is another (DAPO's "clip-higher"); None means
+        `clip_eps`, as PPO has it.
     Returns:
       the same shape, reward units; never below the unclipped loss.
     Raises:
-      ValueError: `clip_eps <= 0`; otherwise as `unclipped_surrogate_loss`.
-    Source: Schulman et al. 2017, Eq. 7, arXiv:1707.06347.
+      ValueError: `clip_eps <= 0` or `clip_eps_high <= 0`; otherwise as `unclipped_surrogate_loss`.
+    Source: Schulman et al. 2017, Eq. 7, arXiv:1707.06347; the upper clip: Yu et al. 2025 (DAPO),
+      section 3.1, arXiv:2503.14476.
     """
+    clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
     check_positive("clip_eps", clip_eps)
+    check_positive("clip_eps_high", clip_eps_high)
     ratios, weights = _ratios(logps, old_logps, advantages)
-    clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped = ratios.clamp(1 - clip_eps, 1 + clip_eps_high)
     return torch.maximum(-ratios * weights, -clipped * weights)
+
+
+def sequence_ratio_surrogate_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    r"""GSPO's: PPO's clipped loss with one ratio $s$ per completion, clipped as a whole.
+
+    $s = \exp\frac{1}{n}\sum_t\log\rho_t$ is the geometric mean of a completion's n token ratios.
+    The importance weight of the completion is another number, s to the power n. As s stays near 1
+    where that weight does not, GSPO's clips are small: the paper's are 3e-4 and 4e-4.
+
+    Args:
+      logps: `[B, T]`, log pi_theta of the tokens that pi_old drew, nats.
+      old_logps: `[B, T]`, log pi_old, nats.
+      advantages: `[B]`, reward units: one for each completion.
+      completion_mask: `[B, T]` bool or 0/1, true on tokens, at least one in each row; what the
+        log-probabilities hold where it is false does not matter.
+      clip_eps, clip_eps_high: as in `clipped_surrogate_loss`.
+    Returns:
+      `[B]`, reward units.
+    Raises:
+      ValueError: a clip is not positive; shapes or dtypes differ; the mask is not 0/1 or has a row
+        without a token; a token's log-probability or an advantage is not finite.
+    Source: Zheng et al. 2025 (GSPO), Eqs. 5 and 7, arXiv:2507.18071.
+    """
+    check_floats("[B, T]", logps=logps, old_logps=old_logps)
+    check_floats("[B]", advantages=advantages)
+    check_rows("logps", logps, advantages=advantages)
+    check_alike("logps", logps, advantages=advantages)
+    policy, old, mask = _with_tokens(logps, old_logps, completion_mask)
+    means = (policy - old).sum(-1) / mask.sum(-1)
+    return clipped_surrogate_loss(
+        means,
+        torch.zeros_like(means),
+        widen(advantages),
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+    )
+
+
+def cispo_surrogate_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_eps_high: float
+) -> Tensor:
+    r"""CISPO's: $-\mathrm{sg}(\min(\rho, 1+\epsilon_{high}))\,A\log\pi_\theta$, sg: as a constant.
+
+    The ratio is a weight of the score function, and this weight has a cap. So every token keeps a
+    gradient, where PPO's clip would take it away. Where no ratio reaches the cap, the gradient is
+    that of `unclipped_surrogate_loss`.
+
+    Args:
+      logps, old_logps, advantages: as in `unclipped_surrogate_loss`.
+      clip_eps_high: > 0; a weight is at most 1 + clip_eps_high. `trl` gives the cap itself: its
+        `epsilon_high` is our 1 + clip_eps_high, after Khatri et al. 2025, arXiv:2510.13786.
+    Returns:
+      the same shape, reward units times nats.
+    Raises:
+      ValueError: `clip_eps_high <= 0`; otherwise as `unclipped_surrogate_loss`.
+    Source: MiniMax 2025 (M1), Eqs. 4 and 5, arXiv:2506.13585. Its formula has a lower clip too,
+      which its experiments switch off; there is none here, and none in `trl`.
+    """
+    check_positive("clip_eps_high", clip_eps_high)
+    ratios, weights = _ratios(logps, old_logps, advantages)
+    return -ratios.detach().clamp(max=1 + clip_eps_high) * weights * widen(logps)
+
+
+def truncated_importance_weights(logps: Tensor, sampler_logps: Tensor, *, cap: float) -> Tensor:
+    r"""$\min(\pi/\mu,\ C)$ as constants, for a sampler mu that is not quite the policy pi.
+
+    A fast sampler and the trainer give slightly different probabilities to the same tokens under
+    the same weights. Multiply each token's loss by its weight. The cap bounds the variance and
+    costs a bias: completions that the sampler draws too rarely count for too little.
+
+    Args:
+      logps: log pi of what the sampler drew, computed by the trainer before its first step, nats:
+        `old_logps` of the losses. `[B, T]` of tokens; or `[B]` of whole completions.
+      sampler_logps: the same shape, log mu, as the sampler gave it, nats.
+      cap: C > 0, the largest weight.
+    Returns:
+      the same shape, without unit, without gradient.
+    Raises:
+      ValueError: `cap <= 0`; shapes or dtypes differ, or a value is not finite.
+    Source: Ionides 2008, "Truncated importance sampling" (whose cap grows with the sample); with a
+      fixed cap and for tokens: Yao et al. 2025, "Your efficient RL framework secretly brings you
+      off-policy RL training", fengyao.notion.site/off-policy-rl. It is `token_truncate` of `trl`,
+      whose default in 1.16 is another: it drops completions whose ratio is above the cap.
+    """
+    check_positive("cap", cap)
+    check_floats("[...]", logps=logps, sampler_logps=sampler_logps)
+    check_finite(logps=logps, sampler_logps=sampler_logps)
+    log_ratios = widen(logps).detach() - widen(sampler_logps).detach()
+    return hold(log_ratios).exp().clamp(max=cap)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -210,6 +335,48 @@ def group_normalised_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor
     variance = advantages.square().mean(-1, keepdim=True)
     equal = variance == 0  # a square root has no slope at 0
     return advantages / (variance.masked_fill(equal, 1.0).sqrt().masked_fill(equal, 0.0) + eps)
+
+
+def maxrl_advantages(rewards: Tensor) -> Tensor:
+    r"""MaxRL's: $(r_k - \bar r) / \bar r$ within a group of K, and 0 where no reward is above 0.
+
+    For rewards of 0 and 1, where a success has probability p, the mean gradient is
+    $\nabla p\,[1-(1-p)^{K-1}]/p$. With many samples that is the gradient of log p: the likelihood
+    of a success is maximised.
+
+    Args:
+      rewards: `[B, K]`, as in `mean_advantages`, none below 0; made for rewards of 0 and 1.
+    Returns:
+      `[B, K]`, without unit, without gradient.
+    Raises:
+      ValueError: a reward is below 0 or not finite, or K < 2.
+    Source: Tajwar et al. 2026 (MaxRL), arXiv:2602.02710. Its code divides by the mean plus 1e-6;
+      here nothing is added.
+    """
+    groups = _groups(rewards).detach()
+    if values_visible(groups) and (groups < 0).any():
+        raise ValueError(f"`rewards` must be >= 0, got {groups.min().item():.4g}")
+    means = groups.mean(-1, keepdim=True)
+    return _centred(groups) / means.masked_fill(means == 0, 1.0)
+
+
+def groups_with_difference(rewards: Tensor) -> Tensor:
+    """Which groups have two different rewards: those that DAPO keeps.
+
+    Where all rewards of a group are equal, each advantage above is 0, so the group has no gradient.
+    It still counts where a batch is divided by its number of prompts or tokens.
+
+    Args:
+      rewards: `[B, K]`, as in `mean_advantages`.
+    Returns:
+      `[B]` bool; `tensor[groups_with_difference(rewards)]` drops the other groups.
+    Raises:
+      ValueError: K < 2, or a reward is not finite.
+    Source: Yu et al. 2025 (DAPO), section 3.2 ("dynamic sampling"), arXiv:2503.14476. The paper
+      draws new prompts until the batch is full.
+    """
+    groups = _groups(rewards)
+    return (groups != groups[:, :1]).any(-1)
 
 
 def optimal_baseline(logps: Tensor, rewards: Tensor, squared_scores: Tensor) -> Tensor:
@@ -326,6 +493,205 @@ def whiten(values: Tensor, completion_mask: Tensor) -> Tensor:
     shifted = (widen(values) - lowest).masked_fill(~mask, 0.0)
     centred = (shifted - shifted.sum() / n_tokens).masked_fill(~mask, 0.0)
     return centred * (centred.square().sum() / n_tokens + 1e-8).rsqrt()
+
+
+# --- whole methods ---------------------------------------------------------------------------
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    r"""GRPO: normalised advantages, PPO's clip on each token, the mean over a completion's tokens.
+
+    Args:
+      logps: `[B, K, T]`, log pi_theta of the tokens of K completions for each of B prompts, drawn
+        by pi_old, nats.
+      old_logps: `[B, K, T]`, log pi_old, nats.
+      rewards: `[B, K]`, K >= 2, one for each completion.
+      completion_mask: `[B, K, T]` bool or 0/1, true on tokens, at least one in each completion;
+        what the log-probabilities hold where it is false does not matter.
+      clip_eps, clip_eps_high: as in `clipped_surrogate_loss`.
+    Returns:
+      `[B, K]`, without unit: one value per completion. Their mean is the loss.
+    Raises:
+      ValueError: a clip is not positive; shapes or dtypes differ; K < 2; the mask is not 0/1 or has
+        a completion without a token; a token's log-probability or a reward is not finite.
+    Source: Shao et al. 2024 (DeepSeekMath), Eq. 3 without its KL term (`kl_k3`),
+      arXiv:2402.03300. `trl` divides by the standard deviation with K - 1:
+      see `group_normalised_advantages`.
+    """
+    policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = group_normalised_advantages(groups)
+    tokens = _clipped_tokens(policy, old, advantages, mask, clip_eps, clip_eps_high)
+    return tokens.sum(-1) / mask.sum(-1)
+
+
+def dr_grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    """Dr. GRPO: GRPO without the division by the spread and by each completion's length.
+
+    The sum over tokens is divided by the constant T, the width of the tensors. T must be the
+    longest completion that may be drawn, not the longest of this batch, or the loss depends on
+    the lengths in the batch.
+
+    Args and errors are those of `grpo_loss`.
+
+    Returns:
+      `[B, K]`, reward units. On policy, the gradient of the mean is (K - 1)/(K T) times that of
+      minus the expected reward: see `mean_advantages`.
+    Source: Liu et al. 2025, section 3.2, arXiv:2503.20783. Its formula has no constant; its code
+      divides by the longest length that it generates, and so does `trl`.
+    """
+    policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = mean_advantages(groups)
+    tokens = _clipped_tokens(policy, old, advantages, mask, clip_eps, clip_eps_high)
+    return tokens.sum(-1) / tokens.shape[-1]
+
+
+def dapo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    """DAPO: GRPO's advantages, an upper clip of its own, each token of the batch counted alike.
+
+    The sum over tokens is divided by the mean length of the batch. Groups without a difference
+    count in that length: drop them first, with `groups_with_difference`. What else the paper does
+    (drawing new prompts, a penalty for length) is not part of a loss.
+
+    Args and errors are those of `grpo_loss`; the paper's clips are 0.2 and 0.28.
+
+    Returns:
+      `[B, K]`, without unit. Their mean is the sum over all tokens divided by how many they are.
+    Source: Yu et al. 2025, Eq. 8, arXiv:2503.14476. The formula divides by the tokens of each
+      prompt's group; its code, and `trl`, by those of the whole batch, and so do we.
+    """
+    policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = group_normalised_advantages(groups)
+    tokens = _clipped_tokens(policy, old, advantages, mask, clip_eps, clip_eps_high)
+    return tokens.sum(-1) / mask.sum(-1).mean(dtype=tokens.dtype)
+
+
+def rloo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    """RLOO: the mean of the others as baseline, and the completion as one action.
+
+    The ratio is that of whole completions, the product of the token ratios.
+
+    Args and errors are those of `grpo_loss`.
+
+    Returns:
+      `[B, K]`, reward units. On policy, the gradient of the mean is an unbiased estimate of that of
+      minus the expected reward.
+    Source: Ahmadian et al. 2024, arXiv:2402.14740, which is on policy and has no ratio;
+      ratio and clip are those of `trl`.
+    """
+    policy, old, groups, _ = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = leave_one_out_advantages(groups)
+    log_ratios = (policy - old).sum(-1)
+    return clipped_surrogate_loss(
+        log_ratios,
+        torch.zeros_like(log_ratios),
+        advantages,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+    )
+
+
+def maxrl_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    """MaxRL: advantages divided by the mean reward, PPO's clip on each token, the sum over tokens.
+
+    Args and errors are those of `grpo_loss`; and no reward may be below 0.
+
+    Returns:
+      `[B, K]`, without unit. On policy, for rewards of 0 and 1, the gradient of the mean is an
+      unbiased estimate of that of the first K - 1 terms of the series of -log p in powers of 1 - p.
+    Source: Tajwar et al. 2026, arXiv:2602.02710, whose estimator is made of scores of whole
+      completions on policy: hence the sum over tokens. Its code clips each token, as here, and
+      divides by the tokens of the batch instead, so that longer batches take smaller steps.
+    """
+    policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = maxrl_advantages(groups)
+    return _clipped_tokens(policy, old, advantages, mask, clip_eps, clip_eps_high).sum(-1)
+
+
+def gspo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> Tensor:
+    """GSPO: GRPO's advantages, and one ratio per completion, clipped as a whole.
+
+    Args and errors are those of `grpo_loss`; the paper's clips are 3e-4 and 4e-4.
+
+    Returns:
+      `[B, K]`, without unit. On policy, its gradient is that of `grpo_loss`.
+    Source: Zheng et al. 2025, Eq. 5, arXiv:2507.18071: see `sequence_ratio_surrogate_loss`.
+    """
+    policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = group_normalised_advantages(groups)
+    rows = (tensor.flatten(0, 1) for tensor in (policy, old, advantages, mask))
+    losses = sequence_ratio_surrogate_loss(*rows, clip_eps=clip_eps, clip_eps_high=clip_eps_high)
+    return losses.view_as(groups)
+
+
+def cispo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_eps_high: float,
+) -> Tensor:
+    """CISPO: GRPO's advantages, capped ratios as weights, each token of the batch counted alike.
+
+    Args and errors are those of `grpo_loss` and `cispo_surrogate_loss`.
+
+    Returns:
+      `[B, K]`, nats. Their mean is the sum over all tokens divided by how many they are.
+    Source: MiniMax 2025 (M1), Eq. 4, arXiv:2506.13585. The formula divides by the tokens of each
+      prompt's group; `trl` by those of the whole batch, and so do we.
+    """
+    policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
+    advantages = group_normalised_advantages(groups).unsqueeze(-1).expand_as(policy)
+    tokens = cispo_surrogate_loss(policy, old, advantages, clip_eps_high=clip_eps_high)
+    return tokens.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).mean(dtype=tokens.dtype)
 
 
 # --- entropy and KL --------------------------------------------------------------------------
@@ -446,6 +812,53 @@ def _ratios(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> tuple[Tenso
     check_finite(logps=logps, old_logps=old_logps, advantages=advantages)
     log_ratios = widen(logps) - widen(old_logps).detach()
     return hold(log_ratios).exp(), widen(advantages).detach()
+
+
+def _with_tokens(
+    logps: Tensor, old_logps: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both log-probabilities `[..., T]`, 0 where there is no token, and the mask as bool."""
+    mask = as_bool_mask("completion_mask", completion_mask, logps.shape)
+    if values_visible(mask) and not mask.any(-1).all():
+        at = (~mask.any(-1)).nonzero()[0].tolist()
+        what = "at least one token in each completion"
+        raise ValueError(f"`completion_mask` must have {what}, got none at {at}")
+    policy, old = logps.masked_fill(~mask, 0.0), old_logps.masked_fill(~mask, 0.0)
+    check_finite(logps=policy, old_logps=old)
+    return widen(policy), widen(old).detach(), mask
+
+
+def _groups_of_tokens(
+    logps: Tensor, old_logps: Tensor, rewards: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the whole methods compute with: two `[B, K, T]`, rewards `[B, K]`, the mask as bool."""
+    check_floats("[B, K, T]", logps=logps, old_logps=old_logps)
+    check_floats("[B, K]", rewards=rewards)
+    if rewards.shape != logps.shape[:2]:
+        got, want = list(rewards.shape), list(logps.shape[:2])
+        raise ValueError(f"`rewards` must have shape {want}, one per completion, got {got}")
+    check_alike("logps", logps, rewards=rewards)
+    policy, old, mask = _with_tokens(logps, old_logps, completion_mask)
+    return policy, old, widen(rewards).detach(), mask
+
+
+def _clipped_tokens(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_eps: float,
+    clip_eps_high: float | None,
+) -> Tensor:
+    """PPO's loss of each token `[B, K, T]` by its completion's advantage; 0 where is no token."""
+    tokens = clipped_surrogate_loss(
+        logps,
+        old_logps,
+        advantages.unsqueeze(-1).expand_as(logps),
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+    )
+    return tokens.masked_fill(~mask, 0.0)
 
 
 def _log_ratios(logps: Tensor, ref_logps: Tensor) -> Tensor:

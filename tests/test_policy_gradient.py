@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from statistics import fmean, pstdev
 
 import pytest
 import torch
@@ -11,18 +12,30 @@ from torch.testing import assert_close
 from dpo_mini.closed_form import expected_reward, kl
 from dpo_mini.policy_gradient import (
     AdaptiveKLController,
+    cispo_loss,
+    cispo_surrogate_loss,
     clipped_surrogate_loss,
     clipped_value_loss,
+    dapo_loss,
+    dr_grpo_loss,
     entropy,
     gae,
     group_normalised_advantages,
+    groups_with_difference,
+    grpo_loss,
+    gspo_loss,
     kl_k1,
     kl_k2,
     kl_k3,
     leave_one_out_advantages,
+    maxrl_advantages,
+    maxrl_loss,
     mean_advantages,
     optimal_baseline,
     reinforce_loss,
+    rloo_loss,
+    sequence_ratio_surrogate_loss,
+    truncated_importance_weights,
     unclipped_surrogate_loss,
     value_loss,
     whiten,
@@ -142,6 +155,21 @@ def test_clipping_by_hand(advantage):
     assert advantages.grad is None
 
 
+@pytest.mark.parametrize("advantage", CLIPPED)
+def test_an_upper_clip_of_its_own(advantage):
+    """With 1.05 above and 0.8 below, 1.1 is clipped where the advantage is positive."""
+    losses, slopes = ([-0.5, -0.9, -1.0, -1.05, -1.05], [-0.5, -0.9, -1.0, 0.0, 0.0])
+    if advantage < 0:
+        losses, slopes = CLIPPED[advantage]
+    logps = RATIOS.log().requires_grad_()
+    advantages = torch.full_like(RATIOS, advantage)
+    clips = {"clip_eps": 0.2, "clip_eps_high": 0.05}
+    found = clipped_surrogate_loss(logps, torch.zeros_like(RATIOS), advantages, **clips)
+    exact(found.detach(), double(losses))
+    found.sum().backward()
+    exact(logps.grad, double(slopes))
+
+
 def test_a_wide_clip_clips_nothing(generator):
     logps, old, advantages = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)
     wide = clipped_surrogate_loss(logps, old, advantages, clip_eps=1e6)
@@ -157,6 +185,79 @@ def test_at_the_first_step_ppo_is_reinforce():
         return reinforce_loss(at.log_softmax(-1), REWARDS).sum()
 
     exact(gradient(clipped), gradient(plain))
+
+
+def test_one_ratio_per_completion_by_hand():
+    """Token ratios 4 and 1, whose geometric mean is 2; a single one of 1/2; 3, 3 and 3."""
+    old = double([[-1.0, -2.0, INF], [-3.0, NAN, NAN], [-0.5, -0.5, -0.5]]).requires_grad_()
+    logps = double([[math.log(4) - 1, -2.0, NAN], [-3 - math.log(2), INF, 0.0],
+                    [math.log(3) - 0.5] * 3]).requires_grad_()  # fmt: skip
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    advantages = double([2.0, -3.0, 5.0]).requires_grad_()
+
+    def loss(**clips):
+        return sequence_ratio_surrogate_loss(logps, old, advantages, mask, **clips)
+
+    def slope(found):
+        found.sum().backward()
+        got, logps.grad = logps.grad, None
+        return got
+
+    wide = loss(clip_eps=9.0)
+    exact(wide.detach(), double([-4.0, 1.5, -15.0]))
+    want = double([[-2.0, -2.0, 0.0], [1.5, 0.0, 0.0], [-5.0, -5.0, -5.0]])  # A s over the length
+    exact(slope(wide), want)
+    # Clipped to 0.6 below and 2.5 above: the first completion is within, the others are not.
+    narrow = loss(clip_eps=0.4, clip_eps_high=1.5)
+    exact(narrow.detach(), double([-4.0, 1.8, -12.5]))
+    exact(slope(narrow), double([[-2.0, -2.0, 0.0], [0.0] * 3, [0.0] * 3]))
+    assert old.grad is None
+    assert advantages.grad is None
+
+
+def test_cispo_caps_a_weight_and_keeps_the_gradient():
+    """Ratios 0.5, 0.9, 1, 1.1 and 2, the last capped at 1.3: minus weight, advantage and log pi."""
+    old = torch.full_like(RATIOS, -3.0).requires_grad_()
+    logps = (RATIOS.log() - 3).requires_grad_()
+    weights, advantages = double([0.5, 0.9, 1.0, 1.1, 1.3]), double([2.0, -1.0, 1.0, 0.0, 3.0])
+    advantages.requires_grad_()
+    found = cispo_surrogate_loss(logps, old, advantages, clip_eps_high=0.3)
+    exact(found, -weights * advantages * (RATIOS.log() - 3))
+    found.sum().backward()
+    exact(logps.grad, (-weights * advantages).detach())
+    assert old.grad is None
+    assert advantages.grad is None
+
+
+def test_cispo_far_from_its_cap_has_the_gradient_of_the_unclipped_surrogate(generator):
+    logps, old, advantages = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)
+    slopes = [
+        gradient(
+            lambda at: cispo_surrogate_loss(at, old, advantages, clip_eps_high=1e6).sum(), logps
+        ),
+        gradient(lambda at: unclipped_surrogate_loss(at, old, advantages).sum(), logps),
+    ]
+    exact(*slopes)
+
+
+def test_importance_weights_by_hand():
+    logps, sampler = double([1.0, 4.0, 3.0]).log(), double([2.0, 2.0, 1.0]).log()
+    logps.requires_grad_()
+    sampler.requires_grad_()
+    weights = truncated_importance_weights(logps, sampler, cap=2.5)
+    exact(weights, double([0.5, 2.0, 2.5]))
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("cap", [0.5, 1.0, 1.4, 9.0])
+def test_a_cap_costs_the_probability_that_the_sampler_lacks(cap):
+    """The weights of a sampler mu have the mean sum of min(pi, C mu): 1 only if nothing is cut."""
+    logps, sampler = LOGITS.log_softmax(-1), OLD_LOGITS.log_softmax(-1)
+    weights = truncated_importance_weights(logps, sampler, cap=cap)
+    pairs = zip(logps.exp().tolist(), sampler.exp().tolist(), strict=True)
+    kept = [min(p, cap * q) for p, q in pairs]
+    exact(sampler.exp() * weights, double(kept))
+    assert math.isclose(sum(kept), 1.0) == (cap == 9.0)
 
 
 def test_value_losses_by_hand():
@@ -199,6 +300,72 @@ def test_advantages_by_hand():
     want = double([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]])
     exact(group_normalised_advantages(rewards, eps=0.5), want / (root + 0.5))
     exact(group_normalised_advantages(rewards), want / (root + 1e-4))
+
+
+def test_maxrl_advantages_by_hand():
+    rewards = double([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.0] * 4, [2.0, 1.0, 6.0, 3.0]])
+    want = [[3.0, -1.0, -1.0, -1.0], [1 / 3, 1 / 3, -1.0, 1 / 3], [0.0] * 4]
+    want.append([-1 / 3, -2 / 3, 1.0, 0.0])
+    found = maxrl_advantages(rewards.requires_grad_())
+    exact(found, double(want))
+    assert not found.requires_grad
+
+
+def test_groups_with_a_difference():
+    rewards = double([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [0.1, 0.1, 0.1], [1.0, 0.0, 0.0]])
+    want = torch.tensor([False, True, False, True])
+    assert torch.equal(groups_with_difference(rewards), want)
+    assert torch.equal(groups_with_difference(rewards.half()), want)
+
+
+def weight(advantages_of, p, size, kept=None):
+    """What multiplies grad p in the mean update of a reward of 0 or 1, exactly.
+
+    A group is its number of successes n; the score of a success is grad p / p, that of a failure
+    -grad p / (1 - p). `kept` says which groups count; the others are drawn again.
+    """
+    rewards = (torch.arange(size)[None] < torch.arange(size + 1)[:, None]).double()  # [n, k]
+    probs = double([math.comb(size, n) * p**n * (1 - p) ** (size - n) for n in range(size + 1)])
+    scores = rewards / p - (1 - rewards) / (1 - p)
+    updates = (advantages_of(rewards) * scores).mean(-1)
+    counted = torch.ones(size + 1, dtype=torch.bool) if kept is None else kept(rewards)
+    return ((probs * updates)[counted].sum() / probs[counted].sum()).item()
+
+
+def normalised(rewards):
+    return group_normalised_advantages(rewards, eps=1e-14)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.95])
+@pytest.mark.parametrize("size", [2, 3, 8, 64])
+def test_the_weight_that_each_advantage_gives_to_the_success_probability(size, p):
+    close = {"rel_tol": 1e-12}
+    assert math.isclose(weight(leave_one_out_advantages, p, size), 1.0, **close)
+    assert math.isclose(weight(mean_advantages, p, size), (size - 1) / size, **close)
+    found = weight(maxrl_advantages, p, size)
+    assert math.isclose(found, (1 - (1 - p) ** (size - 1)) / p, **close)
+    assert math.isclose(weight(normalised, p, size), grpo_ratio(p, size), **close)
+
+
+def test_known_weights():
+    assert round(weight(maxrl_advantages, 0.01, 64), 2) == 46.91
+    assert round(weight(normalised, 0.01, 64), 4) == 6.7362
+    assert round(weight(lambda r: math.sqrt(63 / 64) * normalised(r), 0.01, 64), 4) == 6.6834
+    assert [round(weight(normalised, p, 8), 2) for p in (0.5, 0.01)] == [1.86, 2.61]
+    for size in (2, 8, 64):  # one success at most: its advantage is the root of size - 1
+        assert math.isclose(weight(normalised, 1e-9, size), math.sqrt(size - 1), rel_tol=1e-6)
+    # The eps of 1e-4 that keeps a group of equal rewards at 0 takes less than a thousandth.
+    assert 6.7295 < weight(group_normalised_advantages, 0.01, 64) < 6.7362
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5])
+def test_groups_drawn_again_until_there_is_a_difference_weigh_more(p):
+    """A group without a difference adds nothing: to drop it changes no sum over prompts."""
+    plain = weight(normalised, p, 8)
+    again = weight(normalised, p, 8, groups_with_difference)
+    assert math.isclose(again, plain / (1 - p**8 - (1 - p) ** 8), rel_tol=1e-12)
+    if p == 0.01:
+        assert (round(plain, 2), round(again, 1)) == (2.61, 33.8)
 
 
 def grpo_ratio(p, size):
@@ -374,6 +541,196 @@ def test_whitening_over_the_tokens_of_a_batch(episode):
         assert not whiten(torch.full((7, 13), value), torch.ones(7, 13)).any()
 
 
+# --- whole methods ---------------------------------------------------------------------------
+
+CLIPPING = [grpo_loss, dr_grpo_loss, dapo_loss, rloo_loss, maxrl_loss, gspo_loss]
+METHODS = [*CLIPPING, cispo_loss]
+
+
+def clips_of(method, low=0.2, high=0.4):
+    if method is cispo_loss:
+        return {"clip_eps_high": high}
+    return {"clip_eps": low, "clip_eps_high": high}
+
+
+def two_prompts():
+    """Token ratios 2 and 0.75 of a success, 1.1 of a failure; then a group of equal rewards."""
+    logps = double([[[-1.0, -2.0], [-3.0, NAN]], [[-1.0, INF], [-2.0, -1.0]]])
+    ratios = double([[[2.0, 0.75], [1.1, 1.0]], [[1.0, 1.0], [1.0, 3.0]]])
+    mask = torch.tensor([[[1, 1], [1, 0]], [[1, 0], [1, 1]]])
+    old = logps - ratios.log()
+    return logps, old, double([[1.0, 0.0], [0.3, 0.3]]), mask
+
+
+ADVANTAGE = 0.5 / (0.5 + 1e-4)  # of a success, its standard deviation being 0.5
+# Clipped, the success has 1.4 + 0.75 = 2.15; its ratio is 1.5 as a whole, clipped to 1.4, and
+# the root of 1.5 is 1.22. The mean length is 6 / 4.
+BY_HAND = {
+    grpo_loss: (-2.15 * ADVANTAGE / 2, 1.1 * ADVANTAGE),
+    dr_grpo_loss: (-2.15 * 0.5 / 2, 1.1 * 0.5 / 2),
+    dapo_loss: (-2.15 * ADVANTAGE / 1.5, 1.1 * ADVANTAGE / 1.5),
+    rloo_loss: (-1.4, 1.1),
+    maxrl_loss: (-2.15, 1.1),
+    gspo_loss: (-math.sqrt(1.5) * ADVANTAGE, 1.1 * ADVANTAGE),
+    cispo_loss: ((1.4 * 1 + 0.75 * 2) * ADVANTAGE / 1.5, -1.1 * 3 * ADVANTAGE / 1.5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_methods_by_hand(method):
+    found = method(*two_prompts(), **clips_of(method))
+    exact(found, double([BY_HAND[method], (0.0, 0.0)]))
+
+
+@pytest.mark.parametrize("method", CLIPPING)
+def test_without_an_upper_clip_the_lower_one_counts_above_too(method):
+    given = two_prompts()
+    alone = method(*given, clip_eps=0.2)
+    exact(alone, method(*given, **clips_of(method, high=0.2)))
+    assert alone[0, 0] > method(*given, **clips_of(method, high=0.21))[0, 0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_policys_tokens_have_a_gradient(method):
+    logps, old, rewards, mask = two_prompts()
+    for tensor in (logps, old, rewards):
+        tensor.requires_grad_()
+    method(logps, old, rewards, mask.bool(), **clips_of(method, 9.0, 9.0)).sum().backward()
+    assert ((logps.grad != 0) == (mask.bool() & (torch.arange(2) == 0)[:, None, None])).all()
+    assert old.grad is None
+    assert rewards.grad is None
+
+
+class Chain:
+    """A policy that stops or goes on, with other chances after each token: s, gs, ggs and ggg."""
+
+    rewards = double([0.3, 1.0, -0.5, 0.7])
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
+    tokens = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    logits = double([[0.4, -0.3], [0.1, 0.8], [-0.6, 0.2]])
+    old_logits = double([[0.0, 0.3], [0.5, 0.4], [-0.1, -0.2]])
+
+    def logps(self, logits):
+        """Of the tokens of the four completions, `[4, 3]`, 0 after the end."""
+        steps = logits.log_softmax(-1).expand(4, 3, 2)
+        return steps.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~self.mask, 0.0)
+
+    def exact_gradient(self, rewards=None):
+        rewards = self.rewards if rewards is None else rewards
+        return gradient(lambda at: (self.logps(at).sum(-1).exp() * rewards).sum(), self.logits)
+
+    def mean_gradient(self, method, size, *, rewards=None, drawn_by=None, **clips):
+        """Of the loss, over all groups by their probability, each group a batch of its own."""
+        rewards = self.rewards if rewards is None else rewards
+        old = self.logps(self.logits if drawn_by is None else drawn_by)
+        slopes = []
+        for group in groups(4, size):
+            chance = old.sum(-1).exp()[group].prod()
+
+            def loss(at, group=group):
+                tensors = (self.logps(at)[group], old[group], rewards[group], self.mask[group])
+                return method(*(tensor.unsqueeze(0) for tensor in tensors), **clips).mean()
+
+            slopes.append(chance * gradient(loss, self.logits))
+        return sum(slopes)
+
+
+CHAIN = Chain()
+SUCCESS = double([0.0, 1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rloo_is_unbiased_over_every_group(size):
+    exact(CHAIN.mean_gradient(rloo_loss, size, clip_eps=0.2), -CHAIN.exact_gradient())
+
+
+def test_rloo_is_unbiased_where_another_policy_drew_and_nothing_is_clipped():
+    found = CHAIN.mean_gradient(rloo_loss, 3, drawn_by=CHAIN.old_logits, clip_eps=1e6)
+    exact(found, -CHAIN.exact_gradient())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_dr_grpo_is_short_by_a_constant(size):
+    found = CHAIN.mean_gradient(dr_grpo_loss, size, clip_eps=0.2)
+    exact(found, -(size - 1) / size / 3 * CHAIN.exact_gradient())
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_maxrl_climbs_towards_the_log_of_the_success_probability(size):
+    p = (CHAIN.logps(CHAIN.logits).sum(-1).exp() * SUCCESS).sum()
+    found = CHAIN.mean_gradient(maxrl_loss, size, rewards=SUCCESS, clip_eps=0.2)
+    exact(found, -(1 - (1 - p) ** (size - 1)) / p * CHAIN.exact_gradient(SUCCESS))
+
+
+def per_completion(share):
+    """The gradient of one group on policy from its completions' scores, each times A / share."""
+    scores = [gradient(lambda at, y=y: CHAIN.logps(at)[y].sum(), CHAIN.logits) for y in range(4)]
+
+    def update(group):
+        rewards = CHAIN.rewards[group].tolist()
+        advantages = [(r - fmean(rewards)) / (pstdev(rewards) + 1e-4) for r in rewards]
+        lengths = CHAIN.mask[group].sum(-1).tolist()
+        terms = zip(advantages, lengths, group.tolist(), strict=True)
+        return -sum(a / share(n, lengths) * scores[y] for a, n, y in terms) / len(group)
+
+    return update
+
+
+def on_policy(method, group, **clips):
+    tensors = (CHAIN.logps(CHAIN.logits)[group], CHAIN.rewards[group], CHAIN.mask[group])
+    old, rewards, mask = (tensor.unsqueeze(0) for tensor in tensors)
+    return gradient(
+        lambda at: method(CHAIN.logps(at)[group][None], old, rewards, mask, **clips).mean(),
+        CHAIN.logits,
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        (grpo_loss, lambda length, lengths: length),
+        (gspo_loss, lambda length, lengths: length),
+        (dapo_loss, lambda length, lengths: fmean(lengths)),
+        (cispo_loss, lambda length, lengths: fmean(lengths)),
+    ],
+)
+def test_on_policy_each_is_reinforce_but_for_its_division_by_lengths(method, share):
+    update = per_completion(share)
+    for group in [*groups(4, 2), *groups(4, 3)]:
+        exact(on_policy(method, group, **clips_of(method)), update(group))
+
+
+def test_the_length_of_a_group_is_felt_by_grpo_and_not_by_rloo():
+    """Where all are one length, GRPO's update of a group points where RLOO's points."""
+    same, other = torch.tensor([2, 3, 2]), torch.tensor([0, 3, 2])
+
+    def cosine(group):
+        both = [on_policy(method, group, clip_eps=0.2) for method in (grpo_loss, rloo_loss)]
+        return torch.cosine_similarity(*(slope.flatten() for slope in both), dim=0).item()
+
+    assert math.isclose(cosine(same), 1.0, rel_tol=1e-12)
+    assert cosine(other) < 0.995
+
+
+def test_dapo_and_cispo_count_the_tokens_of_the_whole_batch():
+    """Their mean is one sum over the tokens of both prompts, by how many they are."""
+    batch = torch.tensor([[0, 1, 1], [3, 2, 3]])
+    old, rewards, mask = (
+        CHAIN.logps(CHAIN.old_logits)[batch],
+        CHAIN.rewards[batch],
+        CHAIN.mask[batch],
+    )
+    for method in (dapo_loss, cispo_loss):
+        clips = clips_of(method)
+        both = method(CHAIN.logps(CHAIN.logits)[batch], old, rewards, mask, **clips).mean()
+        parts = [
+            method(CHAIN.logps(CHAIN.logits)[batch][i : i + 1], old[i : i + 1],
+                   rewards[i : i + 1], mask[i : i + 1], **clips).mean()
+            for i in range(2)
+        ]  # fmt: skip
+        exact(both, (5 * parts[0] + 9 * parts[1]) / 14)
+
+
 # --- entropy and KL --------------------------------------------------------------------------
 
 
@@ -468,6 +825,8 @@ def test_a_bad_tensor_is_named_by_every_elementwise_function():
         (reinforce_loss, ("logps", "advantages"), {}),
         (unclipped_surrogate_loss, ("logps", "old_logps", "advantages"), {}),
         (clipped_surrogate_loss, ("logps", "old_logps", "advantages"), eps),
+        (cispo_surrogate_loss, ("logps", "old_logps", "advantages"), {"clip_eps_high": 0.2}),
+        (truncated_importance_weights, ("logps", "sampler_logps"), {"cap": 2.0}),
         (value_loss, ("values", "returns"), {}),
         (clipped_value_loss, ("values", "old_values", "returns"), eps),
         (kl_k1, ("logps", "ref_logps"), {}),
@@ -497,10 +856,126 @@ def test_a_clip_that_is_not_positive_is_refused(clip_eps):
     want = f"`clip_eps` must be a finite number > 0, got {clip_eps}"
     for function in (clipped_surrogate_loss, clipped_value_loss):
         assert refusal(ValueError, function, TWO, TWO, TWO, clip_eps=clip_eps) == want
+    for method in CLIPPING:
+        assert refusal(ValueError, method, *two_prompts(), clip_eps=clip_eps) == want
+    rows = (TWO[None], TWO[None], TWO[:1], torch.ones(1, 2))
+    got = refusal(ValueError, sequence_ratio_surrogate_loss, *rows, clip_eps=clip_eps)
+    assert got == want
+    want = want.replace("clip_eps", "clip_eps_high")
+    both = {"clip_eps": 0.2, "clip_eps_high": clip_eps}
+    assert refusal(ValueError, clipped_surrogate_loss, TWO, TWO, TWO, **both) == want
+    assert refusal(ValueError, sequence_ratio_surrogate_loss, *rows, **both) == want
+    alone = {"clip_eps_high": clip_eps}
+    assert refusal(ValueError, cispo_surrogate_loss, TWO, TWO, TWO, **alone) == want
+    assert refusal(ValueError, cispo_loss, *two_prompts(), **alone) == want
+    for method in CLIPPING:
+        assert refusal(ValueError, method, *two_prompts(), **both) == want
+    want = want.replace("clip_eps_high", "cap")
+    assert refusal(ValueError, truncated_importance_weights, TWO, TWO, cap=clip_eps) == want
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_groups_of_completions_are_refused(method):
+    logps, old, rewards, mask = two_prompts()
+    nowhere = mask.clone()
+    nowhere[1, 0, 0] = 0
+    spoilt, scored = logps.clone(), rewards.clone()
+    spoilt[1, 1, 1], scored[0, 1] = NAN, INF
+    refused = [
+        ((spoilt, old, rewards, mask), "`logps` must be finite, got nan"),
+        ((logps, spoilt, rewards, mask), "`old_logps` must be finite, got nan"),
+        ((logps, old, scored, mask), "`rewards` must be finite, got inf"),
+        ((logps[0], old, rewards, mask), "`logps` must be a non-empty [B, K, T], got shape [2, 2]"),
+        (
+            (logps, old[:1], rewards, mask),
+            "`old_logps` must have shape [2, 2, 2] like `logps`, got [1, 2, 2]",
+        ),
+        ((logps, old, rewards[0], mask), "`rewards` must be a non-empty [B, K], got shape [2]"),
+        (
+            (logps, old, rewards[:, :1], mask),
+            "`rewards` must have shape [2, 2], one per completion, got [2, 1]",
+        ),
+        (
+            (logps, old, rewards.float(), mask),
+            "`rewards` must have dtype torch.float64 like `logps`, got torch.float32: write "
+            "rewards.to(torch.float64)",
+        ),
+        (
+            (logps, old, rewards, mask[:, :, :1]),
+            "`completion_mask` must have shape [2, 2, 2], got [2, 2, 1]",
+        ),
+        ((logps, old, rewards, 2 * mask), "`completion_mask` must be 0 or 1, got 2"),
+        (
+            (logps, old, rewards, nowhere),
+            "`completion_mask` must have at least one token in each completion, got none at [1, 0]",
+        ),
+        (
+            (logps[:, :1], old[:, :1], rewards[:, :1], mask[:, :1]),
+            "`rewards` must have at least 2 samples per row, got 1",
+        ),
+    ]
+    for arguments, want in refused:
+        assert refusal(ValueError, method, *arguments, **clips_of(method)) == want
+
+
+def test_bad_completions_are_refused_by_the_sequence_ratio():
+    logps, old, _, mask = (tensor[0] for tensor in two_prompts())
+    spoilt, twice = logps.clone(), logps.clone()
+    spoilt[0, 1] = -INF
+    twice[0] = double([INF, -INF])
+    half = (part.nan_to_num().half() for part in (logps, old))
+    refused = [
+        ((spoilt, old, TWO, mask), "`logps` must be finite, got -inf"),
+        ((twice, old, TWO, mask), "`logps` must be finite, got inf"),
+        (
+            (*half, TWO.float(), mask),
+            "`advantages` must have dtype torch.float16 like `logps`, got torch.float32: write "
+            "advantages.to(torch.float16)",
+        ),
+        ((logps, spoilt, TWO, mask), "`old_logps` must be finite, got -inf"),
+        ((logps, old, BAD, mask), "`advantages` must be finite, got nan"),
+        ((logps[0], old, TWO, mask), "`logps` must be a non-empty [B, T], got shape [2]"),
+        (
+            (logps, old[:1], TWO, mask),
+            "`old_logps` must have shape [2, 2] like `logps`, got [1, 2]",
+        ),
+        (
+            (logps, old, TWO[:, None], mask),
+            "`advantages` must be a non-empty [B], got shape [2, 1]",
+        ),
+        ((logps, old, TWO[:1], mask), "`advantages` must have 2 rows like `logps`, got 1"),
+        (
+            (logps, old, TWO.float(), mask),
+            "`advantages` must have dtype torch.float64 like `logps`, got torch.float32: write "
+            "advantages.to(torch.float64)",
+        ),
+        (
+            (logps, old, TWO, 0 * mask),
+            "`completion_mask` must have at least one token in each completion, got none at [0]",
+        ),
+    ]
+    for arguments, want in refused:
+        got = refusal(ValueError, sequence_ratio_surrogate_loss, *arguments, clip_eps=0.2)
+        assert got == want
+
+
+def test_a_reward_below_0_is_refused_by_maxrl():
+    logps, old, rewards, mask = two_prompts()
+    rewards[1, 0] = -0.25
+    want = "`rewards` must be >= 0, got -0.25"
+    assert refusal(ValueError, maxrl_advantages, rewards) == want
+    assert refusal(ValueError, maxrl_loss, logps, old, rewards, mask, clip_eps=0.2) == want
 
 
 @pytest.mark.parametrize(
-    "function", [mean_advantages, leave_one_out_advantages, group_normalised_advantages]
+    "function",
+    [
+        mean_advantages,
+        leave_one_out_advantages,
+        group_normalised_advantages,
+        maxrl_advantages,
+        groups_with_difference,
+    ],
 )
 def test_a_bad_group_is_refused(function):
     assert refusal(ValueError, function, BAD[None]) == "`rewards` must be finite, got nan"

@@ -671,6 +671,7 @@ def test_preferences(name, dtype):
 # --- policy gradient -------------------------------------------------------------------------
 
 ADVANTAGES = (0.0, 1.0, -1.0, 2.5)
+CLIPS = {"clip_eps": 0.2, "clip_eps_high": 0.3}
 STEPS = columns(
     [(u - at, -at, a) for u in GAPS for at in (0.0, 2.25) for a in ADVANTAGES]
 )  # fmt: skip
@@ -680,14 +681,25 @@ VALUES = columns(
 )
 
 
-def clipped_surrogate(logp, old_logp, advantage, clip_eps):
+def clipped_surrogate(logp, old_logp, advantage, clip_eps, clip_eps_high=None):
     ratio = held_exp(logp - old_logp)
-    low, high = 1 - clip_eps, 1 + clip_eps
+    low, high = 1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
     if advantage.value > 0:
         ratio = ratio if ratio.value < high.value else high
     elif advantage.value < 0:
         ratio = ratio if ratio.value > low.value else low
     return -advantage * ratio
+
+
+def cispo_surrogate(logp, old_logp, advantage, clip_eps_high):
+    """The weight is a number: it has no derivative."""
+    weight = held_exp(logp - old_logp).value
+    return -advantage * logp * min(weight, 1 + clip_eps_high.value)
+
+
+def truncated_weight(logp, sampler_logp, cap):
+    ratio = held_exp(logp - sampler_logp)
+    return ratio if ratio.value < cap.value else cap
 
 
 def kl_k3(logp, ref_logp):
@@ -723,6 +735,100 @@ def group_normalised(rewards, eps=None):
     variance = mean([square(x) for x in parts])
     spread = sqrt(variance) if variance.value else 0  # equal rewards: the numerators are 0 too
     return [x / (spread + (Jet(1e-4) if eps is None else eps)) for x in parts]
+
+
+def maxrl(rewards):
+    """Equal rewards of 0 have no advantage."""
+    centre = mean(rewards)
+    return [x / (centre if centre.value else 1) for x in centred(rewards)]
+
+
+def successes():
+    """Rewards of five answers, none below 0: few successes and many, near each other and far."""
+    shapes = ([0, 0, 0, 0, 1], [1, 1, 0, 1, 1], [0.3, 1.1, 0.7, 0.45, 2.0], [0, 0, 0, 0, 0])
+    return [
+        [
+            [centre + size * float(s) for s in shape]
+            for shape in shapes
+            for centre, size in itertools.product((0.0, 0.6, 1e3), (1e-6, 1.0, 1e4))
+        ]
+    ]
+
+
+def counted(tokens, mask):
+    return [x for x, counts in zip(tokens, mask, strict=True) if counts]
+
+
+def sequence_ratio_surrogate(logps, old_logps, advantage, mask, **clips):
+    gaps = counted([a - b for a, b in zip(logps, old_logps, strict=True)], mask)
+    return clipped_surrogate(mean(gaps), Jet(0), advantage, **clips)
+
+
+def of_tokens(surrogate, advantages_of, share):
+    """A method of one group: the sum of its tokens' losses, divided by `share` of the lengths.
+
+    Rewards have no derivative here.
+    """
+
+    def method(logps, old_logps, rewards, mask, **clips):
+        advantages = advantages_of([Jet(r.value) for r in rewards])
+        lengths = [sum(row) for row in mask]
+        rows = zip(logps, old_logps, advantages, mask, lengths, strict=True)
+        return [
+            total(
+                surrogate(new, old, advantage, **clips)
+                for new, old in counted(list(zip(row, old_row, strict=True)), counts)
+            )
+            / share(length, lengths, len(counts))
+            for row, old_row, advantage, counts, length in rows
+        ]
+
+    return method
+
+
+def of_completions(reduce, advantages_of):
+    """A method of one group with one ratio per completion, of the sum or mean of log-ratios."""
+
+    def method(logps, old_logps, rewards, mask, **clips):
+        advantages = advantages_of([Jet(r.value) for r in rewards])
+        rows = zip(logps, old_logps, advantages, mask, strict=True)
+        return [
+            clipped_surrogate(
+                reduce(counted([a - b for a, b in zip(new, old, strict=True)], counts)),
+                Jet(0),
+                advantage,
+                **clips,
+            )
+            for new, old, advantage, counts in rows
+        ]
+
+    return method
+
+
+def completions():
+    """Groups of three completions of one to three tokens, near the sampler and far from it."""
+    mask = [[True, True, True], [True, False, False], [True, True, False]]
+    rows = []
+    for gap in GAPS:
+        for rewards in ([1.0, 0.0, 0.0], [0.2, 1.5, 0.9]):
+            old = [[-0.5, -2.25, -1.0], [-3.0, -4.0, -5.0], [-0.25, -7.5, -1.0]]
+            moves = ([gap, 0.1, -0.2], [gap / 2, 9.0, 9.0], [-0.3 * gap, 0.7 * gap, 9.0])
+            new = [
+                [a + b for a, b in zip(x, y, strict=True)] for x, y in zip(old, moves, strict=True)
+            ]
+            rows.append((new, old, rewards, mask))
+    return columns(rows)
+
+
+def one_by_one(method):
+    """A method that divides by the tokens of a batch, for batches of one group."""
+    return lambda *tensors, **clips: torch.cat(
+        [method(*(t[i : i + 1] for t in tensors), **clips) for i in range(len(tensors[0]))]
+    )
+
+
+def mean_length(length, lengths, width):
+    return MP.mpf(sum(lengths)) / len(lengths)
 
 
 def groups():
@@ -824,6 +930,36 @@ POLICY_GRADIENT = {
         {"clip_eps": 0.2},
         data=(1, 2),
     ),
+    "clipped_surrogate_loss high": Case(
+        policy_gradient.clipped_surrogate_loss, clipped_surrogate, STEPS, CLIPS, data=(1, 2)
+    ),
+    "sequence_ratio_surrogate_loss": Case(
+        policy_gradient.sequence_ratio_surrogate_loss,
+        sequence_ratio_surrogate,
+        columns(
+            [
+                (new[0], old[0], a, mask[0])
+                for new, old, _, mask in zip(*completions(), strict=True)
+                for a in ADVANTAGES
+            ]
+        ),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "cispo_surrogate_loss": Case(
+        policy_gradient.cispo_surrogate_loss,
+        cispo_surrogate,
+        STEPS,
+        {"clip_eps_high": 4.0},
+        data=(1, 2),
+    ),
+    "truncated_importance_weights": Case(
+        policy_gradient.truncated_importance_weights,
+        truncated_weight,
+        SAMPLES,
+        {"cap": 2.0},
+        data=(0, 1),
+    ),
     "value_loss": Case(policy_gradient.value_loss, value_loss, [VALUES[0], VALUES[2]], data=(1,)),
     "clipped_value_loss": Case(
         policy_gradient.clipped_value_loss,
@@ -838,6 +974,56 @@ POLICY_GRADIENT = {
     ),
     "group_normalised_advantages": Case(
         policy_gradient.group_normalised_advantages, group_normalised, groups()
+    ),
+    "maxrl_advantages": Case(policy_gradient.maxrl_advantages, maxrl, successes(), data=(0,)),
+    "grpo_loss": Case(
+        policy_gradient.grpo_loss,
+        of_tokens(clipped_surrogate, group_normalised, lambda length, lengths, width: length),
+        completions(),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "dr_grpo_loss": Case(
+        policy_gradient.dr_grpo_loss,
+        of_tokens(clipped_surrogate, centred, lambda length, lengths, width: width),
+        completions(),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "dapo_loss": Case(
+        one_by_one(policy_gradient.dapo_loss),
+        of_tokens(clipped_surrogate, group_normalised, mean_length),
+        completions(),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "rloo_loss": Case(
+        policy_gradient.rloo_loss,
+        of_completions(total, leave_one_out),
+        completions(),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "maxrl_loss": Case(
+        policy_gradient.maxrl_loss,
+        of_tokens(clipped_surrogate, maxrl, lambda length, lengths, width: 1),
+        completions(),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "gspo_loss": Case(
+        policy_gradient.gspo_loss,
+        of_completions(mean, group_normalised),
+        completions(),
+        CLIPS,
+        data=(1, 2),
+    ),
+    "cispo_loss": Case(
+        one_by_one(policy_gradient.cispo_loss),
+        of_tokens(cispo_surrogate, group_normalised, mean_length),
+        completions(),
+        {"clip_eps_high": 4.0},
+        data=(1, 2),
     ),
     "optimal_baseline": Case(
         policy_gradient.optimal_baseline, optimal_baseline, baselines(), tables=(0,)
@@ -1143,6 +1329,7 @@ GROUPED = {
     "mean_advantages": policy_gradient.mean_advantages,
     "leave_one_out_advantages": policy_gradient.leave_one_out_advantages,
     "group_normalised_advantages": policy_gradient.group_normalised_advantages,
+    "maxrl_advantages": lambda rewards: policy_gradient.maxrl_advantages(rewards.abs()),
     "whiten": lambda rewards: policy_gradient.whiten(rewards, torch.ones_like(rewards)),
     "log_variance_loss": lambda rewards: losses.log_variance_loss(
         torch.zeros_like(rewards), torch.zeros_like(rewards), rewards, beta=0.7
@@ -1158,6 +1345,9 @@ def test_equal_rewards_have_advantages_of_exactly_zero(name, count, dtype):
         rewards = torch.full((1, count), reward, dtype=dtype, requires_grad=True)
         values = GROUPED[name](rewards)
         assert (values == 0).all()
+        if name == "maxrl_advantages":
+            assert not values.requires_grad
+            continue
         assert torch.isfinite(torch.autograd.grad(values.flatten()[0], rewards)[0]).all()
 
 
@@ -1174,7 +1364,8 @@ def test_the_slope_of_group_normalisation_among_equal_rewards():
 @pytest.mark.parametrize("name", [name for name in GROUPED if name != "log_variance_loss"])
 def test_advantages_far_from_zero_keep_the_digits_of_their_spread(name, dtype):
     """A spread of 1 about 1e6: what the rounded rewards say, to a few eps of the spread."""
-    references = (centred, leave_one_out, group_normalised, lambda row: whiten(row, [True] * 7))
+    references = (centred, leave_one_out, group_normalised, maxrl)
+    references = (*references, lambda row: whiten(row, [True] * 7))
     reference = dict(zip(GROUPED, references, strict=False))[name]
     for row in (1e6 + draws(9, 20, 7)).to(dtype):
         got = GROUPED[name](row[None])[0].tolist()

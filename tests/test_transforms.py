@@ -29,6 +29,7 @@ NO_FORMULAS = {
     "preferences.sample_thurstone",
     "preferences.sample_plackett_luce",
     "policy_gradient.AdaptiveKLController",
+    "policy_gradient.groups_with_difference",
 }
 NAN = math.nan
 
@@ -56,6 +57,13 @@ PAIR = tuple(draws(5, 2, 3))
 EPISODE = (draws(6, 2, 4), draws(7, 2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool())
 STEPS = (draws(8, 2, 3), draws(9, 2, 3), draws(10, 2, 3))
 ODDS = (-draws(11, 3).exp(), -draws(12, 3).exp())
+TOKENS = -3 + draws(40, 2, 3, 4)
+OLD_TOKENS = TOKENS + 0.2 * draws(41, 2, 3, 4)
+LENGTHS = torch.tensor([[4, 2, 1], [3, 4, 4]])
+COMPLETIONS = (TOKENS, OLD_TOKENS, draws(42, 2, 3).abs(), torch.arange(4) < LENGTHS[..., None])
+# The cap holds everywhere: a weight that moves with log pi is no derivative of CISPO's loss.
+CAPPED = (TOKENS, TOKENS - 1 - draws(43, 2, 3, 4).abs(), *COMPLETIONS[2:])
+CLIPS = {"clip_eps": 0.1, "clip_eps_high": 0.3}
 BETA = {"beta": 0.7}
 
 EXAMPLES = {
@@ -118,11 +126,27 @@ EXAMPLES = {
     "policy_gradient.reinforce_loss": Example(STEPS[:2], data=(1,)),
     "policy_gradient.unclipped_surrogate_loss": Example(STEPS, data=(1, 2)),
     "policy_gradient.clipped_surrogate_loss": Example(STEPS, {"clip_eps": 0.2}, data=(1, 2)),
+    "policy_gradient.clipped_surrogate_loss high": Example(STEPS, CLIPS, data=(1, 2)),
+    "policy_gradient.sequence_ratio_surrogate_loss": Example(
+        (TOKENS[0], OLD_TOKENS[0], draws(44, 3), COMPLETIONS[3][0]), CLIPS, data=(1, 2)
+    ),
+    "policy_gradient.cispo_surrogate_loss": Example(
+        (STEPS[0], STEPS[0] - 1 - STEPS[1].abs(), STEPS[2]), {"clip_eps_high": 1.5}, data=(1, 2)
+    ),
+    "policy_gradient.truncated_importance_weights": Example(PAIR, {"cap": 1.5}, data=(0, 1)),
     "policy_gradient.value_loss": Example(STEPS[:2], data=(1,)),
     "policy_gradient.clipped_value_loss": Example(STEPS, {"clip_eps": 0.4}, data=(1, 2)),
     "policy_gradient.mean_advantages": Example((REWARDS,)),
     "policy_gradient.leave_one_out_advantages": Example((REWARDS,)),
     "policy_gradient.group_normalised_advantages": Example((REWARDS,), {"eps": 0.01}),
+    "policy_gradient.maxrl_advantages": Example((REWARDS.abs(),), data=(0,)),
+    "policy_gradient.grpo_loss": Example(COMPLETIONS, CLIPS, data=(1, 2)),
+    "policy_gradient.dr_grpo_loss": Example(COMPLETIONS, CLIPS, data=(1, 2)),
+    "policy_gradient.dapo_loss": Example(COMPLETIONS, CLIPS, data=(1, 2)),
+    "policy_gradient.rloo_loss": Example(COMPLETIONS, CLIPS, data=(1, 2)),
+    "policy_gradient.maxrl_loss": Example(COMPLETIONS, CLIPS, data=(1, 2)),
+    "policy_gradient.gspo_loss": Example(COMPLETIONS, CLIPS, data=(1, 2)),
+    "policy_gradient.cispo_loss": Example(CAPPED, {"clip_eps_high": 1.5}, data=(1, 2)),
     "policy_gradient.optimal_baseline": Example((TABLES[0], REWARDS, draws(18, 2, 4) ** 2)),
     "policy_gradient.gae": Example(EPISODE, {"discount": 0.9, "lam": 0.8}, data=(0, 1)),
     "policy_gradient.whiten": Example((EPISODE[0], EPISODE[2])),
@@ -340,6 +364,17 @@ def test_the_whole_function_compiles(name, fresh_dynamo):
             for out in (got, want)
         ]
         exact(*slopes)
+
+
+def test_groups_with_a_difference_inside_transforms(fresh_dynamo):
+    """A verdict, which has no derivative: no row of the table."""
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    want = torch.tensor([False, True])
+    function = policy_gradient.groups_with_difference
+    both = torch.func.vmap(function)(torch.stack([rewards, rewards.flip(0)]))
+    assert torch.equal(both, torch.stack([want, want.flip(0)]))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards), want)
 
 
 # --- what is refused, and where --------------------------------------------------------------

@@ -4,6 +4,7 @@
 stub with a model that returns given log-probabilities; they are private, so the version is pinned.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dpo_mini import losses
+from dpo_mini import losses, policy_gradient
 from dpo_mini.logps import mean_over_tokens, sum_over_tokens
 
 PINNED = "1.16.0"
@@ -25,7 +26,7 @@ if installed != PINNED:
     pytest.skip(f"trl {installed} is not the pinned {PINNED}", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from trl import DPOTrainer, KTOTrainer
+    from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
@@ -253,3 +254,194 @@ def test_trls_forward_kl_is_nan_where_both_powers_overflow_and_ours_is_not(batch
     ours = losses.f_dpo_loss(*four(batch), beta=BETA, divergence="forward_kl")
     assert ours.isfinite().all()
     assert gradient(ours.mean(), batch).isfinite().all()
+
+
+# --- policy gradients ------------------------------------------------------------------------
+
+K, CLIP, CLIP_HIGH, CAP = 4, 0.2, 0.28, 1.2
+CLIPS = {"clip_eps": CLIP, "clip_eps_high": CLIP_HIGH}
+BESSEL = math.sqrt((K - 1) / K)
+"""What is left of our normalised advantages where the divisor of the variance is K - 1."""
+
+
+@pytest.fixture
+def groups(generator):
+    """K completions of 1 to T tokens for each of B prompts, some tokens far from their sampler.
+
+    The rewards are large, so that 1e-4 beside their standard deviation is as good as nothing. One
+    group has equal rewards. The sampler's numbers are float32, for `trl` makes them that.
+    """
+    policy = -2 * torch.rand(B, K, T, dtype=torch.float64, generator=generator)
+    old = policy + 0.3 * torch.randn(B, K, T, dtype=torch.float64, generator=generator)
+    sampler = (old + 0.2 * torch.randn(B, K, T, dtype=torch.float64, generator=generator)).float()
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, K, 1), generator=generator)
+    mask[0, 0] = True  # `trl` pads to the longest
+    rewards = 1e4 * torch.randn(B, K, dtype=torch.float64, generator=generator)
+    rewards[2] = 0.5
+    return SimpleNamespace(
+        policy=policy.requires_grad_(), old=old, sampler=sampler.double(), mask=mask,
+        rewards=rewards,
+    )  # fmt: skip
+
+
+def arguments(groups):
+    return groups.policy, groups.old, groups.rewards, groups.mask
+
+
+class Frozen(Model):
+    """The model that `trl` asks for the log-probabilities of the time of sampling."""
+
+    is_gradient_checkpointing = False
+
+
+def stub(groups, **settings):
+    """What both trainers read of themselves: one process, one step per batch, no KL term."""
+    n_rows, lengths = B * K, groups.mask.sum(-1).flatten().tolist()
+    drawn = [[1] * n for n in lengths]
+    rows = zip(groups.sampler.flatten(0, 1).tolist(), lengths, strict=True)
+    sampled = [row[:n] for row, n in rows]
+    accelerator = one_process()
+    accelerator.process_index, accelerator.num_processes = 0, 1
+    accelerator.reduce = lambda values, reduction: values
+    everything = {
+        "accelerator": accelerator, "model": Frozen(groups.old.flatten(0, 1)), "beta": 0.0,
+        "aux_loss_enabled": False, "mask_truncated_completions": False, "pad_to_multiple_of": None,
+        "_tokenizer": SimpleNamespace(pad_token_id=0), "num_generations": K, "use_vllm": False,
+        "args": SimpleNamespace(
+            per_device_train_batch_size=n_rows, gradient_accumulation_steps=1,
+            steps_per_generation=1, gradient_checkpointing_kwargs=None, delta=None,
+        ),
+        "num_iterations": 2, "environment_factories": None, "environments": None, "tools": None,
+        "_generate": lambda prompts: ([[1]] * n_rows, drawn, None, drawn, sampled, {}, None, None),
+        "_get_per_token_logps_and_entropies": lambda model, *_, **__: (
+            model.token_logps, torch.zeros_like(model.token_logps), None
+        ),
+        "_calculate_rewards": lambda *_: groups.rewards.view(-1, 1),
+        "reward_weights": torch.ones(1, dtype=torch.float64), "reward_func_names": ["r"],
+        "multi_objective_aggregation": "sum_then_normalize", "scale_rewards": "group",
+        "vllm_importance_sampling_correction": False, "off_policy_mask_threshold": None,
+        "top_entropy_quantile": 1.0, "importance_sampling_level": "token", "_step": 0,
+        "epsilon_low": CLIP, "epsilon_high": CLIP_HIGH, "max_completion_length": T,
+        "_entropy_bonus_enabled": False, "current_gradient_accumulation_steps": 1,
+        "normalize_advantages": False, "reward_clip_range": None,
+        "_metrics": {"train": defaultdict(list)}, "_pending_extra_logs": {}, "_pending_metrics": {},
+        "_logs": {
+            "prompt": [], "completion": [], "advantages": [], "rewards": defaultdict(list),
+            "extra": {},
+        },
+        **settings,
+    }  # fmt: skip
+    return SimpleNamespace(**everything)
+
+
+def scored(trainer, self):
+    """A batch as the trainer makes it: `trl`'s own advantages, mask and weights."""
+    return trainer._generate_and_score_completions(self, [{"prompt": "x"}] * (B * K))
+
+
+def trl_grpo(groups, loss_type, **settings):
+    self = stub(groups, loss_type=loss_type, **settings)
+    inputs = scored(GRPOTrainer, self)
+    return GRPOTrainer._compute_loss(self, Model(groups.policy.flatten(0, 1)), inputs)
+
+
+def trl_rloo(groups):
+    self = stub(groups)
+    generated = self._generate
+    self._generate = lambda prompts: (*generated(prompts)[:2], generated(prompts)[3])
+    inputs = scored(RLOOTrainer, self)
+    return RLOOTrainer._compute_loss(self, Model(groups.policy.flatten(0, 1)), inputs)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_grpo_and_dapo_agree_but_for_the_divisor_of_the_variance(loss_type, groups):
+    """`trl`: `nanstd`, with K - 1, in `_generate_and_score_completions`. Ours: K."""
+    loss = getattr(policy_gradient, f"{loss_type}_loss")
+    ours = loss(*arguments(groups), **CLIPS).mean()
+    agree(groups, BESSEL * ours, trl_grpo(groups, loss_type))
+
+
+def test_gspo_agrees_but_for_the_divisor_of_the_variance(groups):
+    """`trl` has no loss type of that name: `"grpo"` with one ratio per sequence."""
+    theirs = trl_grpo(groups, "grpo", importance_sampling_level="sequence")
+    ours = policy_gradient.gspo_loss(*arguments(groups), **CLIPS).mean()
+    agree(groups, BESSEL * ours, theirs)
+
+
+def test_cispo_agrees_where_trls_epsilon_is_one_more(groups):
+    """`trl`: `torch.clamp(coef_1, max=self.epsilon_high)`. Ours, and the paper: 1 + epsilon."""
+    theirs = trl_grpo(groups, "cispo", epsilon_high=1 + CLIP_HIGH)
+    ours = policy_gradient.cispo_loss(*arguments(groups), clip_eps_high=CLIP_HIGH).mean()
+    agree(groups, BESSEL * ours, theirs)
+    assert (ours - trl_grpo(groups, "cispo") / BESSEL).abs() > 1e-2
+
+
+def test_dr_grpo_agrees(groups):
+    groups.rewards = groups.rewards / 1e4  # the tolerance is for losses of size 1
+    theirs = trl_grpo(groups, "dr_grpo", scale_rewards="none")
+    agree(groups, policy_gradient.dr_grpo_loss(*arguments(groups), **CLIPS).mean(), theirs)
+
+
+def test_dr_grpo_divides_by_the_width_and_trl_by_the_longest_that_may_be_drawn(groups):
+    groups.rewards = groups.rewards / 1e4
+    theirs = trl_grpo(groups, "dr_grpo", scale_rewards="none", max_completion_length=10 * T)
+    ours = policy_gradient.dr_grpo_loss(*arguments(groups), **CLIPS).mean()
+    agree(groups, ours / 10, theirs, 1e-12)
+
+
+def test_rloo_agrees(groups):
+    groups.rewards = groups.rewards / 1e4
+    agree(groups, policy_gradient.rloo_loss(*arguments(groups), **CLIPS).mean(), trl_rloo(groups))
+
+
+def test_advantages_agree(groups):
+    """Rewards of size 1, where the 1e-4 counts; `nanstd` has its K / (K - 1) in float32."""
+    groups.rewards = groups.rewards / 1e4
+
+    def theirs(**settings):
+        return scored(GRPOTrainer, stub(groups, loss_type="grpo", **settings))["advantages"]
+
+    ours = BESSEL * policy_gradient.group_normalised_advantages(groups.rewards, eps=1e-4 * BESSEL)
+    assert_close(theirs().view(B, K), ours, rtol=1e-7, atol=0)
+    ours = policy_gradient.mean_advantages(groups.rewards)
+    assert_close(theirs(scale_rewards="none").view(B, K), ours, rtol=1e-12, atol=1e-12)
+
+
+VLLM = {
+    "use_vllm": True, "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_clip_max": CAP, "vllm_importance_sampling_clip_min": None,
+}  # fmt: skip
+
+
+def test_truncated_importance_weights_agree(groups):
+    """`vllm_importance_sampling_cap` of `trl`, now `..._clip_max`; its default mode is another."""
+    weights = policy_gradient.truncated_importance_weights(groups.old, groups.sampler, cap=CAP)
+    tokens = {**VLLM, "vllm_importance_sampling_mode": "token_truncate"}
+    theirs = scored(GRPOTrainer, stub(groups, loss_type="grpo", **tokens))
+    theirs = theirs["importance_sampling_ratio"].view(B, K, T)[groups.mask]
+    assert_close(theirs, weights[groups.mask], rtol=1e-12, atol=0)
+    assert (theirs == CAP).any()
+    assert (theirs < 1).any()
+    sums = [part.masked_fill(~groups.mask, 0.0).sum(-1) for part in (groups.old, groups.sampler)]
+    whole = {**VLLM, "vllm_importance_sampling_mode": "sequence_truncate"}
+    theirs = scored(GRPOTrainer, stub(groups, loss_type="grpo", **whole))
+    ours = policy_gradient.truncated_importance_weights(*sums, cap=CAP)
+    assert_close(theirs["importance_sampling_ratio"].view(B, K), ours, rtol=1e-12, atol=0)
+    dropped = {**VLLM, "vllm_importance_sampling_mode": "sequence_mask"}  # the default
+    theirs = scored(GRPOTrainer, stub(groups, loss_type="grpo", **dropped))
+    theirs = theirs["importance_sampling_ratio"].view(B, K)
+    assert_close(theirs, ours.masked_fill(ours == CAP, 0.0), rtol=1e-12, atol=0)
+    assert (theirs == 0).any()
+
+
+def test_the_weights_multiply_the_losses_of_tokens(groups):
+    groups.rewards = groups.rewards / 1e4
+    theirs = trl_grpo(
+        groups, "dr_grpo", scale_rewards="none", **VLLM,
+        vllm_importance_sampling_mode="token_truncate",
+    )  # fmt: skip
+    advantages = policy_gradient.mean_advantages(groups.rewards).unsqueeze(-1).expand(B, K, T)
+    tokens = policy_gradient.clipped_surrogate_loss(groups.policy, groups.old, advantages, **CLIPS)
+    weights = policy_gradient.truncated_importance_weights(groups.old, groups.sampler, cap=CAP)
+    ours = (weights * tokens).masked_fill(~groups.mask, 0.0).sum() / (B * K * T)
+    agree(groups, ours, theirs)
