@@ -191,7 +191,10 @@ def main() -> None:
     for path in chapters:
         stage_notebook(path)
     shutil.copytree(ROOT / "figures", SOURCE / "figures")
-    for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", "examples/train_dpo.py"):
+    examples = [
+        f"examples/{name}.py" for name in ("dpo_in_one_file", "ppo_in_one_file", "train_dpo")
+    ]
+    for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", *examples):
         (SOURCE / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, SOURCE / name)
     teaching = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")

@@ -86,6 +86,27 @@ def check_generator(generator: torch.Generator) -> None:
         raise TypeError(f"`generator` must be a torch.Generator, got {got}")
 
 
+def check_device(
+    like: str, device: torch.device | None, **given: Tensor | torch.Generator | torch.device | None
+) -> None:
+    """Refuse what lies on another device than that with which it is used.
+
+    Args:
+      like: with what, such as `"the policy's weights"`.
+      device: where that lies. None, of a model without weights, goes with every device.
+      **given: tensors, generators, or the device of something else, under the names that the
+        caller's caller used. A generator made by `torch.Generator("cuda")` may lie on "cuda",
+        which has no number and goes with all of them.
+    """
+    for name, one in given.items():
+        own = one.device if isinstance(one, Tensor | torch.Generator) else one
+        if device is None or own is None or own == device:
+            continue
+        if own.type != device.type or None not in (own.index, device.index):
+            got = f"{'a tensor' if isinstance(one, Tensor) else 'one'} on {own}"
+            raise ValueError(f"`{name}` must be on {device} like {like}, got {got}")
+
+
 def check_floats(shape: str, **tensors: Tensor) -> None:
     """Refuse tensors that are not floating, of one dtype and device, of one non-empty shape.
 

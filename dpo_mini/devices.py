@@ -14,7 +14,8 @@ def on_device(name: str | torch.device) -> tuple[torch.device, Callable[[int], t
 
     What a generator draws lies on the generator's device: the weights of a new policy, sampled
     completions, shuffled rows. So in `device, seeded = on_device("cuda")` nothing but the name says
-    where a program runs; tables of a task are sent there by `task.to(device)`.
+    where a program runs; tables of a task are sent there by `task.to(device)`. A function of this
+    library that draws for tensors or weights refuses a generator that lies elsewhere than they do.
 
     Args:
       name: such as `"cpu"` or `"cuda"`.
@@ -25,7 +26,7 @@ def on_device(name: str | torch.device) -> tuple[torch.device, Callable[[int], t
       ValueError: torch knows no such device, or this machine has none.
     """
     try:
-        device = torch.device(name)
+        device = torch.empty(0, device=torch.device(name)).device  # "cuda" becomes "cuda:0"
         torch.Generator(device)
     except (RuntimeError, AssertionError) as error:  # which of them depends on the build of torch
         what = 'a device that torch finds here, such as "cpu"'

@@ -2,6 +2,9 @@
 
 A notebook test compares text and never looks at a picture. So a figure is shown as a picture and
 as text: its description and a receipt read back from what was drawn.
+
+The functions below that draw numbers take tensors too, on whatever device. Those of matplotlib,
+such as `ax.plot`, read tensors of the CPU alone.
 """
 
 import io
@@ -23,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.quiver import Quiver
 from numpy.typing import ArrayLike
 from PIL import Image
+from torch import Tensor
 
 from dpo_mini._arguments import check_count, check_fraction
 from dpo_mini._files import write_whole
@@ -246,9 +250,9 @@ def named_points(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
         raise ValueError(f"`groups` must have finite values, got {bad}")
     row = 0
     for (label, group), (color, marker) in zip(groups.items(), looks, strict=False):
-        rows = row + np.arange(len(group))
-        ax.plot(list(group.values()), rows, marker, color=color, label=label)
-        for place, (name, value) in zip(rows, group.items(), strict=True):
+        rows, own = row + np.arange(len(group)), values[row : row + len(group)]
+        ax.plot(own, rows, marker, color=color, label=label)
+        for place, name, value in zip(rows, group, own, strict=True):
             ax.annotate(
                 f"{name}  {_number(value)}", (value, place), xytext=(8, 0),
                 textcoords="offset points", va="center", color=color, fontsize=9,
@@ -597,14 +601,21 @@ def _check_is(name: str, value: object, kind: type) -> None:
 
 
 def _numbers(name: str, values: ArrayLike) -> np.ndarray:
-    """Numbers as a float array; a tensor will do."""
+    """Numbers as a float array; tensors will do, on whatever device."""
     try:
-        array = np.asarray(values)
+        array = np.asarray(_on_cpu(values))
         if not np.iscomplexobj(array):
             return np.asarray(array, dtype=float)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"`{name}` must be real numbers, got others: {error}") from error
     raise ValueError(f"`{name}` must be real numbers, got {array.dtype}")
+
+
+def _on_cpu(values: Any) -> Any:
+    """`values` with the tensors in them on the CPU, where numpy can read them."""
+    if isinstance(values, list | tuple):
+        return [_on_cpu(value) for value in values]
+    return values.cpu() if isinstance(values, Tensor) else values
 
 
 def _show(fig: Figure, alt: str) -> bytes:

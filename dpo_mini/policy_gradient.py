@@ -239,7 +239,7 @@ def truncated_importance_weights(logps: Tensor, sampler_logps: Tensor, *, cap: f
     check_floats("[...]", logps=logps, sampler_logps=sampler_logps)
     check_finite(logps=logps, sampler_logps=sampler_logps)
     log_ratios = widen(logps).detach() - widen(sampler_logps).detach()
-    return hold(log_ratios).exp().clamp(max=cap)
+    return log_ratios.exp().clamp(max=cap)  # an infinite ratio is the cap, too
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -691,7 +691,8 @@ def cispo_loss(
     policy, old, groups, mask = _groups_of_tokens(logps, old_logps, rewards, completion_mask)
     advantages = group_normalised_advantages(groups).unsqueeze(-1).expand_as(policy)
     tokens = cispo_surrogate_loss(policy, old, advantages, clip_eps_high=clip_eps_high)
-    return tokens.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).mean(dtype=tokens.dtype)
+    # Where there is no token, log pi is 0, and so is the loss.
+    return tokens.sum(-1) / mask.sum(-1).mean(dtype=tokens.dtype)
 
 
 # --- entropy and KL --------------------------------------------------------------------------
@@ -839,7 +840,7 @@ def _groups_of_tokens(
         raise ValueError(f"`rewards` must have shape {want}, one per completion, got {got}")
     check_alike("logps", logps, rewards=rewards)
     policy, old, mask = _with_tokens(logps, old_logps, completion_mask)
-    return policy, old, widen(rewards).detach(), mask
+    return policy, old, widen(rewards), mask
 
 
 def _clipped_tokens(

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from dpo_mini._arguments import (
     Table,
     as_floats,
+    check_device,
     check_finite,
     check_generator,
     check_integers,
@@ -133,6 +134,7 @@ def plackett_luce_logp(rewards: Table, ranking: Table) -> Tensor:
     if isinstance(ranking, np.ndarray | Sequence):
         ranking = torch.as_tensor(np.asarray(ranking), device=scores.device)
     check_integers("ranking", ranking, "[B, K]")
+    check_device("`rewards`", scores.device, ranking=ranking)
     if ranking.shape != scores.shape:
         raise ValueError(
             f"`ranking` must have shape {list(scores.shape)} like `rewards`, "
@@ -158,7 +160,7 @@ def sample_bradley_terry(
     Returns:
       the same shape, bool, True where a wins.
     Raises:
-      ValueError: as in `bradley_terry_prob`.
+      ValueError: as in `bradley_terry_prob`, or the generator lies on another device.
     """
     return _bernoulli(_margins(rewards_a, rewards_b).sigmoid(), generator)
 
@@ -179,10 +181,11 @@ def sample_plackett_luce(rewards: Table, *, generator: torch.Generator) -> Tenso
     Returns:
       `[B, K]` int64, as `plackett_luce_logp` takes it.
     Raises:
-      ValueError: K < 2, or a reward is not finite.
+      ValueError: K < 2, a reward is not finite, or the generator lies on another device.
     """
     scores = _listed(rewards)
     check_generator(generator)
+    check_device("the rewards", scores.device, generator=generator)
     exponential = torch.empty_like(scores).exponential_(generator=generator)
     return (scores - exponential.log()).argsort(-1, descending=True)
 
@@ -201,8 +204,8 @@ def _thurstone_prob(rewards_a: Table, rewards_b: Table) -> Tensor:
 def _davidson_scores(rewards_a: Table, rewards_b: Table, tie_weight: float | Tensor) -> Tensor:
     """`[..., 3]`, whose softmax is that of a wins, of a tie, of b wins."""
     half = _margins(rewards_a, rewards_b) / 2
-    tie = positive_scalar("tie_weight", tie_weight, half.dtype).log().expand_as(half)
-    return torch.stack([half, tie, -half], dim=-1)
+    tie = positive_scalar("tie_weight", tie_weight, half.dtype).to(half.device)
+    return torch.stack([half, tie.log().expand_as(half), -half], dim=-1)
 
 
 def _listed(rewards: Table) -> Tensor:
@@ -216,6 +219,7 @@ def _listed(rewards: Table) -> Tensor:
 
 def _bernoulli(probs: Tensor, generator: torch.Generator) -> Tensor:
     check_generator(generator)
+    check_device("the rewards", probs.device, generator=generator)
     uniform = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device, generator=generator)
     return uniform < probs
 

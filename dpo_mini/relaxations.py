@@ -3,7 +3,8 @@ r"""Other ways through a discrete sample: Gumbel-softmax, straight-through, REBA
 Each returns something that autograd can go through. `logits` `[..., V]` name a distribution,
 `softmax(logits)`; a sample is a one-hot vector `[..., V]`. In the formulas $g$ are Gumbel draws,
 $-\log(-\log u)$ with u uniform, and $z = \log p + g$, whose largest entry is distributed as p.
-Half precision is drawn and computed in float32 and rounded once, at the end.
+Half precision is drawn and computed in float32 and rounded once, at the end. A generator that does
+not lie on the device of `logits` is refused.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dpo_mini._arguments import (
     check_alike,
+    check_device,
     check_finite,
     check_floats,
     check_generator,
@@ -260,6 +262,7 @@ def _perturbed(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _exponentials(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Standard exponential draws like `logits`: positive, so that their logarithm is finite."""
     check_generator(generator)
+    check_device("`logits`", logits.device, generator=generator)
     draws = torch.empty_like(logits).exponential_(generator=generator)
     return draws.clamp(min=torch.finfo(logits.dtype).tiny)
 

@@ -17,6 +17,7 @@ from dpo_mini._arguments import (
     as_floats,
     check_between,
     check_count,
+    check_device,
     check_finite,
     check_floats,
     check_fraction,
@@ -54,6 +55,7 @@ __all__ = [
 _MOST_COMPLETIONS = 20_000_000
 _MOST_TOKENS = 10_000
 _ROUNDS = 100
+_TABLES = "the tables of the task"
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,11 +202,13 @@ class Task:
         Returns:
           `[B, T]` int64, padded with `PAD`.
         Raises:
-          ValueError: a table of another shape, or a prompt out of range.
+          ValueError: a table of another shape, a prompt out of range, or something that lies on
+            another device than the task.
         """
         self._check_policy(logps)
         check_indices("prompts", prompts, "[B]", len(self.prompts))
         check_generator(generator)
+        check_device(_TABLES, self.rewards.device, prompts=prompts, generator=generator)
         return self.completions[_draw(_cdf(logps), prompts, generator)]
 
     def sample_pairs(
@@ -225,11 +229,13 @@ class Task:
           `(prompts [n], chosen [n, T], rejected [n, T])`, int64.
         Raises:
           ValueError: `n < 1`; a table of another shape; a row with fewer than two answers whose
-            log-probability is above -inf.
+            log-probability is above -inf; a table or generator that lies on another device than
+            the task.
         """
         check_count("n", n)
         check_generator(generator)
         self._check_policy(logps)
+        check_device(_TABLES, self.rewards.device, generator=generator)
         if ((logps > -math.inf).sum(-1) < 2).any():
             raise ValueError(
                 "`logps` must give mass to 2 completions of every prompt, got a row with all on one"
@@ -261,6 +267,7 @@ class Task:
         if logps.shape != self.rewards.shape:
             got, want = list(logps.shape), list(self.rewards.shape)
             raise ValueError(f"`logps` must have shape {want}, got {got}")
+        check_device(_TABLES, self.rewards.device, logps=logps)
         check_logps(logps=logps)
         check_normalised(logps=logps)
 
@@ -402,7 +409,7 @@ def random_bandit(n_prompts: int, n_actions: int, *, generator: torch.Generator)
 
     Args:
       n_prompts, n_actions: X and Y.
-      generator: draws both tables.
+      generator: draws both tables, on its device.
     Returns:
       A `Task` of X prompts and Y actions.
     Raises:
@@ -411,7 +418,8 @@ def random_bandit(n_prompts: int, n_actions: int, *, generator: torch.Generator)
     check_count("n_prompts", n_prompts)
     check_count("n_actions", n_actions)
     check_generator(generator)
-    draws = torch.randn(2, n_prompts, n_actions, dtype=torch.float64, generator=generator)
+    shape, device = (2, n_prompts, n_actions), generator.device
+    draws = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
     return bandit(draws[0], draws[1].softmax(-1))
 
 
@@ -465,32 +473,34 @@ def micro_review_demonstrations(
       generator: draws prompts, words and slips.
       slip_prob: in [0, 1).
     Returns:
-      `(prompts [n], completions [n, 5])`, int64, padded with `PAD`.
+      `(prompts [n], completions [n, 5])`, int64, padded with `PAD`, on the generator's device.
     Raises:
       ValueError: `n < 1`, or `slip_prob` outside [0, 1).
     """
     check_count("n", n)
     check_between("slip_prob", slip_prob, 0.0, 1.0)
     check_generator(generator)
+    device = generator.device
 
     def draw(weights: dict[str, int], count: int) -> list[str]:
-        table = torch.tensor(list(weights.values()), dtype=torch.float64)
+        table = torch.tensor(list(weights.values()), dtype=torch.float64, device=device)
         rows = torch.multinomial(table, count, replacement=True, generator=generator)
         names = list(weights)
         return [names[row] for row in rows.tolist()]
 
-    prompts = torch.randint(len(REVIEW_PROMPTS), (n,), generator=generator)
+    prompts = torch.randint(len(REVIEW_PROMPTS), (n,), generator=generator, device=device)
     completions = torch.full((n, 5), PAD, dtype=torch.int64)
     adjectives = iter(draw(_ADJECTIVES, 2 * n))
-    uniform = torch.rand(5 * n, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(5 * n, dtype=torch.float64, generator=generator, device=device)
     slips = iter((uniform < slip_prob).tolist())
-    any_word = iter(torch.randint(1, len(REVIEW_WORDS), (5 * n,), generator=generator).tolist())
+    words = torch.randint(1, len(REVIEW_WORDS), (5 * n,), generator=generator, device=device)
+    any_word = iter(words.tolist())
     for row, template in enumerate(draw(_TEMPLATES, n)):
-        words = [next(adjectives) if word == "A" else word for word in template.split()]
-        words = [REVIEW_WORDS[next(any_word)] if next(slips) else word for word in words]
-        tokens = [_WORD[word] for word in [*words, "<end>"][:5]]
+        said = [next(adjectives) if word == "A" else word for word in template.split()]
+        said = [REVIEW_WORDS[next(any_word)] if next(slips) else word for word in said]
+        tokens = [_WORD[word] for word in [*said, "<end>"][:5]]
         completions[row, : len(tokens)] = torch.tensor(tokens)
-    return prompts, completions
+    return prompts, completions.to(device)
 
 
 # --- tiny sums and tiny sort -----------------------------------------------------------------
@@ -566,7 +576,7 @@ def tiny_sum_demonstrations(
       generator: draws prompts and answers.
       right_prob: in [0, 1].
     Returns:
-      `(prompts [n], completions [n, 3])`, int64, padded with `PAD`.
+      `(prompts [n], completions [n, 3])`, int64, padded with `PAD`, on the generator's device.
     Raises:
       ValueError: `n < 1`, or `right_prob` outside [0, 1].
     """
@@ -632,17 +642,20 @@ def _digit_demonstrations(
     check_count("n", n)
     check_fraction("right_prob", right_prob)
     check_generator(generator)
-    training = training_prompts()
+    device, training = generator.device, training_prompts()
     given = [answers(*divmod(x, 10)) for x in training.tolist()]
     n_wrong = torch.tensor([len(answers) - 1 for answers in given])
     first = n_wrong.cumsum(0) - n_wrong + torch.arange(len(given))  # of a prompt's answers
     written = torch.tensor([_written(answer) for answers in given for answer in answers])
 
-    rows = torch.randint(len(training), (n,), generator=generator)
-    is_right = torch.rand(n, dtype=torch.float64, generator=generator) < right_prob
-    uniform = torch.rand(n, dtype=torch.float64, generator=generator)
+    rows = torch.randint(len(training), (n,), generator=generator, device=device)
+    draws = [
+        torch.rand(n, dtype=torch.float64, generator=generator, device=device) for _ in range(2)
+    ]
+    rows, is_right, uniform = rows.cpu(), draws[0].cpu() < right_prob, draws[1].cpu()
     mistake = 1 + (uniform * n_wrong[rows]).long()
-    return training[rows], written[first[rows] + mistake.masked_fill(is_right, 0)]
+    columns = first[rows] + mistake.masked_fill(is_right, 0)
+    return training[rows].to(device), written[columns].to(device)
 
 
 def _written(answer: str) -> list[int]:

@@ -315,6 +315,7 @@ def test_groups_with_a_difference():
     rewards = double([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [0.1, 0.1, 0.1], [1.0, 0.0, 0.0]])
     want = torch.tensor([False, True, False, True])
     assert torch.equal(groups_with_difference(rewards), want)
+    assert torch.equal(groups_with_difference(1e-170 * rewards), want)
     assert torch.equal(groups_with_difference(rewards.half()), want)
 
 

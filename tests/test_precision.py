@@ -1407,6 +1407,13 @@ def test_surrogates_far_away(dtype, u):
                 assert slopes[2] > 1e4
 
 
+def test_a_slope_of_cispo_beyond_the_largest_half_is_that_number():
+    logps = torch.tensor([-1e-3], dtype=torch.float16, requires_grad=True)
+    advantages = torch.full_like(logps, 6e4).detach()
+    value = policy_gradient.cispo_surrogate_loss(logps, logps - 3, advantages, clip_eps_high=2.0)
+    assert torch.autograd.grad(value.sum(), logps)[0].item() == -65504
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("divergence", "alpha"),

@@ -21,6 +21,7 @@ WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called ther
         "HasSizes",
         "check_completions",
         "check_sizes",
+        "device_of",
         "read_for_prompts",
         "shares_storage",
     },
@@ -41,6 +42,7 @@ WITHOUT_UNDERSCORE = {  # the package's own, or the museum's pieces: called ther
     },
     "dpo_mini.train": {
         "Progress",
+        "WEIGHTS",
         "adam",
         "check_frozen",
         "check_gradient",

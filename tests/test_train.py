@@ -1145,7 +1145,7 @@ def test_ppo_takes_the_steps_of_its_formulas_with_every_setting(kind, generator)
         clip_eps=0.1, value_eps=0.05, **options,
     )  # fmt: skip
     assert_same_run(both.parameters(), by_hand.parameters(), history, want)
-    assert 0 < max(history["clipped"]) < 1
+    assert any(0 < share < 1 for share in history["clipped"])
     orders = []
     for batch in overheard.batches:
         assert [len(rows) for rows in batch.orders] == [6, 5] * 3

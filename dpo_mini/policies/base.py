@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dpo_mini._arguments import (
     check_count,
+    check_device,
     check_finite,
     check_floats,
     check_indices,
@@ -116,7 +117,7 @@ class Policy(nn.Module):
           `[B, T]`, nats; 0 on padding.
         Raises:
           ValueError: a prompt or token is out of range; a completion is empty, too long, or goes on
-            after its end token.
+            after its end token; prompts or completions lie on another device than the weights.
         """
         written = self.check_completions(prompts, completions)  # [B, T], true on tokens
         tokens = torch.cat([prompts[:, None], completions], dim=1)  # [B, T + 1]
@@ -139,6 +140,9 @@ class Policy(nn.Module):
 class HasSizes(Protocol):
     """A policy or a reward model: all that a check of completions asks of it."""
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Its weights."""
+
     n_prompts: int
     vocab_size: int
     max_tokens: int
@@ -150,6 +154,8 @@ def check_completions(model: HasSizes, prompts: Tensor, completions: Tensor) -> 
     check_indices("prompts", prompts, "[B]", model.n_prompts)
     mask = completion_mask(completions, model.end_token)
     check_rows("prompts", prompts, completions=completions)
+    weights = "the policy's weights" if isinstance(model, Policy) else "the model's weights"
+    check_device(weights, device_of(model), prompts=prompts, completions=completions)
     if completions.shape[1] > model.max_tokens:
         got = completions.shape[1]
         raise ValueError(f"`completions` must have at most {model.max_tokens} tokens, got {got}")
@@ -206,6 +212,11 @@ class TabularPolicy(Policy):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, 1, V]` of a completion's only token; `tokens` `[B, 1]` are prompts."""
         return self.logits[tokens]
+
+
+def device_of(model: nn.Module | Scorer | HasSizes) -> torch.device | None:
+    """Where the first of a model's weights lies; None where it has none."""
+    return next((weight.device for weight in model.parameters()), None)
 
 
 def shares_storage(model: nn.Module | Scorer, other: nn.Module | Scorer) -> bool:

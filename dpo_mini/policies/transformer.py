@@ -105,12 +105,13 @@ class TinyTransformer(Policy):
         check_sizes(self)
         read = read_for_prompts(self, prompt_tokens).to(generator.device)  # [X, P]
         self.register_buffer("prompt_tokens", read, persistent=False)
-        # torch fills new layers from global random state
-        with torch.random.fork_rng(devices=[]), generator.device:
+        # torch fills new layers from global random state; on the CPU it can be put back everywhere
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             self.wte = nn.Embedding(max(vocab_size, int(read.max()) + 1), width)
             self.wpe = nn.Embedding(read.shape[1] + max_tokens - 1, width)
             self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))  # type: ignore[assignment]
             self.ln_f = nn.LayerNorm(width)
+        self.to(generator.device)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # GPT-2 divides by the square root of how often something is added to `x`.

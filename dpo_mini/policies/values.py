@@ -113,7 +113,7 @@ def _zero_head(body: TinyTransformer) -> nn.Linear:
     """A linear head of one number, 0 at the start; beside `body` in dtype and device."""
     like = body.wte.weight
     with torch.random.fork_rng(devices=[]):  # torch fills new layers from global random state
-        head = nn.Linear(like.shape[1], 1, dtype=like.dtype, device=like.device)
+        head = nn.Linear(like.shape[1], 1, dtype=like.dtype, device="cpu").to(like.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

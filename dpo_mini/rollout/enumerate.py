@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mini._arguments import check_count
-from dpo_mini.policies.base import HasSizes, KVCache, Policy
+from dpo_mini._arguments import check_count, check_device
+from dpo_mini.policies.base import HasSizes, KVCache, Policy, device_of
 from dpo_mini.policies.values import RewardModel
 from dpo_mini.rollout.kv_cache import begin, extend, lengthen, split
 from dpo_mini.tasks import Task, subtree_sizes
@@ -45,7 +45,7 @@ def enumerate_logps(
     Returns:
       `[X, Y]`, nats, of the policy's dtype; differentiable.
     Raises:
-      ValueError: the sizes of policy and task differ.
+      ValueError: the sizes or the devices of policy and task differ.
     """
     check_count("n_parents", n_parents)
     check_same_sizes("policy", policy, task)
@@ -78,7 +78,7 @@ def enumerate_rewards(
     Returns:
       `[X, Y]`, reward units.
     Raises:
-      ValueError: the sizes of model and task differ.
+      ValueError: the sizes or the devices of model and task differ.
     """
     check_count("n_parents", n_parents)
     check_same_sizes("model", model, task)
@@ -122,8 +122,8 @@ def exact_gradient(
     Returns:
       `[]`, the sum, float64, without gradient.
     Raises:
-      ValueError: the sizes of policy and task differ, no weight of the policy requires a gradient,
-        or `loss` returns no scalar.
+      ValueError: the sizes or the devices of policy and task differ, no weight of the policy
+        requires a gradient, or `loss` returns no scalar.
     """
     check_count("n_parents", n_parents)
     check_same_sizes("policy", policy, task)
@@ -177,7 +177,7 @@ def _differentiate(
 
 
 def check_same_sizes(argument: str, model: HasSizes, task: Task) -> None:
-    """Refuse a model whose sizes are not those of the task."""
+    """Refuse a model whose sizes are not those of the task, or that lies on another device."""
     for name in ("vocab_size", "max_tokens", "end_token"):
         if getattr(model, name) != getattr(task, name):
             got, want = getattr(model, name), getattr(task, name)
@@ -185,6 +185,7 @@ def check_same_sizes(argument: str, model: HasSizes, task: Task) -> None:
     if model.n_prompts != len(task.prompts):
         got, want = model.n_prompts, len(task.prompts)
         raise ValueError(f"`{argument}` must have n_prompts = {want} like the task, got {got}")
+    check_device(f"the {argument}'s weights", device_of(model), task=task.prompts.device)
 
 
 def _first(policy: Policy, prompts: Tensor) -> Prefixes:

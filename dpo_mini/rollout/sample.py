@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dpo_mini._arguments import check_generator, check_indices
+from dpo_mini._arguments import check_device, check_generator, check_indices
 from dpo_mini._numerics import widen
 from dpo_mini.logps import PAD
-from dpo_mini.policies.base import Policy, TabularPolicy
+from dpo_mini.policies.base import Policy, TabularPolicy, device_of
 from dpo_mini.policies.transformer import SelfAttention
 from dpo_mini.rollout.trees import body_and_heads
 
@@ -28,10 +28,12 @@ def sample(policy: Policy, prompts: Tensor, *, generator: torch.Generator) -> Te
     Returns:
       `[B, T]` int64, padded with `PAD` after the end token.
     Raises:
-      ValueError: a prompt is out of range.
+      ValueError: a prompt is out of range, or prompts or generator lie on another device than the
+        policy's weights.
     """
     check_indices("prompts", prompts, "[B]", policy.n_prompts)
     check_generator(generator)
+    check_device("the policy's weights", device_of(policy), prompts=prompts, generator=generator)
     device, n_rows, n_steps = prompts.device, len(prompts), policy.max_tokens
     completions = torch.full((n_rows, n_steps), PAD, device=device)
     rows = torch.arange(n_rows, device=device)  # the completions still going on

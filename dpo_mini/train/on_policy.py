@@ -70,15 +70,16 @@ def fit_reinforce(
       of score - beta k1.
     Raises:
       ValueError: a setting out of range, a score that is not finite or not one per completion, a
-        reference that shares weights with the policy, or a loss or gradient that is not finite.
+        reference that shares weights with the policy, a loss or gradient that is not finite, or
+        something that lies on another device than the policy's weights.
     """
     check_positive("beta", beta)
     check_count("n_samples", n_samples)
     compared = (leave_one_out_advantages, mean_advantages, group_normalised_advantages)
     if n_samples == 1 and advantages in compared:
         raise ValueError("`n_samples` must be >= 2, got 1: completions of a prompt are compared")
-    check_prompts_and_reference(policy, reference, prompts)
     check_settings(steps, batch_size, learning_rate, generator)
+    check_prompts_and_reference(policy, reference, prompts, generator)
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):
@@ -130,8 +131,8 @@ def fit_online_preferences(
       ValueError: as `fit_reinforce`.
     """
     check_pair_loss(loss)
-    check_prompts_and_reference(policy, reference, prompts)
     check_settings(steps, batch_size, learning_rate, generator)
+    check_prompts_and_reference(policy, reference, prompts, generator)
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):

@@ -182,8 +182,8 @@ def fit_ppo(
     """
     _check_ppo_settings(beta, batch_size, n_epochs, n_minibatches)
     _check_ppo_weights(discount, lam, value_weight, entropy_weight)
-    check_prompts_and_reference(actor_critic, reference, prompts)
     check_settings(steps, batch_size, learning_rate, generator)
+    check_prompts_and_reference(actor_critic, reference, prompts, generator)
     optimizer, schedule = adam(actor_critic, steps, learning_rate)
     history: History = {}
     for step in progress(range(steps)):
@@ -243,7 +243,7 @@ def _minibatches(
     """
     for epoch in range(n_epochs):
         order = torch.randperm(len(batch.prompts), generator=generator, device=generator.device)
-        for rows in order.to(batch.prompts.device).tensor_split(n_minibatches):
+        for rows in order.tensor_split(n_minibatches):
             if epoch == 0 and n_minibatches == 1:
                 yield rows, tuple(each[rows] for each in batch.drawn)
             else:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dpo_mini._arguments import (
     check_count,
+    check_device,
     check_finite,
     check_floats,
     check_generator,
@@ -15,12 +16,14 @@ from dpo_mini._arguments import (
     check_positive,
 )
 from dpo_mini.policies import Scorer
-from dpo_mini.policies.base import shares_storage
+from dpo_mini.policies.base import device_of, shares_storage
 
 History = dict[str, list[float]]
 """What a loop measured: under each name one number per step."""
 Progress = Callable[[range], Iterable[int]]
 """Wraps the range of a loop's steps, such as `tqdm`; `iter` shows nothing."""
+WEIGHTS = "the policy's weights"
+"""What data and generators lie beside, in errors."""
 Score = Callable[[Tensor, Tensor], Tensor]
 """`(prompts [B], completions [B, T]) -> scores [B]`: the reward of whole completions."""
 
@@ -70,16 +73,18 @@ def record(history: History, **measured: Tensor | float) -> None:
 
 
 def shuffled_batches(
-    n_rows: int, batch_size: int, steps: int, generator: torch.Generator, progress: Progress
+    data: Tensor, batch_size: int, steps: int, generator: torch.Generator, progress: Progress
 ) -> Iterator[tuple[int, Tensor]]:
-    """The number of each step and its rows, `[B]`: every row once before any row again.
+    """The number of each step and its rows `[B]` of `data`: every row once before any row again.
 
-    The last batch of each pass has what is left.
+    The last batch of each pass has what is left. The rows lie beside `data`, wherever the generator
+    lies: one on the CPU shuffles in the same order for every device.
     """
     waiting = torch.empty(0, dtype=torch.int64)
     for step in progress(range(steps)):
         if len(waiting) == 0:
-            waiting = torch.randperm(n_rows, generator=generator, device=generator.device)
+            order = torch.randperm(len(data), generator=generator, device=generator.device)
+            waiting = order.to(data.device)
         rows, waiting = waiting[:batch_size], waiting[batch_size:]
         yield step, rows
 
@@ -90,7 +95,7 @@ def draw_prompts(prompts: Tensor, batch_size: int, generator: torch.Generator) -
     shape = (rounds, len(prompts))
     draws = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     order = draws.argsort(1)
-    return prompts[order.flatten()[:batch_size].to(prompts.device)]
+    return prompts[order.flatten()[:batch_size]]
 
 
 def scores_of(score: Score, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -101,6 +106,7 @@ def scores_of(score: Score, prompts: Tensor, completions: Tensor) -> Tensor:
     if len(scores) != len(completions):
         want, got = len(completions), len(scores)
         raise ValueError(f"`score` must return {want} rewards, one per row, got {got}")
+    check_device("its completions", completions.device, score=scores)
     check_finite(score=scores)
     return scores
 
@@ -116,13 +122,17 @@ def check_settings(
 
 
 def check_frozen(policy: nn.Module | Scorer, reference: nn.Module | Scorer) -> None:
-    """Refuse a reference that would move with the policy."""
+    """Refuse a reference that would move with the policy, or that lies on another device."""
     if shares_storage(policy, reference):
         what = "have weights of its own (copy.deepcopy), got weights that it shares with the policy"
         raise ValueError(f"`reference` must {what}")
+    check_device(WEIGHTS, device_of(policy), reference=device_of(reference))
 
 
-def check_prompts_and_reference(policy: nn.Module, reference: nn.Module, prompts: Tensor) -> None:
-    """Refuse prompts that are no numbers, and a reference that would move with the policy."""
+def check_prompts_and_reference(
+    policy: nn.Module, reference: nn.Module, prompts: Tensor, generator: torch.Generator
+) -> None:
+    """Refuse prompts that are no numbers, a reference that would move, and a second device."""
     check_integers("prompts", prompts, "[n]")
     check_frozen(policy, reference)
+    check_device(WEIGHTS, device_of(policy), prompts=prompts, generator=generator)

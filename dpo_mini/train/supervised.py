@@ -5,13 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpo_mini._arguments import check_integers, check_rows
+from dpo_mini._arguments import check_device, check_integers, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.losses import reward_model_loss
 from dpo_mini.policies import RewardModel, Scorer
+from dpo_mini.policies.base import device_of
 from dpo_mini.rollout import shared_prefix_rewards, token_logps
 from dpo_mini.train.pair_losses import Loss, Pairs, check_pair_loss, check_pairs, pair_measures
 from dpo_mini.train.steps import (
+    WEIGHTS,
     History,
     Progress,
     adam,
@@ -42,20 +44,22 @@ def fit_sft(
       policy: has `token_logps(prompts [B], completions [B, T]) -> [B, T]`.
       prompts: `[n]`; completions: `[n, T]` int64, padded with `PAD`.
       steps, batch_size, learning_rate: of Adam; 20 steps of warm-up, then a cosine down to 0.
-      generator: shuffles; every row is seen once before any is seen again.
+      generator: shuffles, on any device; every row is seen once before any is seen again.
       progress: wraps the range of steps, such as `notebook_progress("SFT")` or `tqdm`.
     Returns:
       `{"loss": [steps]}`, nats per completion.
     Raises:
-      ValueError: no data, rows that differ in number, a setting out of range, log-probabilities
-        above 0, or a loss or gradient that is not finite: then the step is not taken.
+      ValueError: no data, rows that differ in number, data on another device than the weights, a
+        setting out of range, log-probabilities above 0, or a loss or gradient that is not finite:
+        then the step is not taken.
     """
     check_rows("prompts", prompts, completions=completions)
     check_integers("completions", completions, "[n, T]")
+    check_device(WEIGHTS, device_of(policy), prompts=prompts, completions=completions)
     check_settings(steps, batch_size, learning_rate, generator)
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}
-    for step, rows in shuffled_batches(len(prompts), batch_size, steps, generator, progress):
+    for step, rows in shuffled_batches(prompts, batch_size, steps, generator, progress):
         scored = token_logps(policy, prompts[rows], completions[rows])
         loss = -sum_over_tokens(scored, completions[rows] != PAD).mean()
         descend(optimizer, loss, step)
@@ -100,6 +104,7 @@ def fit_preferences(
     check_pair_loss(loss)
     check_settings(steps, batch_size, learning_rate, generator)
     check_frozen(policy, reference)
+    check_device(WEIGHTS, device_of(policy), prompts=prompts, chosen=chosen, rejected=rejected)
 
     def logps(model: Scorer, rows: Tensor, name: str) -> tuple[Tensor, ...]:
         """Of the chosen and of the rejected answers, `[B]` each."""
@@ -114,7 +119,7 @@ def fit_preferences(
         ref_chosen, ref_rejected = map(torch.cat, zip(*blocks, strict=True))
     optimizer, schedule = adam(policy, steps, learning_rate)
     history: History = {}
-    for step, rows in shuffled_batches(len(prompts), batch_size, steps, generator, progress):
+    for step, rows in shuffled_batches(prompts, batch_size, steps, generator, progress):
         of_pairs = *logps(policy, rows, "policy"), ref_chosen[rows], ref_rejected[rows]
         mean_loss = loss(*of_pairs).mean()
         descend(optimizer, mean_loss, step)
@@ -143,14 +148,16 @@ def fit_reward_model(
       `{"loss", "accuracy"}`, each `[steps]`: nats per pair, and the share of the batch's pairs
       whose chosen answer has the larger reward.
     Raises:
-      ValueError: no pairs, rows that differ in number, a setting out of range, or a loss or
-        gradient that is not finite.
+      ValueError: no pairs, rows that differ in number, pairs on another device than the weights, a
+        setting out of range, or a loss or gradient that is not finite.
     """
     prompts, chosen, rejected = check_pairs(pairs)
+    weights = "the model's weights"
+    check_device(weights, device_of(model), prompts=prompts, chosen=chosen, rejected=rejected)
     check_settings(steps, batch_size, learning_rate, generator)
     optimizer, schedule = adam(model, steps, learning_rate)
     history: History = {}
-    for step, rows in shuffled_batches(len(prompts), batch_size, steps, generator, progress):
+    for step, rows in shuffled_batches(prompts, batch_size, steps, generator, progress):
         asked, answers = prompts[rows].repeat(2), torch.cat([chosen[rows], rejected[rows]])
         chosen_rewards, rejected_rewards = shared_prefix_rewards(model, asked, answers).chunk(2)
         loss = reward_model_loss(chosen_rewards, rejected_rewards).mean()
