@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import torch
 
-from dpo_mini import closed_form, runs
+from dpo_mini import closed_form, rollout, runs
 from dpo_mini.devices import on_device
 from dpo_mini.runs import comparison
 
@@ -63,6 +63,7 @@ def test_a_run_says_what_it_cost_and_where_it_ended():
         assert all(math.isfinite(number) for number in numbers)
         assert row["kl_star"] >= 0
         assert 0 <= row["untold"] <= 1
+        assert ("learned_minus_true" in row) == (row["method"] in ("pi*", "RM optimum"))
         if row["method"] in EXACT:
             continue
         steps, prefixes, kls = zip(*row["trail"], strict=True)
@@ -126,6 +127,35 @@ def test_thirty_steps_on_its_own_pairs_go_most_of_the_way(world, few_steps):
     assert 0.3 < row["kl_star"] < 2.5
     assert row["trail"][0][0] == 10
     assert row["untold"] < 0.3
+
+
+def test_thirty_steps_of_squared_loss_on_its_own_pairs_ask_for_two_scores_per_pair(
+    world, few_steps
+):
+    asked, table = [], world.task.rewards
+    score = comparison.score_by(world.task, table, torch.zeros_like(table).bool())
+
+    def counted(prompts, completions):
+        asked.append(len(prompts))
+        return score(prompts, completions)
+
+    policy = deepcopy(world.reference)
+    comparison.on_policy_squared_loss(world, policy, 0.5, counted, generator=seeded(2))
+    best = closed_form.optimal_logps(world.ref_logps, table, 0.5)
+    with torch.no_grad():
+        logps = rollout.enumerate_logps(policy, world.task)
+    assert asked == [1024] * 30
+    assert 0.3 < closed_form.kl(logps, best).mean() < 2.5
+
+
+def test_the_mean_error_of_a_reward_counts_from_the_reference(world):
+    """A constant per prompt changes nothing; r / 2 is too low by half of what pi* gains."""
+    rewards, best = world.task.rewards, comparison._best(world, 0.5)
+    shifted = rewards + torch.arange(4.0)[:, None]
+    assert comparison._mean_error(world, shifted, best) == pytest.approx(0, abs=1e-9)
+    gains = [closed_form.expected_reward(each, rewards) for each in (best, world.ref_logps)]
+    half = -(gains[0] - gains[1]).mean().item() / 2
+    assert comparison._mean_error(world, rewards / 2, best) == pytest.approx(half)
 
 
 def test_thirty_steps_of_ppo_clip_and_ask_for_as_many_scores(world, few_steps):

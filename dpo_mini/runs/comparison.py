@@ -1,4 +1,4 @@
-"""The trainings of chapter 09: each method on the same task, with equally many labels or scores.
+"""The trainings of chapter 09: each method on the same task, with equally many batches.
 
 A seed draws everything: demonstrations, first weights, pairs, and what training draws. The
 functions of the methods are those that the chapter shows; a test compares the two.
@@ -17,6 +17,7 @@ from dpo_mini.devices import on_device
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import RewardModel, SharedTrunk, TinyTransformer
 from dpo_mini.policy_gradient import leave_one_out_advantages, reinforce_loss
+from dpo_mini.train.on_policy import draw_prompts
 from dpo_mini.train.steps import History, Progress, adam, descend, record, shuffled_batches
 
 SEEDS = tuple(range(5))
@@ -24,7 +25,7 @@ SEEDS = tuple(range(5))
 BETAS = (0.5, 1.0, 2.0)
 """Weights of the KL term, reward units per nat; at the first one every method is trained."""
 STEPS: dict[str, Any] = {"steps": 200, "batch_size": 512, "learning_rate": 8e-3}
-"""What every method does: 200 steps with 512 labels or scores each, 102,400 in all."""
+"""What every method does: 200 batches of 512 pairs (a label or two scores each) or 512 answers."""
 _MARKS = (10, 20, 40, 80, 140)  # steps at which a run is measured on its way
 _MOMENTS = (0, 20, 80)  # of RLOO, at which gradients are measured
 _BATCHES = 40  # batches of each estimator at a moment
@@ -124,6 +125,26 @@ def on_policy_dpo(
     return train.fit_online_preferences(*asked, loss, **how)
 
 
+def on_policy_squared_loss(
+    world: World, policy: TinyTransformer, beta: float, score: train.Score, *,
+    generator: torch.Generator, progress: Progress = iter,
+) -> History:  # fmt: skip
+    """The squared loss on pairs that the policy writes, as many as `on_policy_dpo` asks about."""
+    optimizer, schedule = adam(policy, STEPS["steps"], STEPS["learning_rate"])
+    history: History = {}
+    for step in progress(range(STEPS["steps"])):
+        x = draw_prompts(world.task.prompts, STEPS["batch_size"], generator).repeat(2)
+        y = rollout.sample(policy, x, generator=generator)
+        logps = sum_over_tokens(rollout.token_logps(policy, x, y), y != PAD)
+        given = world.ref_logps[x, world.task.index(y)], score(x, y)
+        of_pairs = [part for each in (logps, *given) for part in each.chunk(2)]
+        loss = losses.rebel_loss(*of_pairs, beta=beta).mean()
+        descend(optimizer, loss, step)
+        schedule.step()
+        record(history, loss=loss.detach())
+    return history
+
+
 def rloo(
     world: World, policy: TinyTransformer, beta: float, score: train.Score, **how: Any
 ) -> History:
@@ -152,6 +173,7 @@ METHODS: dict[str, tuple[Method, str | None]] = {
     "DPO": (dpo, None),
     "squared loss": (squared_loss, "true"),
     "on-policy DPO": (on_policy_dpo, "true"),
+    "on-policy squared loss": (on_policy_squared_loss, "true"),
     "RLOO": (rloo, "true"),
     "PPO, 1 epoch": (partial(ppo, n_epochs=1), "true"),
     "PPO": (ppo, "true"),
@@ -272,8 +294,19 @@ def _exact(world: World, learned: Tensor, seed: int, beta: float) -> list[dict[s
         row = {"method": name, "seed": seed, "beta": beta, **_judged(world, logps, best)}
         row["kl_star"] = max(row["kl_star"], 0.0)
         row["untold"] = (logps.exp() * ~told).sum(1).mean().item()
+        if name in ("pi*", "RM optimum"):
+            row["learned_minus_true"] = _mean_error(world, learned, logps)
         rows.append(row)
     return rows
+
+
+def _mean_error(world: World, learned: Tensor, logps: Tensor) -> float:
+    """The mean of learned minus true reward over a policy's answers; over the reference's it is 0.
+
+    Pairs tell a reward up to a constant per prompt, so both are counted from the reference's mean.
+    """
+    errors = learned - world.task.rewards
+    return ((logps.exp() - world.ref_logps.exp()) * errors).sum(1).mean().item()
 
 
 def _other_writers(world: World, seed: int, beta: float) -> list[dict[str, Any]]:
