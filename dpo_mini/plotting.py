@@ -47,6 +47,7 @@ __all__ = [
     "ternary_xy",
     "ternary_grid",
     "ternary_contours",
+    "ternary_cloud",
     "vector_fields",
     "show",
     "save",
@@ -114,26 +115,31 @@ def panels(
     x_labels: Sequence[str],
     y_labels: Sequence[str],
     *,
+    rows: int = 1,
     width: float = 9.6,
     height: float = 3.6,
 ) -> tuple[Figure, list[Axes]]:
-    """Axes side by side, each with its own title and labels.
+    """Axes side by side, or in several rows, each with its own title and labels.
 
     Args:
-      titles, x_labels, y_labels: one each a panel, from left to right.
+      titles, x_labels, y_labels: one per panel, from left to right, the upper row first.
+      rows: how many rows; they are equally long.
       width, height: of the whole figure, inches.
     Returns:
       `(figure, axes)`, as many axes as titles.
     Raises:
-      ValueError: titles and labels differ in number.
+      ValueError: titles and labels differ in number, or the rows cannot be equally long.
     """
+    check_count("rows", rows)
     if not len(titles) == len(x_labels) == len(y_labels):
         got = f"{len(titles)}, {len(x_labels)} and {len(y_labels)}"
         raise ValueError(f"`titles`, `x_labels` and `y_labels` must be equally many, got {got}")
+    if len(titles) % rows:
+        raise ValueError(f"`rows` must divide the {len(titles)} titles, got {rows}")
     with matplotlib.rc_context(_FONT):
         fig = Figure(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(fig)
-        axs = list(fig.subplots(1, len(titles), squeeze=False)[0])
+        axs = list(fig.subplots(rows, len(titles) // rows, squeeze=False).flat)
         for ax, title, x_label, y_label in zip(axs, titles, x_labels, y_labels, strict=True):
             ax.set(title=title, xlabel=x_label, ylabel=y_label)
     return fig, axs
@@ -427,6 +433,43 @@ def ternary_contours(
     darkest = high + 0.6 * (high - low)  # pale enough for what is drawn on top
     ax.tricontourf(x, y, heights, levels=[low, *inside, high], cmap="Blues", vmax=darkest)
     ax.tricontour(x, y, heights, levels=inside, colors="white", linewidths=0.8, linestyles="solid")
+
+
+def ternary_cloud(
+    ax: Axes, probs: np.ndarray, chances: np.ndarray, marks: Mapping[str, np.ndarray]
+) -> None:
+    """Every place where a step may lead as a dot in the triangle, its area its probability.
+
+    Args:
+      ax: axes that `ternary` has prepared.
+      probs: `[n, 3]`, the places; equal ones become one dot.
+      chances: `[n]`, not negative: how likely each is.
+      marks: at most 3 names to places `[3]`; they are drawn as a ring, a square and a cross.
+    Raises:
+      ValueError: a place does not sum to 1, `chances` are not `[n]` and >= 0, or too many marks.
+    """
+    _check_is("ax", ax, Axes)
+    _check_is("marks", marks, Mapping)
+    places, weights = np.column_stack(ternary_xy(probs)), _numbers("chances", chances)
+    if weights.shape != (len(places),) or not (weights >= 0).all():
+        got = f"shape {list(weights.shape)}, smallest {weights.min():.4g}"
+        raise ValueError(f"`chances` must be >= 0, one per row of `probs`, got {got}")
+    looks = (
+        ("o", "white", "black", 8),
+        ("s", "none", "black", 14),
+        ("x", "#D55E00", "#D55E00", 9),
+    )
+    if len(marks) > len(looks):
+        raise ValueError(f"`marks` must have at most {len(looks)} names, got {len(marks)}")
+    dots, at = np.unique(places.round(6), axis=0, return_inverse=True)
+    areas = 900 * np.bincount(at.ravel(), weights)
+    ax.scatter(*dots.T, s=areas, color="#56B4E9A0", edgecolor="#0072B2", label="_cloud")
+    for (name, place), (marker, face, edge, size) in zip(marks.items(), looks, strict=False):
+        x, y = ternary_xy(place)
+        ax.plot(
+            x, y, marker, color=face, markeredgecolor=edge, markersize=size, label=name,
+            markeredgewidth=2 if marker == "x" else 1.2,
+        )  # fmt: skip
 
 
 def vector_fields(

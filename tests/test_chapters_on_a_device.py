@@ -19,7 +19,7 @@ from dpo_mini import plotting, tasks, train
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 LINE = 'device, seeded = on_device("cpu")  # "cuda" runs it on a GPU'
-WITH_THE_LINE = {"06", "09"}
+WITH_THE_LINE = {"06", "07", "09"}
 WORDS = {"06": 4, "07": 4}
 """In a chapter that asks for every review again and again, the most words that one has."""
 SHORTER = {  # in a chapter, code that takes long or needs five words, and what stands in for it
@@ -27,7 +27,7 @@ SHORTER = {  # in a chapter, code that takes long or needs five words, and what 
         "seen = (10, 100, 1_000, 10_000), []": "seen = (1, 2, 3, 4), []",
         "[[0, good, 0, 0, 0, 0]]": "[[0, good, 0, 0, 0]]",
     },
-    "07": {"for seed in range(5)]": "for seed in range(1)]"},
+    "07": {"for seed in range(5)]": "for seed in range(2)]"},
     "08": {"for step in range(81):": "for step in range(3):"},
 }
 

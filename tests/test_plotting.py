@@ -240,6 +240,45 @@ def test_a_triangle_draws_its_frame_its_corners_and_the_heights():
     assert [note.xy for note in ax.texts] == [(0, 0), (1, 0), (0.5, np.sqrt(0.75))]
 
 
+def cloud(**changes):
+    given = {
+        "probs": torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.5, 0.3, 0.2]]),
+        "chances": torch.tensor([0.5, 0.25, 0.25]),
+        "marks": {"now": [1.0, 0.0, 0.0], "exact": [0.0, 1.0, 0.0], "mean": [0.0, 0.0, 1.0]},
+    }
+    fig, ax = axes("a cloud", "", "")
+    plotting.ternary_cloud(ax, **{**given, **changes})
+    return fig, ax
+
+
+def test_a_cloud_has_one_dot_per_place_with_its_probability_as_area():
+    fig, ax = cloud()
+    (dots,) = ax.collections
+    by_place = {
+        tuple(xy.round(2)): area
+        for xy, area in zip(dots.get_offsets(), dots.get_sizes(), strict=True)
+    }
+    assert by_place == {(0.4, 0.17): 675.0, (0.55, 0.43): 225.0}
+    text = receipt(fig)
+    assert "points (no label): 2 points, x 0.4..0.55" in text
+    assert "line 'now': 1 points, x 0..0, y 0..0" in text
+    assert "line 'exact': 1 points, x 1..1, y 0..0" in text
+    assert "line 'mean': 1 points, x 0.5..0.5, y 0.866..0.866" in text
+    assert [line.get_marker() for line in ax.lines] == ["o", "s", "x"]
+
+
+def test_panels_may_stand_in_rows():
+    fig, axs = panels(list("abcd"), [""] * 4, [""] * 4, rows=2, height=6)
+    fig.canvas.draw()
+    (a, b, c, d) = (ax.get_position() for ax in axs)
+    assert a.y0 == b.y0 > c.y0 == d.y0
+    assert a.x0 == c.x0 < b.x0 == d.x0
+    with pytest.raises(ValueError, match="`rows` must divide the 4 titles, got 3"):
+        panels(list("abcd"), [""] * 4, [""] * 4, rows=3)
+    with pytest.raises(ValueError, match="`rows` must be a whole number >= 1, got 0"):
+        panels(list("abcd"), [""] * 4, [""] * 4, rows=0)
+
+
 def test_what_is_no_triangle_is_refused():
     _, ax = axes("t", "", "")
     with pytest.raises(ValueError, match="`corners` must be 3 names, got 2"):
@@ -436,6 +475,14 @@ REFUSED = [
     (lambda: hill(heights=np.arange(5.0)), r"`heights` must be finite, one per row of `probs`"),
     (lambda: hill(heights=np.full(6, np.nan)), r"`heights` must .* got shape \[6\], finite: False"),
     (lambda: hill(levels=GRAD), "`levels` must be real numbers"),
+    (lambda: cloud(chances=[0.5, 0.5]), r"`chances` must be >= 0, one per row .* got shape \[2\]"),
+    (lambda: cloud(chances=[0.5, 0.6, -0.1]), "`chances` must be >= 0, .* smallest -0.1"),
+    (lambda: cloud(chances=[0.5, 0.5, np.nan]), "`chances` must be >= 0"),
+    (lambda: cloud(marks=[1]), "`marks` must be of type Mapping, got list"),
+    (
+        lambda: cloud(marks={name: [1.0, 0.0, 0.0] for name in "abcd"}),
+        "`marks` must have at most 3 names, got 4",
+    ),
     (lambda: plotting.vector_fields([1], [0], "a", "b"), "`named` must be of type Mapping"),
     (lambda: plotting.vector_fields({"f": (GRAD, GRAD)}, [0, 1], "a", "b"), "`named` must be real"),
     (lambda: plotting.vector_fields({"f": (0, 0)}, 1j, "a", "b"), "`places` must be real numbers"),

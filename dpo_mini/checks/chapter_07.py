@@ -42,7 +42,7 @@ def _divided_by_all(rewards):
 
 
 def _reward_forgotten(rewards):
-    """This is the baseline itself: an advantage is the reward less its baseline."""
+    """This is the baseline itself: an advantage is the reward minus its baseline."""
     return (rewards.sum() - rewards) / (len(rewards) - 1)
 
 
