@@ -19,7 +19,7 @@ from dpo_mini import plotting, tasks, train
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 LINE = 'device, seeded = on_device("cpu")  # "cuda" runs it on a GPU'
-WITH_THE_LINE = {"06", "07", "08"}
+WITH_THE_LINE = {"06", "07", "08", "09", "10"}
 WORDS = {"06": 4, "07": 4}
 """In a chapter that asks for every review again and again, the most words that one has."""
 SHORTER = {  # in a chapter, code that takes long or needs five words, and what stands in for it
