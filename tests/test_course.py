@@ -148,7 +148,8 @@ def test_a_check_begins_with_its_claim_and_nothing_else_asserts(path):
 def test_every_draw_comes_from_the_one_seed_of_the_set_up(path):
     cells = code_cells(path)
     source = "\n".join(cell.source for cell in cells)
-    seeds = re.findall(r"(?:manual_seed|\bseeded)\(((?:[^()]|\([^()]*\))*)\)", source)
+    seeding = r"manual_seed|\bseeded" if "on_device(" in source else "manual_seed"
+    seeds = re.findall(rf"(?:{seeding})\(((?:[^()]|\([^()]*\))*)\)", source)
     seeds = [seed for seed in seeds if seed != "seed"]  # a function's own: its caller says SEED + 1
     assert all(re.match(r"SEED( \+ \w+)?$", seed) for seed in seeds), seeds
     assert re.findall(r"^SEED\b.*", source, re.M) == [
