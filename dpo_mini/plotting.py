@@ -463,7 +463,9 @@ def ternary_cloud(
         raise ValueError(f"`marks` must have at most {len(looks)} names, got {len(marks)}")
     dots, at = np.unique(places.round(6), axis=0, return_inverse=True)
     areas = 900 * np.bincount(at.ravel(), weights)
-    ax.scatter(*dots.T, s=areas, color="#56B4E9A0", edgecolor="#0072B2", label="batches")
+    ax.scatter(
+        dots[:, 0], dots[:, 1], s=areas, color="#56B4E9A0", edgecolor="#0072B2", label="batches"
+    )
     for (name, place), (marker, face, edge, size) in zip(marks.items(), looks, strict=False):
         x, y = ternary_xy(place)
         ax.plot(

@@ -119,6 +119,16 @@ def test_what_needs_no_training_but_the_references_comes_out_again(world):
     assert again["RM optimum"]["kl_ref"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", comparison.METHODS)
+def test_every_method_trains_and_says_what_it_read(name, world, monkeypatch):
+    monkeypatch.setattr(comparison, "STEPS", comparison.STEPS | {"steps": 2, "batch_size": 64})
+    monkeypatch.setattr(comparison, "_MARKS", (1,))
+    row = comparison.run(world, name, 0.5, world.task.rewards, seed=0)
+    assert 0 < row["kl_ref"] < 1  # two small steps
+    assert [step for step, *_ in row["trail"]] == [1, 2]
+    assert 0 < row["trail"][0][1] < row["prefixes"]
+
+
 def test_thirty_steps_on_its_own_pairs_go_most_of_the_way(world, few_steps):
     row = comparison.run(world, "on-policy DPO", 0.5, world.task.rewards, seed=0)
     best = closed_form.optimal_logps(world.ref_logps, world.task.rewards, 0.5)

@@ -43,7 +43,7 @@ def long_task() -> Setting:
     task, g = tasks.micro_reviews(), seeded(0)
     demos = tasks.micro_review_demonstrations(8000, generator=g)
     reference = policies.TinyTransformer.for_task(task, n_layers=1, generator=g)
-    options = {"steps": 300, "batch_size": 256, "learning_rate": 1e-2}
+    options: dict[str, Any] = {"steps": 300, "batch_size": 256, "learning_rate": 1e-2}
     train.fit_sft(reference, *demos, generator=g, **options)
     return Setting(task, reference, demos, g)
 
@@ -53,7 +53,7 @@ def three_words(task: tasks.Task) -> tasks.Task:
     three = tasks.enumerate_completions(task.vocab_size, 3, task.end_token)
     padded = torch.full((len(three), 5), -1)
     padded[:, :3] = three
-    padded[(three > 0).all(1), 3] = task.end_token
+    padded[(three > 0).all(1), 3] = tasks.REVIEW_WORDS.index("<end>")
     rewards = task.rewards[:, task.index(padded)]
     return tasks.Task(task.prompt_texts, task.vocabulary, 3, task.end_token, rewards)
 
@@ -62,7 +62,7 @@ def short_reference(short: tasks.Task, demos: tuple[Tensor, Tensor]) -> policies
     """A smaller transformer, fitted to the first three words of the demonstrations."""
     g = seeded(7)
     small = policies.TinyTransformer.for_task(short, n_layers=1, n_heads=2, width=16, generator=g)
-    options = {"steps": 150, "batch_size": 256, "learning_rate": 1e-2}
+    options: dict[str, Any] = {"steps": 150, "batch_size": 256, "learning_rate": 1e-2}
     train.fit_sft(small, demos[0], demos[1][:, :3], generator=g, **options)
     return small
 
@@ -83,8 +83,9 @@ def true_score(task: tasks.Task) -> train.Score:
 
 def separate(policy: policies.TinyTransformer, short: tasks.Task) -> policies.SeparateNetworks:
     """The value function as a transformer of its own."""
-    shape = {"n_layers": 1, "n_heads": 2, "width": 16, "generator": seeded(9)}
-    body = policies.TinyTransformer.for_task(short, **shape)
+    body = policies.TinyTransformer.for_task(
+        short, n_layers=1, n_heads=2, width=16, generator=seeded(9)
+    )
     return policies.SeparateNetworks(policy, policies.ScalarTransformer(body))
 
 
@@ -161,7 +162,7 @@ def reward_model(task: tasks.Task, ref_logps: Tensor, g: torch.Generator) -> pol
     """A reward model fitted to 2,000 pairs from the reference."""
     pairs = task.sample_pairs(ref_logps, 2_000, generator=g)
     model = policies.RewardModel.for_task(task, n_layers=1, generator=g)
-    options = {"steps": 200, "batch_size": 500, "learning_rate": 8e-3}
+    options: dict[str, Any] = {"steps": 200, "batch_size": 500, "learning_rate": 8e-3}
     train.fit_reward_model(model, pairs, generator=g, **options)
     return model
 
@@ -258,12 +259,16 @@ def make(progress: Progress = iter) -> dict[str, Any]:
         left, history = on_long(1.0, seed, steps=150, batch_size=256, **options)
         return {"distance": left, **health(history)}
 
-    for beta, steps in BETAS.items():
-        for seed in SEEDS:
-            jobs.append((lambda b=beta, s=seed, n=steps: on_long(b, s, steps=n)[0],
-                         result["betas"][f"{beta:g}"]))  # fmt: skip
+    def of_beta(beta: float, seed: int) -> float:
+        return on_long(beta, seed, steps=BETAS[beta])[0]
+
+    def of_model(seed: int) -> dict[str, list[float]]:
+        return sweep(task, ref_logps, reward_model(task, ref_logps, seeded(100 + seed)))
+
+    for beta in BETAS:
+        jobs += [(partial(of_beta, beta, seed), result["betas"][f"{beta:g}"]) for seed in SEEDS]
     unclipped = {"parts": train.PPOParts(surrogate=pg.unclipped_surrogate_loss)}
-    ills = ({}, {"learning_rate": 0.2}, unclipped)
+    ills: tuple[dict[str, Any], ...] = ({}, {"learning_rate": 0.2}, unclipped)
     for (_, found), options in zip(result["health"].items(), ills, strict=True):
         for seed in SEEDS:
             jobs.append((partial(of_health, seed, **options), found))
@@ -271,9 +276,7 @@ def make(progress: Progress = iter) -> dict[str, Any]:
     for seed in SEEDS:
         run = partial(chase, task, reference, ref_logps, model, seed=seed)
         jobs.append((run, result["chase"]))
-    for seed in SEEDS:
-        fit = partial(reward_model, task, ref_logps, seeded(100 + seed))
-        jobs.append((lambda f=fit: sweep(task, ref_logps, f()), result["models"]))
+    jobs += [(partial(of_model, seed), result["models"]) for seed in SEEDS]
     for run, found in progress(jobs):
         found.append(run())
     return result

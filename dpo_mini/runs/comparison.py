@@ -17,8 +17,15 @@ from dpo_mini.devices import on_device
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import RewardModel, SharedTrunk, TinyTransformer
 from dpo_mini.policy_gradient import leave_one_out_advantages, reinforce_loss
-from dpo_mini.train.on_policy import draw_prompts
-from dpo_mini.train.steps import History, Progress, adam, descend, record, shuffled_batches
+from dpo_mini.train.steps import (
+    History,
+    Progress,
+    adam,
+    descend,
+    draw_prompts,
+    record,
+    shuffled_batches,
+)
 
 SEEDS = tuple(range(5))
 """Each draws everything anew."""
@@ -101,9 +108,9 @@ def squared_loss(
     ref_logps = [world.ref_logps[prompts, world.task.index(each)] for each in answers]
     scores = [score(prompts, each) for each in answers]
     optimizer, schedule = adam(policy, STEPS["steps"], STEPS["learning_rate"])
-    batches = (len(prompts), STEPS["batch_size"], STEPS["steps"], generator, progress)
+    size, steps = STEPS["batch_size"], STEPS["steps"]
     history: History = {}
-    for step, rows in shuffled_batches(*batches):
+    for step, rows in shuffled_batches(prompts, size, steps, generator, progress):
         both = [each[rows] for each in answers]
         scored = rollout.token_logps(policy, prompts[rows], *both)
         logps = sum_over_tokens(scored, torch.cat(both) != PAD).chunk(2)
