@@ -144,7 +144,7 @@ def questions_page(chapter: Path) -> str:
         table.append(f"| {symptom_causes_number} | {link} |")
     if not set(titles) <= {target for _, target in rows}:
         raise SystemExit("a question of chapter 17 has no symptom")
-    heads = "| what you see | likely causes, in order | the number that tells | what answers it |"
+    heads = "| what you see | likely causes | the number that tells them apart | what answers it |"
     lines = "\n".join([heads, "|---|---|---|---|", *table])
     return f"# Questions by symptom\n\n{lines}\n"
 
