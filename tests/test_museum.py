@@ -12,8 +12,9 @@ import torch
 from dpo_mini.checks import exercises, museum
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTER = ROOT / "notebooks" / "13_break_it.ipynb"
-REPAIRS = runpy.run_path(str(ROOT / "notebooks" / "solutions" / "13_break_it.py"))["REPAIRS"]
+CHAPTER = ROOT / "notebooks" / "14_repair_the_museum_of_bugs.ipynb"
+SOLUTIONS = ROOT / "notebooks" / "solutions" / "14_repair_the_museum_of_bugs.py"
+REPAIRS = runpy.run_path(str(SOLUTIONS))["REPAIRS"]
 NAMES = [shown.name for shown in museum.EXHIBITS]
 # Words of the sentence that the bug on show must get.
 FAULTS = {

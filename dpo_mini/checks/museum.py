@@ -633,7 +633,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "beta missing from logged rewards",
-        symptom="margins of several hundred at a loss of 0.6",
+        symptom="margins of several hundred at a loss below log 2",
         threads=("junkangwu/beta-DPO#1", "modelscope/ms-swift#4441"),
         invariant="a pair's loss is -log sigmoid of its logged margin, whatever beta.",
         broken=loss_and_rewards,
@@ -641,7 +641,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "reference with dropout",
-        symptom="the loss starts above 0.69 and is noisier than it should be",
+        symptom="the loss starts above log 2 and is noisier than it should be",
         threads=("huggingface/trl#744", "hiyouga/LlamaFactory#10779"),
         invariant="two reads of the reference agree to the last bit, and with the policy's first.",
         broken=frozen_logps,
