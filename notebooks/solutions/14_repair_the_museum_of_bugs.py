@@ -110,6 +110,73 @@ def pair_loss(margins, beta):
     return -logsigmoid(beta * margins)
 
 
+def visible(lengths):
+    """The past of a token, and of its own answer alone."""
+    answer = torch.arange(len(lengths))
+    answer = answer.repeat_interleave(torch.tensor(lengths))
+    return (answer[:, None] == answer).tril()
+
+
+def with_begin(tokens, begin):
+    """The template may have written it already."""
+    if tokens[0] == begin:
+        return tokens
+    return torch.cat([torch.tensor([begin]), tokens])
+
+
+def reference_logps(features, base, sft, dpo):
+    """Off is the new adapter alone: DPO begins after SFT."""
+    return (features @ (base + sft)).log_softmax(-1)
+
+
+def cut_answer(answer, n_prompt, longest, max_length):
+    """What fits behind the prompt, whatever the other answer is."""
+    return answer[: max_length - n_prompt]
+
+
+def token_logps(logits):
+    """log_softmax subtracts the maximum: nothing overflows."""
+    return logits.log_softmax(-1)
+
+
+def pair_rows(prompt, chosen, rejected, max_length):
+    """One prompt for both, which fits before the longer answer."""
+    longer = max(len(chosen), len(rejected))
+    start = max(0, len(prompt) - (max_length - longer))
+    prompt = prompt[start:]
+    return torch.cat([prompt, chosen]), torch.cat([prompt, rejected])
+
+
+def log_odds(logps):
+    """expm1(x) = e^x - 1 does not cancel near 0."""
+    return logps - torch.log(-torch.expm1(logps))
+
+
+def token_ratios(logits, tokens, sampler_logps, kept):
+    """Normalise the policy over the tokens that were kept, too."""
+    logps = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    chosen = logps.gather(1, tokens[:, None]).squeeze(1)
+    return (chosen - sampler_logps).exp()
+
+
+def answer_logps(token_logps, chunk):
+    """Add in float64: orders then differ by 1e-14 and no more."""
+    parts = token_logps.double().split(chunk, dim=1)
+    return sum(part.sum(1) for part in parts)
+
+
+def adapter_gradient(layer, x, adapter, active, slopes):
+    """Run again what was run: with all its arguments."""
+    adapter = adapter.detach().requires_grad_()
+    y = layer(x, adapter, active)
+    return torch.autograd.grad(y, adapter, slopes)[0]
+
+
+def examine_first_step(pair_loss):
+    """Margins on both sides of 0, and numbers from elsewhere."""
+    examine(pair_loss)
+
+
 REPAIRS = {
     "end token masked": completion_logp,
     "padding counted": batch_logp,
@@ -125,4 +192,15 @@ REPAIRS = {
     "smoothing ignored": smoothed_loss,
     "an assertion that cannot fail": examine,
     "log of a sigmoid": pair_loss,
+    "packed answers see each other": visible,
+    "two begin tokens": with_begin,
+    "an adapter on an adapter": reference_logps,
+    "an empty answer": cut_answer,
+    "logits in half precision": token_logps,
+    "one prompt, cut twice": pair_rows,
+    "log of one minus p": log_odds,
+    "a sampler that left tokens out": token_ratios,
+    "rounded in another order": answer_logps,
+    "recomputed without its mask": adapter_gradient,
+    "a test at step 0": examine_first_step,
 }
