@@ -750,8 +750,8 @@ def _judge_adapter(candidate: Candidate) -> str:
         margin = logratios[:, raised.argmax()].sum() - logratios[:, raised.argmin()].sum()
         loss = softplus(-0.1 * margin)
         return (
-            f"before the first step two answers of 40 tokens have a margin of {margin:.4f} nats and, "
-            f"at beta = 0.1, a loss of {loss:.4f}; the loss of two equal models is log 2."
+            f"before the first step two answers of 40 tokens have a margin of {margin:.4f} nats "
+            f"and, at beta = 0.1, a loss of {loss:.4f}; the loss of two equal models is log 2."
         )
     if _off(later, first):
         return "your reference moves with the adapter that is being trained."
@@ -958,7 +958,7 @@ EXHIBITS = (
         "reference with dropout",
         symptom="the loss starts above log 2 and is noisier than it should be",
         threads=("huggingface/trl#744", "hiyouga/LlamaFactory#10779"),
-        invariant="two reads of the reference agree to the last bit, and at step 0 with the policy.",
+        invariant="two reads of the reference agree in every bit, and at step 0 with the policy.",
         broken=frozen_logps,
         judge=_judge_dropout,
     ),
