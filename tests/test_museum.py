@@ -12,8 +12,9 @@ import torch
 from dpo_mini.checks import exercises, museum
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTER = ROOT / "notebooks" / "13_break_it.ipynb"
-REPAIRS = runpy.run_path(str(ROOT / "notebooks" / "solutions" / "13_break_it.py"))["REPAIRS"]
+CHAPTER = ROOT / "notebooks" / "14_repair_the_museum_of_bugs.ipynb"
+SOLUTIONS = ROOT / "notebooks" / "solutions" / "14_repair_the_museum_of_bugs.py"
+REPAIRS = runpy.run_path(str(SOLUTIONS))["REPAIRS"]
 NAMES = [shown.name for shown in museum.EXHIBITS]
 # Words of the sentence that the bug on show must get.
 FAULTS = {
@@ -26,12 +27,24 @@ FAULTS = {
     "half-precision reference": "200 tokens is -0.0142 nats, not 0",
     "k1 with the sign inverted": "is -1.1204; KL(pi || pi_ref) is 1.1204",
     "kl_div without log_target": "the KL is not a number",
-    "reward one slot late": "are paid -1.9560 in all; its score less its KL is 0.0440",
+    "reward one slot late": "are paid -1.9560 in all; its score minus its KL is 0.0440",
     "mean of means": "a token of the shortest row weighs",
     "smoothing ignored": "labels flipped with probability 0.1",
-    "an assertion that cannot fail": "sign is turned round pass",
+    "an assertion that cannot fail": "sign is reversed pass",
     "log of a sigmoid": "log-odds of 800 are wanted",
+    "packed answers see each other": "-7.5284 alone and -7.8461 in a row that it shares",
+    "two begin tokens": "has 2 begin tokens",
+    "an adapter on an adapter": "a margin of 18.8966 nats and, at beta = 0.1, a loss of 0.1407",
+    "an empty answer": "of 2 tokens behind a prompt of 6 keeps 0",
+    "logits in half precision": "half precision ends at 65504",
+    "one prompt, cut twice": "beta log Z leaves 0.0620 in the margin",
+    "log of one minus p": "at log p = -1e-18 your log-odds are inf",
+    "a sampler that left tokens out": "is 0.8726, not 1",
+    "rounded in another order": "the ratio is 1.2840, not 1",
+    "recomputed without its mask": "has norm 0.0000",
+    "a test at step 0": "sign is reversed pass",
 }
+EXAMINERS = {"an assertion that cannot fail", "a test at step 0"}
 
 
 def functions_of_the_chapter() -> dict[str, str]:
@@ -81,7 +94,7 @@ def test_the_repair_passes_whatever_the_default_dtype(name, dtype):
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.7])
 def test_a_constant_of_the_right_shape_fails(name, value):
     def constant(*arguments):
-        if name == "an assertion that cannot fail":
+        if name in EXAMINERS:
             return value
         result = REPAIRS[name](*arguments)
         if isinstance(result, tuple):
@@ -95,7 +108,7 @@ def test_a_constant_of_the_right_shape_fails(name, value):
 def test_a_stub_and_what_is_no_function_fail(name):
     passed, sentence = museum.diagnose(name, lambda *arguments: None)
     assert not passed
-    assert "returned None" in sentence or name == "an assertion that cannot fail"
+    assert "returned None" in sentence or name in EXAMINERS
     assert museum.diagnose(name, 3) == (False, "this takes a function and got int.")
 
 
@@ -122,6 +135,17 @@ def test_the_chapter_shows_every_bug_as_it_is_judged():
     for entry in museum.EXHIBITS:
         source = inspect.getsource(entry.broken).rstrip("\n")
         assert shown[entry.broken.__name__] == source, entry.name
+
+
+def test_the_table_at_the_top_has_symptom_name_and_invariant_of_every_exhibit():
+    notebook = nbformat.read(CHAPTER, as_version=4)
+    table = next(c.source for c in notebook.cells if "| exhibit |" in c.source)
+    rows = {
+        f"| {shown.symptom} | {number} {shown.name} | {shown.invariant.rstrip('.')} |"
+        for number, shown in enumerate(museum.EXHIBITS, 1)
+    }
+    written = table.replace("\\|", "|").splitlines()
+    assert sorted(row for row in written if row in rows) == sorted(rows)
 
 
 def test_the_chapter_names_every_thread():
@@ -194,6 +218,11 @@ def two_beta_smoothing(margins, beta, label_smoothing):
     return kept / (1 - 2 * label_smoothing)
 
 
+def ratios_by_mass(logits, tokens, sampler_logps, kept):
+    mass = (logits.softmax(-1) * kept).sum(-1)
+    return museum.token_ratios(logits, tokens, sampler_logps, kept) / mass
+
+
 def nothing_passes(pair_loss):
     raise AssertionError
 
@@ -235,6 +264,37 @@ def rewards_with_a_constant(chosen, rejected, ref_chosen, ref_rejected, beta):
     return loss, a + 1, b + 1
 
 
+def begin_at_the_end(tokens, begin):
+    return torch.tensor([t for t in tokens.tolist() if t != begin] + [begin])
+
+
+def begin_and_sorted(tokens, begin):
+    return torch.tensor([begin, *sorted(t for t in tokens.tolist() if t != begin)])
+
+
+def rows_of_the_chosen_cut(prompt, chosen, rejected, max_length):
+    """What LLaMA-Factory did: the prompt as it was cut for the chosen answer, in both rows."""
+    cut = prompt[-(max_length - len(chosen)) :]
+    return torch.cat([cut, chosen]), torch.cat([cut, rejected])
+
+
+def rows_without_prompt(prompt, chosen, rejected, max_length):
+    return chosen, rejected
+
+
+def rows_from_the_start(prompt, chosen, rejected, max_length):
+    kept = max_length - max(len(chosen), len(rejected))
+    return torch.cat([prompt[:kept], chosen]), torch.cat([prompt[:kept], rejected])
+
+
+def ratios_of_a_constant_mass(logits, tokens, sampler_logps, kept):
+    """Divided by the mass that the sampler kept, not by the policy's own."""
+    broken = museum.token_ratios(logits, tokens, sampler_logps, kept)
+    words = sampler_logps.argmax()
+    ratio = broken / broken[words]
+    return ratio / ratio[words]
+
+
 @pytest.mark.parametrize(
     ("name", "candidate", "words"),
     [
@@ -244,7 +304,9 @@ def rewards_with_a_constant(chosen, rejected, ref_chosen, ref_rejected, beta):
         ("reward one slot late", score_on_the_first_token, "with lambda = 1"),
         ("smoothing ignored", two_beta_smoothing, "DPO's mean loss"),
         ("an assertion that cannot fail", nothing_passes, "rejects DPO's loss itself"),
-        ("an assertion that cannot fail", only_at_zero, "sign is turned round pass"),
+        ("an assertion that cannot fail", only_at_zero, "sign is reversed pass"),
+        ("a test at step 0", nothing_passes, "rejects DPO's loss itself"),
+        ("a test at step 0", only_at_zero, "sign is reversed pass"),
         ("end token masked", uniform_scores, "begin with word"),
         ("end token masked", shifted_scores, "follows word"),
         ("mean of means", mean_of_all_rows, "weigh"),
@@ -263,6 +325,92 @@ def rewards_with_a_constant(chosen, rejected, ref_chosen, ref_rejected, beta):
             "not 1",
         ),
         ("half-precision reference", lambda features, weight: features @ weight, "sum to"),
+        (
+            "packed answers see each other",
+            lambda lengths: torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool(),
+            "alone",
+        ),
+        (
+            "packed answers see each other",
+            lambda lengths: torch.ones(sum(lengths), sum(lengths)).tril(-1).bool(),
+            "sees nothing",
+        ),
+        ("two begin tokens", lambda tokens, begin: tokens, "0 begin tokens"),
+        ("two begin tokens", begin_at_the_end, "not the first token"),
+        ("two begin tokens", begin_and_sorted, "in their order"),
+        ("two begin tokens", lambda tokens, begin: tokens + 20, "not in the vocabulary"),
+        ("two begin tokens", lambda tokens, begin: tokens.double(), "whole numbers"),
+        ("two begin tokens", lambda tokens, begin: "a", "not tokens"),
+        (
+            "an adapter on an adapter",
+            lambda features, base, sft, dpo: (features @ (base + sft + dpo)).log_softmax(-1),
+            "moves with the adapter",
+        ),
+        (
+            "an empty answer",
+            lambda answer, n_prompt, longest, most: answer[-(most - n_prompt) :],
+            "not the beginning",
+        ),
+        (
+            "an empty answer",
+            lambda answer, n_prompt, longest, most: (
+                answer[: most - longest] if len(answer) > 3 else answer
+            ),
+            "keeps",
+        ),
+        (
+            "logits in half precision",
+            lambda logits: logits.float().log_softmax(-1).double(),
+            "sum to",
+        ),
+        ("logits in half precision", lambda logits: logits.log_softmax(0), "sum to"),
+        (
+            "logits in half precision",
+            lambda logits: (logits.clamp(max=2.0)).log_softmax(-1),
+            "as their logits do",
+        ),
+        (
+            "logits in half precision",
+            lambda logits: logits.log_softmax(-1) + (logits > 60000) * 0.5,
+            "moves by",
+        ),
+        ("one prompt, cut twice", rows_of_the_chosen_cut, "a row has"),
+        ("one prompt, cut twice", rows_without_prompt, "more would fit"),
+        ("one prompt, cut twice", rows_from_the_start, "not the end of the prompt"),
+        ("one prompt, cut twice", lambda *arguments: torch.ones(3), "two rows"),
+        (
+            "log of one minus p",
+            lambda logps: logps - torch.log1p(-logps.exp()),
+            "log-odds are inf",
+        ),
+        (
+            "log of one minus p",
+            lambda logps: logps - torch.log(-torch.expm1(logps.clamp(max=-1e-9))),
+            "not log p",
+        ),
+        (
+            "a sampler that left tokens out",
+            lambda logits, tokens, sampler, kept: torch.ones(len(tokens)),
+            "does not have the odds",
+        ),
+        ("a sampler that left tokens out", ratios_of_a_constant_mass, "the mean of the ratio"),
+        (
+            "rounded in another order",
+            lambda token_logps, chunk: token_logps.float().cumsum(1)[:, -1] + 1e-6 * chunk,
+            "is off 1 by",
+        ),
+        (
+            "rounded in another order",
+            lambda token_logps, chunk: token_logps.mean(1),
+            "sum to",
+        ),
+        (
+            "recomputed without its mask",
+            lambda layer, x, adapter, active, slopes: REPAIRS["recomputed without its mask"](
+                layer, x, adapter, torch.ones_like(active), slopes
+            ),
+            "the gradient of the adapter has norm",
+        ),
         (
             "half-precision reference",
             lambda features, weight: (features.float() @ weight.float()).log_softmax(1).double(),
@@ -296,6 +444,21 @@ def test_half_a_repair_is_told_what_is_missing(name, candidate, words):
             ),
         ),
         ("log of a sigmoid", lambda margins, beta: torch.nn.functional.softplus(-beta * margins)),
+        (
+            "packed answers see each other",
+            lambda lengths: torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)),
+        ),
+        (
+            "log of one minus p",
+            lambda logps: (
+                logps
+                - torch.where(
+                    logps > -0.7, torch.log(-torch.expm1(logps)), torch.log1p(-logps.exp())
+                )
+            ),
+        ),
+        ("a sampler that left tokens out", ratios_by_mass),
+        ("rounded in another order", lambda token_logps, chunk: token_logps.sum(1)),
         (
             "mean of means",
             lambda losses, mask, n_steps: (losses * mask).sum() / mask.sum(),

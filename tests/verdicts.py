@@ -34,7 +34,8 @@ def verdicts() -> dict[str, list]:
                 sentence = attempt.judge(answer, hidden_only=hidden_only)
                 kind = "wrong" if words else "right"
                 found[f"{kind} {test} {words} {hidden_only}"] = [not sentence, sentence]
-    repairs = runpy.run_path(str(ROOT / "notebooks/solutions/13_break_it.py"))["REPAIRS"]
+    solutions = ROOT / "notebooks/solutions/14_repair_the_museum_of_bugs.py"
+    repairs = runpy.run_path(str(solutions))["REPAIRS"]
     for shown in museum.EXHIBITS:
         found[f"wrong {shown.name}"] = list(museum.diagnose(shown.name, shown.broken))
         found[f"right {shown.name}"] = list(museum.diagnose(shown.name, repairs[shown.name]))

@@ -153,7 +153,7 @@ def exact_kl(logps, ref_logps):
 
 
 def token_rewards(scores, token_kls, lengths):
-    """Reward of each token, [B, T]: less its KL; the score last."""
+    """Reward of each token, [B, T]: minus its KL; the score last."""
     rewards = -token_kls
     rows = torch.arange(len(scores))
     rewards[rows, lengths] += scores
@@ -185,6 +185,77 @@ def examine(pair_loss):
 def pair_loss(margins, beta):
     """DPO's loss of each log-ratio margin, [B]."""
     return -torch.log(torch.sigmoid(beta * margins))
+
+
+def visible(lengths):
+    """Which tokens of a packed row may see which, [T, T]."""
+    total = sum(lengths)
+    return torch.ones(total, total).tril().bool()
+
+
+def with_begin(tokens, begin):
+    """Tokens of a prompt as the model reads them, [T]."""
+    return torch.cat([torch.tensor([begin]), tokens])
+
+
+def reference_logps(features, base, sft, dpo):
+    """log pi_ref of every token, [B, V]; sft and dpo are adapters."""
+    logits = features @ base  # all adapters off
+    return logits.log_softmax(-1)
+
+
+def cut_answer(answer, n_prompt, longest, max_length):
+    """Tokens of an answer, cut so that they fit behind the prompt."""
+    if n_prompt + longest > max_length:
+        answer = answer[: max_length - longest]
+    return answer
+
+
+def token_logps(logits):
+    """log pi of every token, [B, V]."""
+    return logits.half().log_softmax(-1).to(logits.dtype)
+
+
+def pair_rows(prompt, chosen, rejected, max_length):
+    """Two rows of at most max_length tokens: the prompt, an answer."""
+    rows = []
+    for answer in (chosen, rejected):
+        kept = max_length - len(answer)
+        rows.append(torch.cat([prompt[-kept:], answer]))
+    return tuple(rows)
+
+
+def log_odds(logps):
+    """log(p / (1 - p)) of probabilities given as logarithms, [B]."""
+    return logps - torch.log(1 - torch.exp(logps))
+
+
+def token_ratios(logits, tokens, sampler_logps, kept):
+    """pi / sampler of each token, [B]; the sampler kept some [B, V]."""
+    logps = logits.log_softmax(-1)
+    chosen = logps.gather(1, tokens[:, None]).squeeze(1)
+    return (chosen - sampler_logps).exp()
+
+
+def answer_logps(token_logps, chunk):
+    """log pi of each answer, [B], summed chunk by chunk."""
+    parts = token_logps.bfloat16().split(chunk, dim=1)
+    return sum(part.sum(1) for part in parts).to(token_logps.dtype)
+
+
+def adapter_gradient(layer, x, adapter, active, slopes):
+    """Slope of the loss in the adapter; layer(x, adapter, active)."""
+    adapter = adapter.detach().requires_grad_()
+    y = layer(x, adapter)  # recomputed, to save memory
+    return torch.autograd.grad(y, adapter, slopes)[0]
+
+
+def examine_first_step(pair_loss):
+    """Raise AssertionError unless pair_loss(margins, beta) is DPO's."""
+    margins = torch.zeros(4)  # policy and reference are one model
+    loss = pair_loss(margins, 0.5)
+    expected = torch.full_like(loss, math.log(2))
+    torch.testing.assert_close(loss, expected)
 
 
 # --- their judges ----------------------------------------------------------------------------
@@ -226,7 +297,7 @@ def _ask(candidate: Candidate, *arguments: Any, shape: tuple[int, ...]) -> Tenso
 
 
 def _off(got: Tensor, wanted: Tensor | float) -> bool:
-    return bool(((got - wanted).abs() > _TOLERANCE).any())
+    return not bool(((got - wanted).abs() <= _TOLERANCE).all())  # NaN is off, too
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -478,7 +549,7 @@ def _judge_token_rewards(candidate: Candidate) -> str:
     total, wanted = rewards.sum(1), scores - kls.sum(1)
     if _off(total, wanted):
         return (
-            f"the tokens of a completion are paid {total[0]:.4f} in all; its score less its KL is "
+            f"the tokens of a completion are paid {total[0]:.4f} in all; its score minus its KL is "
             f"{wanted[0]:.4f}."
         )
     advantages, after = torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
@@ -492,7 +563,7 @@ def _judge_token_rewards(candidate: Candidate) -> str:
         row, t = ((advantages - true).abs() > _TOLERANCE).nonzero()[0].tolist()
         return (
             f"with lambda = 1, GAE gives a token the advantage {advantages[row, t]:.4f}; the score "
-            f"less the KL still to come less the value is {true[row, t]:.4f}."
+            f"minus the KL still to come minus the value is {true[row, t]:.4f}."
         )
     return ""
 
@@ -552,7 +623,7 @@ def _judge_examiner(candidate: Candidate) -> str:
         lambda margins, beta: torch.logaddexp(torch.zeros_like(margins), -beta * margins),
     )
     wrong = {
-        "a loss whose sign is turned round": lambda margins, beta: -logsigmoid(-beta * margins),
+        "a loss whose sign is reversed": lambda margins, beta: -logsigmoid(-beta * margins),
         "a loss without beta": lambda margins, beta: -logsigmoid(margins),
         "a hinge": lambda margins, beta: (1 - beta * margins).clamp(min=0.0),
         "a loss that is 0": lambda margins, beta: 0.0 * margins,
@@ -598,12 +669,256 @@ def _judge_pair_loss(candidate: Candidate) -> str:
     return ""
 
 
+def _judge_visible(candidate: Candidate) -> str:
+    for seed, lengths in ((20, (3, 4)), (21, (2, 3, 1, 4))):
+        total = sum(lengths)
+        generator = _generator(seed)
+        scores, values = _normal(generator, total, total), _normal(generator, total, 5)
+        words = torch.arange(total) % 5
+        seen = _ask(candidate, lengths, shape=(total, total)) != 0
+        if not seen.any(1).all():
+            return "a token sees nothing, not even itself."
+        start = 0
+        for n in lengths:
+            own = slice(start, start + n)
+            past = torch.ones(n, n, dtype=torch.bool).tril()
+            alone = _attend(scores[own, own], past, values[own])
+            packed = _attend(scores, seen, values)[own]
+            if _off(packed, alone):
+                one, other = (t.gather(1, words[own, None]).sum() for t in (alone, packed))
+                return (
+                    f"one answer has log-probability {one:.4f} alone and {other:.4f} in a row "
+                    f"that it shares."
+                )
+            start += n
+    return ""
+
+
+def _attend(scores: Tensor, seen: Tensor, values: Tensor) -> Tensor:
+    """Log-probabilities of the next word `[T, V]`: one layer of attention."""
+    weights = scores.masked_fill(~seen, -math.inf).softmax(1)
+    return (weights @ values).log_softmax(1)
+
+
+def _judge_begin(candidate: Candidate) -> str:
+    begin, words = 6, torch.tensor([1, 4, 2])
+    drawn = _normal(_generator(22), 7, 6)
+    for tokens in (torch.tensor([begin, 1, 4, 2]), words):  # of a template; of a plain text
+        got = _tokens(_call(candidate, tokens, begin), 7)
+        sampled = drawn[torch.tensor([begin, 1, 4, 2])].mean(0).softmax(0)
+        trained = drawn[got].mean(0).softmax(0)
+        n_begin = int((got == begin).sum())
+        if _off(trained, sampled):
+            at = int((trained - sampled).abs().argmax())
+            return (
+                f"a word that is sampled with probability {sampled[at]:.4f} has "
+                f"{trained[at]:.4f} in training: its prompt has {n_begin} begin tokens there."
+            )
+        if n_begin != 1 or got[0] != begin:
+            return "the begin token is not the first token, and the only one of its kind."
+        if got.tolist() != [begin, 1, 4, 2]:
+            return "the words of the prompt are not all there, in their order."
+    return ""
+
+
+def _tokens(result: Any, n_words: int) -> Tensor:
+    """The result as token ids `[T]`, each below `n_words`."""
+    try:
+        tokens = torch.as_tensor(result)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(result).__name__
+        raise _RefusedError(f"your function returned a {kind}, not tokens.") from None
+    if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex():
+        raise _RefusedError("your function did not return one row of whole numbers.")
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
+        raise _RefusedError("your function returned tokens that are not in the vocabulary.")
+    return tokens.long()
+
+
+def _judge_adapter(candidate: Candidate) -> str:
+    generator = _generator(23)
+    features, base = _normal(generator, 40, 6), _normal(generator, 6, 5)
+    sft, step = _normal(generator, 6, 5), _normal(generator, 6, 5)
+    nothing = torch.zeros_like(step)
+    first, later = (
+        _ask(candidate, features, base, sft, dpo, shape=(40, 5)) for dpo in (nothing, step)
+    )
+    policy = (features @ (base + sft)).log_softmax(-1)
+    logratios = policy - first
+    if _off(logratios, 0.0):
+        raised = (policy - (features @ base).log_softmax(-1)).sum(0)  # by SFT
+        margin = logratios[:, raised.argmax()].sum() - logratios[:, raised.argmin()].sum()
+        loss = softplus(-0.1 * margin)
+        return (
+            f"before the first step two answers of 40 tokens have a margin of {margin:.4f} nats "
+            f"and, at beta = 0.1, a loss of {loss:.4f}; the loss of two equal models is log 2."
+        )
+    if _off(later, first):
+        return "your reference moves with the adapter that is being trained."
+    return ""
+
+
+def _judge_cut(candidate: Candidate) -> str:
+    # tokens of the answer and of the prompt, the longer answer of the pair, the most that fit
+    for n, n_prompt, longest, most in (
+        (2, 6, 12, 10), (3, 6, 12, 10), (12, 6, 12, 10), (3, 2, 5, 10), (5, 7, 6, 10),
+    ):  # fmt: skip
+        answer = torch.arange(n) + 3
+        got = _tokens(_call(candidate, answer, n_prompt, longest, most), 100)
+        fits = min(n, most - n_prompt)
+        if len(got) != fits:
+            empty = ": its mean log-probability is 0/0" if not len(got) else ""
+            return (
+                f"an answer of {n} tokens behind a prompt of {n_prompt} keeps {len(got)}, where "
+                f"{most} tokens may stand in the row{empty}."
+            )
+        if got.tolist() != answer[:fits].tolist():
+            return "what is kept is not the beginning of the answer."
+    return ""
+
+
+def _judge_half(candidate: Candidate) -> str:
+    logits = 3 * _normal(_generator(24), 4, 5)
+    plain, shifted = (
+        _numbers(_call(candidate, logits + shift), (4, 5), finite=False) for shift in (0.0, 65600.0)
+    )
+    if not torch.isfinite(shifted).all():
+        return (
+            "with 65600 added to every logit, which changes no probability, the log-probabilities "
+            "are not numbers: half precision ends at 65504."
+        )
+    totals = plain.exp().sum(1)
+    if _off(totals, 1.0):
+        return f"the probabilities of the next token sum to {totals[0]:.6f}, not 1."
+    if _off(plain - plain[:, :1], logits - logits[:, :1]):
+        return "two log-probabilities do not differ as their logits do."
+    if _off(plain, shifted):
+        return (
+            f"with 65600 added to every logit a log-probability moves by "
+            f"{(plain - shifted).abs().max():.4f}."
+        )
+    return ""
+
+
+def _judge_pair_rows(candidate: Candidate) -> str:
+    beta, generator = 0.5, _generator(25)
+    rewards = _normal(generator, 10, 6)  # of six answers, by how long the prompt is
+    log_z = (rewards / beta).logsumexp(1) - math.log(6)  # the reference draws each alike
+    prompt = torch.arange(10, 18)
+    for n_chosen, n_rejected, most in ((2, 5, 9), (4, 1, 7), (2, 3, 20), (3, 3, 8)):
+        chosen, rejected = torch.arange(n_chosen), 30 + torch.arange(n_rejected)
+        result = _call(candidate, prompt, chosen, rejected, most)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise _RefusedError("your function did not return two rows.")
+        rows = [_tokens(row, 100).tolist() for row in result]
+        before = []
+        for row, answer in zip(rows, (chosen.tolist(), rejected.tolist()), strict=True):
+            n = len(row) - len(answer)
+            if len(row) > most:
+                return f"a row has {len(row)} tokens, where {most} may stand in it."
+            if n < 0 or row[n:] != answer or row[:n] != prompt.tolist()[len(prompt) - n :]:
+                return "a row is not the end of the prompt, followed by the whole answer."
+            before.append(n)
+        if before[0] != before[1]:
+            off = beta * (log_z[before[0]] - log_z[before[1]])
+            return (
+                f"the answers follow prompts of {before[0]} and {before[1]} tokens: these have two "
+                f"Z, and beta log Z leaves {off.abs():.4f} in the margin."
+            )
+        if before[0] != min(len(prompt), most - max(n_chosen, n_rejected)):
+            return f"the prompt keeps {before[0]} tokens, and more would fit before both answers."
+    return ""
+
+
+def _judge_log_odds(candidate: Candidate) -> str:
+    logps = -torch.tensor([1e-18, 1e-12, 1e-6, 0.1, 1.0, 5.0, 30.0, 200.0], dtype=torch.float64)
+    odds = _numbers(_call(candidate, logps), (8,), finite=False)
+    back = logsigmoid(odds)
+    wrong = ~((back - logps).abs() <= _TOLERANCE * logps.abs())
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        return (
+            f"at log p = {logps[at]:.0e} your log-odds are {odds[at]:.4f}, and log sigmoid of them "
+            f"is {back[at]:.4g}, not log p."
+        )
+    return ""
+
+
+def _judge_token_ratios(candidate: Candidate) -> str:
+    generator = _generator(26)
+    for n_kept in (3, 2, 6):
+        old, new = _normal(generator, 6), _normal(generator, 6)
+        words = old.argsort(descending=True)[:n_kept]
+        kept = torch.zeros(6, dtype=torch.bool)
+        kept[words] = True
+        sampler = old[words].log_softmax(0)
+        for now in (old, new):
+            rows = now.expand(n_kept, 6), words, sampler, kept.expand(n_kept, 6)
+            ratios = _ask(candidate, *rows, shape=(n_kept,))
+            if now is old and _off(ratios, 1.0):
+                mass = old.softmax(0)[words].sum()
+                return (
+                    f"before the first step the ratio of a token is {ratios[0]:.4f}, not 1; the "
+                    f"tokens that the sampler kept have {mass:.4f} together."
+                )
+            mean = (sampler.exp() * ratios).sum()
+            if _off(mean, 1.0):
+                return f"the mean of the ratio over what is sampled is {mean:.4f}, not 1."
+            odds = sampler + ratios.log() - now[words]
+            if _off(odds, odds[0]):
+                return "sampler times ratio does not have the odds that the policy has now."
+    return ""
+
+
+def _judge_rounding(candidate: Candidate) -> str:
+    long = _normal(_generator(27), 4, 64).abs().neg()
+    at_once = [_ask(candidate, long, chunk, shape=(4,)) for chunk in (64, 16, 1)]
+    for other in at_once[1:]:
+        ratios = (other - at_once[0]).exp()
+        if _off(ratios, 1.0):
+            off = (ratios - 1).abs().max()
+            worst = ratios[int((ratios - 1).abs().argmax())]
+            said = f"is {worst:.4f}, not 1" if off > 1e-4 else f"is off 1 by {off:.0e}"
+            return (
+                f"nothing was learnt between two reads of an answer of 64 tokens, and the ratio "
+                f"{said}."
+            )
+    tokens, lengths = _completions(3)
+    language = _language(28, 3)
+    mask = torch.arange(3) < lengths[:, None]
+    scores = _ask(candidate, _token_logps(language, tokens) * mask, 2, shape=(len(tokens),))
+    return _against_chain_rule(language, tokens, scores)
+
+
+def _judge_recomputed(candidate: Candidate) -> str:
+    generator = _generator(29)
+    weight = _normal(generator, 4, 3)
+
+    def layer(x: Tensor, adapter: Tensor, active: Tensor | None = None) -> Tensor:
+        on = torch.zeros(len(x), 1, dtype=x.dtype) if active is None else active[:, None]
+        return torch.tanh(x @ weight + on * (x @ adapter))
+
+    for active in (torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]), torch.ones(5), torch.zeros(5)):
+        x, adapter = _normal(generator, 5, 4), _normal(generator, 4, 3)
+        slopes = _normal(generator, 5, 3)
+        got = _numbers(_call(candidate, layer, x, adapter, active.double(), slopes), (4, 3))
+        at = adapter.clone().requires_grad_()
+        y = layer(x, at, active.double())  # kept from the forward pass
+        (true,) = torch.autograd.grad(y, at, slopes)
+        if _off(got, true):
+            return (
+                f"the gradient of the adapter has norm {got.norm():.4f} where the layer is run "
+                f"again, and {true.norm():.4f} where its output was kept."
+            )
+    return ""
+
+
 EXHIBITS = (
     Exhibit(
         "end token masked",
         symptom="the model never stops",
-        threads=("huggingface/trl#1623", "huggingface/trl#6357"),
-        invariant="the probabilities of all completions sum to 1, and so do those after a word.",
+        threads=("huggingface/trl#976", "huggingface/trl#6357"),
+        invariant="all completions sum to 1, and those with one beginning to its probability.",
         broken=completion_logp,
         judge=_judge_end_token,
     ),
@@ -618,7 +933,7 @@ EXHIBITS = (
     Exhibit(
         "boundary off by one",
         symptom="the first word of an answer is never learnt",
-        threads=("jingyaogong/minimind#621", "huggingface/trl#2054"),
+        threads=("jingyaogong/minimind#621", "verl-project/verl#3287"),
         invariant="the probabilities of all answers to a prompt sum to 1, wherever it ends.",
         broken=logp_after_prompt,
         judge=_judge_boundary,
@@ -633,7 +948,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "beta missing from logged rewards",
-        symptom="margins of several hundred at a loss of 0.6",
+        symptom="margins of several hundred at a loss below log 2",
         threads=("junkangwu/beta-DPO#1", "modelscope/ms-swift#4441"),
         invariant="a pair's loss is -log sigmoid of its logged margin, whatever beta.",
         broken=loss_and_rewards,
@@ -641,9 +956,9 @@ EXHIBITS = (
     ),
     Exhibit(
         "reference with dropout",
-        symptom="the loss starts above 0.69 and is noisier than it should be",
+        symptom="the loss starts above log 2 and is noisier than it should be",
         threads=("huggingface/trl#744", "hiyouga/LlamaFactory#10779"),
-        invariant="two reads of the reference agree to the last bit, and with the policy's first.",
+        invariant="two reads of the reference agree in every bit, and at step 0 with the policy.",
         broken=frozen_logps,
         judge=_judge_dropout,
     ),
@@ -658,15 +973,15 @@ EXHIBITS = (
     Exhibit(
         "k1 with the sign inverted",
         symptom="the KL is negative, and the penalty pays the policy for leaving",
-        threads=("nebuly-ai/optimate#298", "huggingface/trl#1857"),
+        threads=("nebuly-ai/optimate#298", "lucidrains/PaLM-rlhf-pytorch#38"),
         invariant="the mean of the estimate over what pi writes is KL(pi || pi_ref).",
         broken=kl_estimate,
         judge=_judge_k1,
     ),
     Exhibit(
         "kl_div without log_target",
-        symptom="the KL is negative or not a number",
-        threads=("pytorch/pytorch#34586", "pytorch/pytorch#60928"),
+        symptom="the KL is not a number, and with an old PyTorch 0",
+        threads=("pytorch/pytorch#69230", "pytorch/pytorch#34586"),
         invariant="J* - J(pi) = beta KL(pi || pi*), with your KL on both sides.",
         broken=exact_kl,
         judge=_judge_exact_kl,
@@ -675,7 +990,7 @@ EXHIBITS = (
         "reward one slot late",
         symptom="PPO lowers the KL and ignores the score",
         threads=("huggingface/trl#3750", "huggingface/trl#1893"),
-        invariant="with lambda = 1, GAE is the return less the value, for every token.",
+        invariant="with lambda = 1, GAE is the return minus the value, for every token.",
         broken=token_rewards,
         judge=_judge_token_rewards,
     ),
@@ -697,7 +1012,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "an assertion that cannot fail",
-        symptom="the tests pass, whatever one changes",
+        symptom="the tests pass, whatever you change",
         threads=("cytomining/pycytominer#314", "tensorflow/tensorflow#20820"),
         invariant="the test passes DPO's loss, in two spellings, and rejects six others.",
         broken=examine,
@@ -713,6 +1028,94 @@ EXHIBITS = (
         invariant="the losses of the two labels of a pair differ by beta times its margin.",
         broken=pair_loss,
         judge=_judge_pair_loss,
+    ),
+    Exhibit(
+        "packed answers see each other",
+        symptom="with packing the loss of an answer depends on its neighbours",
+        threads=("huggingface/trl#784", "allenai/open-instruct#669", "huggingface/trl#2469"),
+        invariant="an answer scores the same alone and in a row that it shares.",
+        broken=visible,
+        judge=_judge_visible,
+    ),
+    Exhibit(
+        "two begin tokens",
+        symptom="the first two token ids of every prompt are alike",
+        threads=("deepseek-ai/DeepSeek-R1#151",),
+        invariant="a prompt begins with one begin token, in training as in sampling.",
+        broken=with_begin,
+        judge=_judge_begin,
+    ),
+    Exhibit(
+        "an adapter on an adapter",
+        symptom="the loss is 0 and the accuracy 1 from the first steps on",
+        threads=("hiyouga/LlamaFactory#8974", "hiyouga/LlamaFactory#8459"),
+        invariant="at step 0 policy and reference are one model, and the loss is log 2.",
+        broken=reference_logps,
+        judge=_judge_adapter,
+    ),
+    Exhibit(
+        "an empty answer",
+        symptom="the loss is not a number, from one batch on",
+        threads=("huggingface/trl#6548", "huggingface/trl#3382"),
+        invariant="an answer keeps its first tokens, as many as fit behind its prompt.",
+        broken=cut_answer,
+        judge=_judge_cut,
+    ),
+    Exhibit(
+        "logits in half precision",
+        symptom="rewards are not numbers in float16, and are in bfloat16",
+        threads=("huggingface/trl#878",),
+        invariant="a number added to every logit changes no probability.",
+        broken=token_logps,
+        judge=_judge_half,
+    ),
+    Exhibit(
+        "one prompt, cut twice",
+        symptom="the two rows of a pair begin with different tokens",
+        threads=("hiyouga/LlamaFactory#4617", "hiyouga/LlamaFactory#4402"),
+        invariant="both answers of a pair follow the same tokens.",
+        broken=pair_rows,
+        judge=_judge_pair_rows,
+    ),
+    Exhibit(
+        "log of one minus p",
+        symptom="a loss on odds is not a number once the model is sure of an answer",
+        threads=("huggingface/trl#1491", "huggingface/trl#2564", "huggingface/trl#3237"),
+        invariant="log sigmoid of the log-odds is log p.",
+        broken=log_odds,
+        judge=_judge_log_odds,
+    ),
+    Exhibit(
+        "a sampler that left tokens out",
+        symptom="the ratio is below 1 before anything was learnt",
+        threads=("huggingface/trl#6789",),
+        invariant="on-policy the ratio of every token is 1.",
+        broken=token_ratios,
+        judge=_judge_token_ratios,
+    ),
+    Exhibit(
+        "rounded in another order",
+        symptom="ratios are clipped although nothing was learnt yet",
+        threads=("verl-project/verl#6280", "verl-project/verl#2996"),
+        invariant="the same weights give an answer the same number, however it is computed.",
+        broken=answer_logps,
+        judge=_judge_rounding,
+    ),
+    Exhibit(
+        "recomputed without its mask",
+        symptom="with gradient checkpointing an adapter gets a gradient of 0, without an error",
+        threads=("huggingface/peft#2826",),
+        invariant="recomputing an output changes no gradient.",
+        broken=adapter_gradient,
+        judge=_judge_recomputed,
+    ),
+    Exhibit(
+        "a test at step 0",
+        symptom="all tests pass, and the model does not learn",
+        threads=("HumanCompatibleAI/imitation#562",),
+        invariant="the test passes DPO's loss, in two spellings, and rejects six others.",
+        broken=examine_first_step,
+        judge=_judge_examiner,
     ),
 )
 

@@ -1,24 +1,23 @@
-"""Solutions of chapter 13, and the repairs of its museum."""
+"""Solutions of chapter 13."""
 
 import torch
-from torch.nn.functional import logsigmoid, softplus
 
 
 def nats_gained(ref_probs, rewards, beta):
-    """12.1: what lies above beta log Z rises, what lies below falls."""
+    """13.1: what lies above beta log Z rises, what lies below falls."""
     log_z = torch.logsumexp(ref_probs.log() + rewards / beta, dim=0)
     return rewards / beta - log_z
 
 
 def chosen_rate(ref_probs, features, chosen, rejected, beta):
-    """12.2: how log pi(chosen) moves with theta, times DPO's step on it."""
+    """13.2: how log pi(chosen) moves with theta, times DPO's step on it."""
     gap = features[chosen] - features[rejected]
     slope = features[chosen] - ref_probs @ features
     return beta / 2 * (slope @ gap)  # sigmoid(0) = 1/2
 
 
 def mean_policy(ref_probs, rewards, lengths, beta):
-    """12.3: Newton for the c at which the probabilities sum to 1."""
+    """13.3: Newton for the c at which the probabilities sum to 1."""
     c = -rewards.min()  # all exponents >= 0: the sum is at least 1
     for _ in range(200):  # from above a convex function's root
         probs = ref_probs * torch.exp(lengths * (rewards + c) / beta)
@@ -30,109 +29,4 @@ SOLUTIONS = {
     "13.1": nats_gained,
     "13.2": chosen_rate,
     "13.3": mean_policy,
-}
-
-
-def completion_logp(token_logps, tokens, pad_token):
-    """Padding is what comes *after* an end token."""
-    is_end = (tokens == pad_token).long()
-    after_end = is_end.cumsum(1) - is_end > 0
-    return token_logps.masked_fill(after_end, 0.0).sum(1)
-
-
-def batch_logp(token_logps, lengths):
-    """A row's own columns, and no others."""
-    mask = torch.arange(token_logps.shape[1]) < lengths[:, None]
-    return torch.where(mask, token_logps, 0.0).sum(1)
-
-
-def logp_after_prompt(logits, tokens, n_prompt):
-    """Position n_prompt - 1 predicts the first token of the answer."""
-    answer = tokens[:, n_prompt:]
-    logps = logits[:, n_prompt - 1 : -1].log_softmax(-1)
-    return logps.gather(2, answer.unsqueeze(2)).squeeze(2).sum(1)
-
-
-def implied_reward(token_logps, ref_token_logps, mask, beta):
-    """The logarithm of a product is a sum."""
-    return beta * ((token_logps - ref_token_logps) * mask).sum(1)
-
-
-def loss_and_rewards(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """One margin for both: what is logged is what is fitted."""
-    reward_w = beta * (chosen - ref_chosen)
-    reward_l = beta * (rejected - ref_rejected)
-    loss = softplus(reward_l - reward_w)
-    return loss, reward_w.detach(), reward_l.detach()
-
-
-def frozen_logps(features, weight, generator):
-    """A frozen model takes no random numbers."""
-    return (features @ weight).log_softmax(-1)
-
-
-def stored_logps(features, weight):
-    """Keep the weights as the policy has them."""
-    return torch.log_softmax(features @ weight, dim=-1)
-
-
-def kl_estimate(logps, ref_logps):
-    """KL(pi || pi_ref) is the mean of log pi - log pi_ref under pi."""
-    return logps - ref_logps
-
-
-def exact_kl(logps, ref_logps):
-    """Or kl_div(ref_logps, logps, log_target=True, reduction="none")."""
-    return (logps.exp() * (logps - ref_logps)).sum(1)
-
-
-def token_rewards(scores, token_kls, lengths):
-    """The end token is the last of `lengths` tokens."""
-    is_last = torch.arange(token_kls.shape[1]) == lengths[:, None] - 1
-    return is_last * scores[:, None] - token_kls
-
-
-def accumulated_loss(token_losses, mask, n_steps):
-    """Sums add up; divide by all tokens, once."""
-    total = 0.0
-    parts = zip(token_losses.chunk(n_steps), mask.chunk(n_steps), strict=True)
-    for loss, counted in parts:
-        total = total + (loss * counted).sum() / mask.sum()
-    return total
-
-
-def smoothed_loss(margins, beta, label_smoothing):
-    """The label may be wrong: then the other answer won."""
-    kept = (1 - label_smoothing) * softplus(-beta * margins)
-    return kept + label_smoothing * softplus(beta * margins)
-
-
-def examine(pair_loss):
-    """Compare with numbers from elsewhere: log(1 + e^{-x}) by hand."""
-    margins = torch.tensor([-2.0, 0.0, 3.0])
-    expected = torch.tensor([1.3132617, 0.6931472, 0.2014133])
-    loss = pair_loss(margins, 0.5)
-    torch.testing.assert_close(loss, expected.to(loss), rtol=0, atol=1e-6)
-
-
-def pair_loss(margins, beta):
-    """logsigmoid never takes the logarithm of 0."""
-    return -logsigmoid(beta * margins)
-
-
-REPAIRS = {
-    "end token masked": completion_logp,
-    "padding counted": batch_logp,
-    "boundary off by one": logp_after_prompt,
-    "mean for sum": implied_reward,
-    "beta missing from logged rewards": loss_and_rewards,
-    "reference with dropout": frozen_logps,
-    "half-precision reference": stored_logps,
-    "k1 with the sign inverted": kl_estimate,
-    "kl_div without log_target": exact_kl,
-    "reward one slot late": token_rewards,
-    "mean of means": accumulated_loss,
-    "smoothing ignored": smoothed_loss,
-    "an assertion that cannot fail": examine,
-    "log of a sigmoid": pair_loss,
 }
