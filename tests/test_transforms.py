@@ -109,15 +109,9 @@ EXAMPLES = {
     "closed_form.log_partition": Example((TABLES[0], REWARDS), BETA),
     "closed_form.log_partition large beta": Example((TABLES[0], REWARDS), {"beta": 1e4}),
     "closed_form.optimal_logps": Example((TABLES[0], REWARDS), BETA),
-    "closed_form.f_optimal_logps forward_kl": Example(
-        (TABLES[0], REWARDS), {**BETA, "divergence": "forward_kl"}
-    ),
     "closed_form.f_optimal_logps js": Example((TABLES[0], REWARDS), {**BETA, "divergence": "js"}),
     "closed_form.f_optimal_logps alpha": Example(
         (TABLES[0], REWARDS), {"beta": 2.0, "divergence": "alpha", "alpha": 1.4}
-    ),
-    "closed_form.f_optimal_logps chi_squared": Example(
-        (TABLES[0], REWARDS), {"beta": 2.0, "divergence": "chi_squared"}
     ),
     "closed_form.f_optimal_logps chi_squared_kl": Example(
         (TABLES[0], REWARDS), {**BETA, "divergence": "chi_squared_kl"}
