@@ -173,8 +173,8 @@ def f_optimal_logps(
     Returns:
       `[X, Y]`, nats; -inf for an answer given up.
     Raises:
-      ValueError: another name; a best answer whose log-probability is below -700 nats; otherwise
-        as in `log_partition`, but no beta is too small.
+      ValueError: another name; a best answer whose log-probability is below -700 nats, or below
+        -700 / |alpha - 1|; otherwise as in `log_partition`, but no beta is too small.
     Source: Wang et al. 2023, arXiv:2309.16240; Huang et al. 2024, arXiv:2407.13399.
     """
     check_number("alpha", alpha)
@@ -195,7 +195,7 @@ def f_optimal_logps(
     logratios: _LogRatios = _of_js if divergence == "js" else _of_chi_squared_kl
     if exponent is not None:
         logratios = partial(_of_power, exponent=exponent)
-    level = _level(prior, gaps, logratios)
+    level = _level(prior, gaps, logratios, -700 / max(1.0, abs(exponent or 1.0)))
     return normalise(prior + logratios(level, gaps)[0])[0].to(scores.dtype)
 
 
@@ -236,13 +236,16 @@ def _of_chi_squared_kl(level: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
     return u, (level.exp() + 1) / slope
 
 
-def _level(prior: Tensor, gaps: Tensor, logratios: _LogRatios) -> Tensor:
-    """The log-ratio `[X, 1]` of the best answer at which all probabilities sum to 1."""
+def _level(prior: Tensor, gaps: Tensor, logratios: _LogRatios, least: float) -> Tensor:
+    """The log-ratio `[X, 1]` of the best answer at which all probabilities sum to 1.
+
+    `least` is the smallest log-probability of a best answer whose powers are numbers.
+    """
     fixed_prior, fixed_gaps = prior.detach(), gaps.detach()
     best = fixed_prior.masked_fill(fixed_gaps < 0, -torch.inf).amax(-1, keepdim=True)
-    if values_visible(best) and (best < -700).any():
-        got = best.min().item()
-        raise ValueError(f"`ref_logps` must be above -700 for the best answer, got {got}")
+    if values_visible(best) and (best < least).any():
+        got = f"{best.min().item():g}"
+        raise ValueError(f"`ref_logps` must be >= {least:g} for the best answer, got {got}")
     low, width = torch.zeros_like(best), -best
     inner = torch.arange(1, _PARTS, dtype=best.dtype, device=best.device) / _PARTS
     for _ in range(_SECTIONS):

@@ -275,12 +275,12 @@ def test_f_optima_keep_out_what_the_reference_keeps_out(name):
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_f_optima_where_the_best_answer_is_rare_or_beta_tiny(name):
-    """A best answer of probability e^-600, which forward KL and others still lift up."""
-    ref_logps = double([[0.0, -600.0]]).log_softmax(-1)
+    """A best answer of probability e^-300, which forward KL and others still lift up."""
+    ref_logps = double([[0.0, -300.0]]).log_softmax(-1)
     got = best_under(name, ref_logps, double([[0.0, 1.0]]), 1e-3)
     exact(got.exp().sum(), double(1.0))
     want = {  # of the rare answer: its own f' is close to f'(infinity), the other's 1000 below
-        "reverse_kl": 1.0,  # e^(1000 - 600) times as likely
+        "reverse_kl": 1.0,  # e^(1000 - 300) times as likely
         "forward_kl": 1 - 1 / 1000,  # -1 / z of the common answer is -1000
         "js": 1.0,  # log(2z / (1 + z)) is log 2 - 1000
         "alpha 0.5": 1 - 1 / 500**2,  # -2 / sqrt(z) is -1000
@@ -322,7 +322,11 @@ def test_f_optima_refuse():
         ({"divergence": "js", "rewards": REWARDS + INF}, "`rewards` must be finite, got inf"),
         (
             {"divergence": "js", "ref_logps": double([[-800.0, 0.0, -INF, -INF]])},
-            "`ref_logps` must be above -700 for the best answer, got -800.0",
+            "`ref_logps` must be >= -700 for the best answer, got -800",
+        ),
+        (
+            {"divergence": "alpha", "alpha": -1, "ref_logps": double([[-400.0, 0, -INF, -INF]])},
+            "`ref_logps` must be >= -350 for the best answer, got -400",
         ),
     ):
         given = {"ref_logps": REF, "rewards": REWARDS, "beta": 0.5, **options}
