@@ -11,10 +11,13 @@ negative and keeps its digits. Half precision is computed in float32 and rounded
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from dpo_mini._arguments import (
     Table,
@@ -23,6 +26,7 @@ from dpo_mini._arguments import (
     check_finite,
     check_logps,
     check_normalised,
+    check_number,
     positive_scalar,
     values_visible,
 )
@@ -44,6 +48,7 @@ __all__ = [
     "tilt",
     "log_partition",
     "optimal_logps",
+    "f_optimal_logps",
     "implied_rewards",
     "kl",
     "expected_reward",
@@ -54,6 +59,10 @@ __all__ = [
     "chi_squared",
     "log_partition_markov",
 ]
+
+_LogRatios: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_PARTS, _SECTIONS = 8, 22  # the search cuts an interval in 8, 22 times: 66 halvings
+_NEWTON_STEPS = 4  # to 15 digits from where they start
 
 
 def tilt(prior_logps: Table, log_weights: Table) -> tuple[Tensor, Tensor]:
@@ -123,6 +132,134 @@ def optimal_logps(ref_logps: Table, rewards: Table, beta: float | Tensor) -> Ten
     reference, scores = _read({"ref_logps": ref_logps}, rewards=rewards)
     check_finite(rewards=scores)
     return _optimal_logps(reference, scores, positive_scalar("beta", beta, scores.dtype))
+
+
+def f_optimal_logps(
+    ref_logps: Table,
+    rewards: Table,
+    beta: float | Tensor,
+    *,
+    divergence: str,
+    alpha: float = 0.5,
+) -> Tensor:
+    r"""The policy that maximises $E[r] - \beta D_f(\pi\Vert\pi_{ref})$.
+
+    With $D_f = \sum_y \pi_{ref} f(z)$ and $z = \pi/\pi_{ref}$ every answer of the optimum has
+    $r = \beta f'(z) + \lambda$, with one $\lambda$ per prompt, so that $\pi = \pi_{ref}
+    (f')^{-1}((r - \lambda)/\beta)$. Where $f'(0)$ is finite an answer may be given up: its
+    probability is 0, and $r \le \beta f'(0) + \lambda$. In `losses.f_dpo_loss` are
+
+    - `"reverse_kl"`: $f' = \log z$, which is `optimal_logps`;
+    - `"forward_kl"`: $f' = 1 - 1/z$;
+    - `"js"`: $f' = \log[2z/(1+z)]$;
+    - `"alpha"`: $f' = (z^{\alpha-1} - 1)/(\alpha-1)$, which gives answers up for alpha > 1;
+
+    and besides these
+
+    - `"chi_squared"`: $f = (z-1)^2$, the divergence as `chi_squared` has it; it gives answers up.
+      It is alpha = 2 with twice the beta;
+    - `"chi_squared_kl"`: $f = \frac12(z-1)^2 + z\log z$, half of chi-squared plus KL, the penalty
+      of `losses.chi_po_loss`. It gives no answer up.
+
+    The log-ratio of the best answer is found by sections, between 0 and where that answer alone has
+    probability 1. It is computed in float64, whatever the dtype of the tables.
+
+    Args:
+      ref_logps: `[X, Y]`, nats.
+      rewards: `[X, Y]`, finite.
+      beta: > 0, reward units per unit of the divergence.
+      divergence: one of the six names.
+      alpha: finite, used by `"alpha"` alone.
+    Returns:
+      `[X, Y]`, nats; -inf for an answer given up.
+    Raises:
+      ValueError: another name; a best answer whose log-probability is below -700 nats, or below
+        -700 / |alpha - 1|; otherwise as in `log_partition`, but no beta is too small.
+    Source: Wang et al. 2023, arXiv:2309.16240; Huang et al. 2024, arXiv:2407.13399.
+    """
+    check_number("alpha", alpha)
+    exponents = {"forward_kl": -1.0, "alpha": alpha - 1.0, "chi_squared": 1.0}
+    if divergence not in ("reverse_kl", "js", "chi_squared_kl", *exponents):
+        names = "'reverse_kl', 'forward_kl', 'js', 'alpha', 'chi_squared' or 'chi_squared_kl'"
+        raise ValueError(f"`divergence` must be {names}, got {divergence!r}")
+    reference, scores = _read({"ref_logps": ref_logps}, rewards=rewards)
+    check_finite(rewards=scores)
+    scale = positive_scalar("beta", beta, scores.dtype)
+    exponent = exponents.get(divergence)
+    if divergence == "reverse_kl" or exponent == 0:
+        return _optimal_logps(reference, scores, scale)
+    if divergence == "chi_squared":
+        scale = 2 * scale
+    prior = reference.double()
+    gaps = (_below_the_best(prior, scores.double()) / scale.double()).clamp(min=-1e300)
+    logratios: _LogRatios = _of_js if divergence == "js" else _of_chi_squared_kl
+    if exponent is not None:
+        logratios = partial(_of_power, exponent=exponent)
+    level = _level(prior, gaps, logratios, -700 / max(1.0, abs(exponent or 1.0)))
+    return normalise(prior + logratios(level, gaps)[0])[0].to(scores.dtype)
+
+
+# Each of the next three takes the log-ratio `level` `[..., 1]` of the best answer and how far each
+# answer's f' is below that of the best, `gaps` `[..., Y]`. They return the log-ratios u of all
+# answers, `[..., Y]`, and the slopes du / d level.
+
+
+def _of_power(level: Tensor, gaps: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    """For f' = (z^k - 1) / k: z^k is that of the best plus k times the gap."""
+    less_1 = torch.expm1(exponent * level) + exponent * gaps
+    power = (exponent * level).exp() + exponent * gaps
+    near = less_1 > -0.5
+    given_up = ~near & (power <= 0)
+    # Near 1 log1p has more digits than log, and far from it exp has more than expm1 + 1.
+    far = power.masked_fill(near | given_up, 1.0).log()
+    u = torch.where(near, less_1.masked_fill(~near, 0.0).log1p(), far) / exponent
+    slopes = (exponent * (level - u)).exp()
+    return u.masked_fill(given_up, -torch.inf), slopes.masked_fill(given_up, 0.0)
+
+
+def _of_js(level: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """For f' = log[2z / (1 + z)]: z / (1 + z) is that of the best times e^gap."""
+    u = level + gaps - torch.log1p(-level.exp() * torch.expm1(gaps))
+    return u, (logsigmoid(-level) - logsigmoid(-u)).exp()
+
+
+def _of_chi_squared_kl(level: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """For f' = z - 1 + log z: Newton's method for e^u - 1 + u, which is convex."""
+    want = torch.expm1(level) + level + gaps
+    fixed = want.detach()
+    u = torch.where(fixed < 0, fixed, fixed.clamp(min=0).log1p())
+    for _ in range(_NEWTON_STEPS):
+        u = u - (torch.expm1(u) + u - fixed) / (u.exp() + 1)
+    slope = u.exp() + 1
+    for _ in range(2):  # of the root itself, which pass on its first two derivatives
+        u = u - (torch.expm1(u) + u - want) / slope
+    return u, (level.exp() + 1) / slope
+
+
+def _level(prior: Tensor, gaps: Tensor, logratios: _LogRatios, least: float) -> Tensor:
+    """The log-ratio `[X, 1]` of the best answer at which all probabilities sum to 1.
+
+    `least` is the smallest log-probability of a best answer whose powers are numbers.
+    """
+    fixed_prior, fixed_gaps = prior.detach(), gaps.detach()
+    best = fixed_prior.masked_fill(fixed_gaps < 0, -torch.inf).amax(-1, keepdim=True)
+    if values_visible(best) and (best < least).any():
+        got = f"{best.min().item():g}"
+        raise ValueError(f"`ref_logps` must be >= {least:g} for the best answer, got {got}")
+    low, width = torch.zeros_like(best), -best
+    inner = torch.arange(1, _PARTS, dtype=best.dtype, device=best.device) / _PARTS
+    for _ in range(_SECTIONS):
+        levels = low + width * inner  # [X, _PARTS - 1], where the interval is cut
+        u = logratios(levels.unsqueeze(-1), fixed_gaps.unsqueeze(1))[0]
+        too_little = (fixed_prior.unsqueeze(1) + u).logsumexp(-1) < 0
+        width = width / _PARTS
+        low = low + width * too_little.sum(-1, keepdim=True)
+    level = low + width / 2
+    u, slopes = logratios(level, fixed_gaps)
+    slope = ((fixed_prior + u).softmax(-1) * slopes).sum(-1, keepdim=True)
+    for _ in range(2):  # of the root itself, which pass on its first two derivatives
+        level = level - (prior + logratios(level, gaps)[0]).logsumexp(-1, True) / slope
+    return level
 
 
 def implied_rewards(logps: Table, ref_logps: Table, beta: float | Tensor) -> Tensor:

@@ -10,9 +10,9 @@ A loss is its formula and nothing more: the caller takes the mean over rows. `_c
 of this file, refuses tensors and a beta that no loss can use. In signatures `B` is a tensor `[B]`.
 
 On log-ratios of ten thousand nats no loss and no gradient is NaN or infinite, in float64, float32
-and bfloat16. Where a formula is an exponential (`discopop_loss`, `f_dpo_loss` with forward KL or
-alpha) its docstring says how. Half precision is computed in float32 and rounded once, at the end;
-there a loss above the largest float16, 65,504, is that number.
+and bfloat16. Where a formula is an exponential (`discopop_loss`, `chi_po_loss`, `f_dpo_loss` with
+forward KL or alpha) its docstring says how. Half precision is computed in float32 and rounded once,
+at the end; there a loss above the largest float16, 65,504, is that number.
 """
 
 import inspect
@@ -46,6 +46,7 @@ __all__ = [
     "exo_loss",
     "discopop_loss",
     "f_dpo_loss",
+    "chi_po_loss",
     "nca_loss",
     "bco_loss",
     "sppo_loss",
@@ -268,6 +269,38 @@ def f_dpo_loss(
         names = "'reverse_kl', 'forward_kl', 'js' or 'alpha'"
         raise ValueError(f"`divergence` must be {names}, got {divergence!r}")
     return -logsigmoid(beta * margins)
+
+
+def chi_po_loss(
+    chosen_logps: B,
+    rejected_logps: B,
+    ref_chosen_logps: B,
+    ref_rejected_logps: B,
+    *,
+    beta: float,
+    max_reward: float | None = None,
+) -> B:
+    r"""chi-PO: $-\log\sigma(\text{clip}(\beta[\varphi(a) - \varphi(b)]))$, $\varphi(u) = e^u + u$.
+
+    DPO for the penalty $\frac12\chi^2 + KL$, whose $f'(\pi/\pi_{ref})$ is $\varphi(u)$.
+    `closed_form.f_optimal_logps` has its optimum, under the name `"chi_squared_kl"`.
+
+    The paper clips the *difference* as a whole, after beta and before the sigmoid: to $[-2R, 2R]$,
+    where R, `max_reward`, bounds the rewards. Beyond these bounds the loss is constant and its
+    gradient 0, also for a pair that is far in the wrong order.
+
+    The value and slope of $e^u$ are held where u is above 0.9 log(largest float), 639 in float64
+    and 79 in float32, minus log beta for beta > 1. The sign of the margin stays right.
+    Returns: `[B]`, nats. Args and errors: as in `dpo_loss`, and `max_reward`: R > 0, reward units,
+    or None, which clips nothing.
+    Source: Huang et al. 2024, Algorithm 1, arXiv:2407.13399.
+    """
+    a, b = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+    margins = beta * (_difference_of_powers(a, b, 1.0, beta) + (a - b))
+    if max_reward is not None:
+        check_positive("max_reward", max_reward)
+        margins = margins.clamp(-2 * max_reward, 2 * max_reward)
+    return -logsigmoid(margins)
 
 
 # --- functions of a and b, each by itself ----------------------------------------------------

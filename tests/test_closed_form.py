@@ -13,6 +13,7 @@ from dpo_mini.closed_form import (
     best_of_n_logps,
     chi_squared,
     expected_reward,
+    f_optimal_logps,
     frontier,
     implied_rewards,
     kl,
@@ -23,6 +24,7 @@ from dpo_mini.closed_form import (
     tilt,
     total_variation,
 )
+from dpo_mini.train import fit_table
 
 
 def double(rows):
@@ -132,6 +134,205 @@ def test_log_partition_markov_sums_over_every_sequence(random_logps, generator, 
     got = log_partition_markov(initial, transition, token_rewards, beta, n_tokens)
     assert got.shape == ()
     assert got.item() == pytest.approx(math.log(total), abs=1e-12)
+
+
+# --- optima under other divergences ----------------------------------------------------------
+
+# name, options, f, f'; written from the papers, not from the module
+PENALTIES = {
+    "reverse_kl": ("reverse_kl", {}, lambda z: z * z.log(), lambda z: z.log() + 1),
+    "forward_kl": ("forward_kl", {}, lambda z: -z.log(), lambda z: -1 / z),
+    "js": (
+        "js",
+        {},
+        lambda z: z * z.log() - (z + 1) * ((z + 1) / 2).log(),
+        lambda z: (2 * z / (1 + z)).log(),
+    ),
+    "alpha 0.5": ("alpha", {}, lambda z: -4 * z.sqrt(), lambda z: -2 / z.sqrt()),
+    "alpha -1": ("alpha", {"alpha": -1.0}, lambda z: 0.5 / z, lambda z: -0.5 / z**2),
+    "alpha 3": ("alpha", {"alpha": 3.0}, lambda z: z**3 / 6, lambda z: z**2 / 2),
+    "chi_squared": ("chi_squared", {}, lambda z: (z - 1) ** 2, lambda z: 2 * (z - 1)),
+    "chi_squared_kl": (
+        "chi_squared_kl",
+        {},
+        lambda z: (z - 1) ** 2 / 2 + z * z.log(),
+        lambda z: z + z.log(),
+    ),
+}
+
+
+def best_under(name, ref_logps, rewards, beta):
+    divergence, options = PENALTIES[name][:2]
+    return f_optimal_logps(ref_logps, rewards, beta, divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.35, 2.0, 1e3])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_f_optima_are_stationary_and_give_up_only_what_is_not_worth_it(
+    random_logps, rewards, name, beta
+):
+    """r - beta f'(z) is one number for all answers that are kept, and no more for the others."""
+    ref_logps, slope = random_logps(3, 6), PENALTIES[name][3]
+    logps = best_under(name, ref_logps, rewards, beta)
+    exact(logps.exp().sum(-1), torch.ones(3).double())
+    left = rewards - beta * slope((logps - ref_logps).exp())
+    kept = logps > -700  # e^-700 is no number to divide by
+    highest = left.masked_fill(~kept, -INF).amax(-1, keepdim=True)
+    assert ((highest - left) / (beta + 1)).masked_fill(~kept, 0.0).max() < 1e-9
+    gone = torch.isneginf(logps)
+    assert (left <= highest + 1e-12)[gone].all()
+    if name in ("alpha 3", "chi_squared"):
+        assert gone.any() == (beta < 1)
+    else:
+        assert not gone.any()
+
+
+@pytest.mark.parametrize("beta", [0.35, 1.0])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_f_optima_are_where_ascent_of_reward_less_penalty_ends(random_logps, rewards, name, beta):
+    ref_logps, penalty = random_logps(3, 6), PENALTIES[name][2]
+
+    def lost(logps):
+        divergence = (ref_logps.exp() * penalty((logps - ref_logps).exp())).sum(-1)
+        return (beta * divergence - (logps.exp() * rewards).sum(-1)).sum()
+
+    best = best_under(name, ref_logps, rewards, beta)
+    climbed = fit_table(lost, ref_logps)
+    assert lost(best.clamp(min=-300)) <= lost(climbed) + 1e-12
+    assert total_variation(best, climbed).max() < 2e-5
+    generator = torch.Generator().manual_seed(0)  # and no policy beside it is better
+    for size in (1e-3, 0.1, 1.0):
+        noise = size * torch.randn(200, 3, 6, dtype=torch.float64, generator=generator)
+        others = (best.clamp(min=-300) + noise).log_softmax(-1)
+        assert min(lost(other) for other in others) > lost(best.clamp(min=-300))
+
+
+def test_the_chi_squared_optimum_in_fractions():
+    """With c given up: 0.8 + (0.54 - 0.8 lambda) / 0.7 = 1, so lambda = 1/2."""
+    got = best_under("chi_squared", REF, REWARDS, 0.35)
+    exact(got.exp(), double([[24 / 35, 6 / 35, 0.0, 1 / 7]]))
+    got = best_under("chi_squared", REF, REWARDS, 0.5)  # all kept: lambda = 0.46 is E_ref[r]
+    exact(got.exp(), double([[0.616, 0.222, 0.028, 0.134]]))
+
+
+def test_the_chi_squared_optimum_by_sorting(random_logps, rewards):
+    """As sparsemax: the best answers are kept, as many as have a probability above 0."""
+
+    def by_sorting(ref_row, reward_row, beta=0.3):
+        order = sorted(range(6), key=lambda y: -reward_row[y])
+        for count in range(6, 0, -1):
+            kept = order[:count]
+            mass = sum(math.exp(ref_row[y]) for y in kept)
+            mean = sum(math.exp(ref_row[y]) * reward_row[y] for y in kept)
+            level = (mean - 2 * beta * (1 - mass)) / mass
+            ratios = {y: 1 + (reward_row[y] - level) / (2 * beta) for y in kept}
+            if min(ratios.values()) > 0:
+                return [math.exp(ref_row[y]) * ratios.get(y, 0.0) for y in range(6)]
+
+    ref_logps = random_logps(3, 6)
+    want = by_row(by_sorting, ref_logps, rewards)
+    assert (want == 0).any()
+    exact(best_under("chi_squared", ref_logps, rewards, 0.3).exp(), want)
+
+
+def test_f_optima_that_are_one_another(random_logps, rewards):
+    ref_logps = random_logps(3, 6)
+
+    def best(divergence, beta=0.4, **options):
+        return f_optimal_logps(ref_logps, rewards, beta, divergence=divergence, **options)
+
+    for got in (best("reverse_kl"), best("alpha", alpha=1.0)):
+        assert torch.equal(got, optimal_logps(ref_logps, rewards, 0.4))
+    assert_close(best("alpha", alpha=1 + 1e-9), best("reverse_kl"), atol=1e-7, rtol=0)
+    exact(best("alpha", alpha=0.0), best("forward_kl"))
+    exact(best("alpha", alpha=2.0, beta=0.8), best("chi_squared"))
+    assert not torch.equal(best("alpha"), best("alpha", alpha=0.6))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_f_optima_depend_on_differences_of_rewards_and_on_each_row_alone(
+    random_logps, rewards, name
+):
+    ref_logps = random_logps(3, 6)
+    best = best_under(name, ref_logps, rewards, 0.4)
+    moved = rewards + double([[3.0], [-40.0], [0.5]])
+    exact(best_under(name, ref_logps, moved, 0.4).exp(), best.exp())
+    exact(best_under(name, ref_logps[1:2], rewards[1:2], 0.4), best[1:2])
+    order = [3, 0, 5, 1, 4, 2]
+    exact(best_under(name, ref_logps[:, order], rewards[:, order], 0.4), best[:, order])
+    flat = best_under(name, ref_logps, torch.full_like(rewards, -2.0), 0.4)
+    exact(flat, ref_logps)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_f_optima_keep_out_what_the_reference_keeps_out(name):
+    ref_logps = double([[0.4, 0.3, 0.0, 0.2, 0.1]]).log()
+    rewards = double([[1.0, 0.2, 50.0, -0.4, 0.8]])
+    got = best_under(name, ref_logps, rewards, 0.5)
+    assert got[0, 2] == -INF
+    exact(got[:, [0, 1, 3, 4]], best_under(name, REF, REWARDS, 0.5))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_f_optima_where_the_best_answer_is_rare_or_beta_tiny(name):
+    """A best answer of probability e^-300, which forward KL and others still lift up."""
+    ref_logps = double([[0.0, -300.0]]).log_softmax(-1)
+    got = best_under(name, ref_logps, double([[0.0, 1.0]]), 1e-3)
+    exact(got.exp().sum(), double(1.0))
+    want = {  # of the rare answer: its own f' is close to f'(infinity), the other's 1000 below
+        "reverse_kl": 1.0,  # e^(1000 - 300) times as likely
+        "forward_kl": 1 - 1 / 1000,  # -1 / z of the common answer is -1000
+        "js": 1.0,  # log(2z / (1 + z)) is log 2 - 1000
+        "alpha 0.5": 1 - 1 / 500**2,  # -2 / sqrt(z) is -1000
+        "alpha -1": 1 - 2000**-0.5,  # -1 / (2 z^2) is -1000
+        "alpha 3": 0.0,
+        "chi_squared": 0.0,
+        "chi_squared_kl": 0.0,
+    }[name]
+    assert got.exp()[0, 1].item() == pytest.approx(want, abs=1e-12)
+    best = best_under(name, REF, REWARDS, 1e-12)
+    exact(best.exp(), double([[1.0, 0.0, 0.0, 0.0]]))
+    assert not torch.isnan(best).any()
+
+
+def test_f_optima_have_the_dtype_of_the_tables_and_their_gradients_are_finite():
+    for name in PENALTIES:
+        exact_one = best_under(name, REF.float().double(), REWARDS.float().double(), 0.35)
+        got = best_under(name, REF.float(), REWARDS.float(), 0.35)
+        assert got.dtype == torch.float32
+        assert_close(got.double(), exact_one, rtol=1e-6, atol=1e-6)
+        logits, scores = REF.clone().requires_grad_(), REWARDS.clone().requires_grad_()
+        beta = double(0.35).requires_grad_()  # chi-squared gives an answer up here
+
+        def probs(logits, scores, beta, name=name):
+            return best_under(name, logits.log_softmax(-1), scores, beta).exp()
+
+        assert gradcheck(probs, (logits, scores, beta))
+
+
+def test_f_optima_refuse():
+    for options, want in (
+        (
+            {"divergence": "kl"},
+            "`divergence` must be 'reverse_kl', 'forward_kl', 'js', 'alpha', 'chi_squared' or "
+            "'chi_squared_kl', got 'kl'",
+        ),
+        ({"divergence": "alpha", "alpha": NAN}, "`alpha` must be a finite number, got nan"),
+        ({"divergence": "js", "beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
+        ({"divergence": "js", "rewards": REWARDS + INF}, "`rewards` must be finite, got inf"),
+        (
+            {"divergence": "js", "ref_logps": double([[-800.0, 0.0, -INF, -INF]])},
+            "`ref_logps` must be >= -700 for the best answer, got -800",
+        ),
+        (
+            {"divergence": "alpha", "alpha": -1, "ref_logps": double([[-400.0, 0, -INF, -INF]])},
+            "`ref_logps` must be >= -350 for the best answer, got -400",
+        ),
+    ):
+        given = {"ref_logps": REF, "rewards": REWARDS, "beta": 0.5, **options}
+        with pytest.raises(ValueError) as caught:
+            f_optimal_logps(**given)
+        assert str(caught.value) == want
 
 
 # --- identities ------------------------------------------------------------------------------

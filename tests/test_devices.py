@@ -310,7 +310,7 @@ FORMULAS = [
     (module, name)
     for module in (losses, closed_form, policy_gradient, preferences)
     for name in module.__all__
-    if name != "AdaptiveKLController" and not name.startswith("sample_")
+    if not isinstance(getattr(module, name), type) and not name.startswith("sample_")
 ]
 
 
@@ -330,7 +330,10 @@ def arguments_of(module, function, there):
             shape = (5,)
         elif {"old_logps", "rewards"} <= {*parameters} and name != "rewards":
             shape = (5, 3, 4)  # of tokens
-        if name in NUMBERS:
+        if name in ("win_probs", "wins"):
+            drawn = torch.rand(5, 3, 3, dtype=torch.float64, generator=generator)
+            given[name] = (drawn / (drawn + drawn.mT)).to(there)
+        elif name in NUMBERS:
             given[name] = NUMBERS[name]
         elif name in ("completion_mask", "desirable"):
             given[name] = torch.ones(shape, dtype=torch.bool).to(there)

@@ -10,7 +10,12 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from dpo_mini.closed_form import log_partition, optimal_logps, total_variation
+from dpo_mini.closed_form import (
+    f_optimal_logps,
+    log_partition,
+    optimal_logps,
+    total_variation,
+)
 from dpo_mini.logps import mean_over_tokens, sum_over_tokens
 from dpo_mini.losses import (
     apo_down_loss,
@@ -18,6 +23,7 @@ from dpo_mini.losses import (
     bco_loss,
     best_of_k_loss,
     cdpo_loss,
+    chi_po_loss,
     cpo_loss,
     discopop_loss,
     dpo_loss,
@@ -64,6 +70,8 @@ PAIRED = {
     "f js": partial(f_dpo_loss, beta=0.5, divergence="js"),
     "f alpha 0.5": partial(f_dpo_loss, beta=0.5, divergence="alpha"),
     "f alpha 2": partial(f_dpo_loss, beta=0.5, divergence="alpha", alpha=2.0),
+    "chi_po": partial(chi_po_loss, beta=0.5),
+    "clipped chi_po": partial(chi_po_loss, beta=0.5, max_reward=0.7),
     "nca": partial(nca_loss, beta=0.5),
     "bco": partial(bco_loss, beta=0.5),
     "sppo": partial(sppo_loss, beta=0.5),
@@ -177,6 +185,59 @@ def test_other_divergences_by_hand():
         exact(got, double([math.log1p(math.exp(0.7 * margin))]))
         got = at_log_ratios(f_dpo_loss, 0.6, 0.6, **options)
         exact(got, double([math.log(2)]))
+
+
+def test_chi_po_by_hand():
+    """phi is 2 + log 2 where the policy is twice the reference, and 1 where it is the same."""
+    margin = 1 + math.log(2)
+    for beta in (0.7, 3.0):
+        got = at_log_ratios(chi_po_loss, math.log(2), 0.0, beta=beta)
+        exact(got, double([math.log1p(math.exp(-beta * margin))]))
+        got = at_log_ratios(chi_po_loss, 0.0, math.log(2), beta=beta)
+        exact(got, double([math.log1p(math.exp(beta * margin))]))
+    exact(at_log_ratios(chi_po_loss, 0.6, 0.6, beta=0.7), double([math.log(2)]))
+
+
+def test_chi_po_clips_the_difference_after_beta_to_twice_the_largest_reward():
+    """A clip of the log-ratios, of each phi, or before beta, would give other numbers."""
+    a = math.log(4.9)
+    inside, outside = (
+        at_log_ratios(chi_po_loss, a, -50.0, beta=0.5, max_reward=r) for r in (99, 3)
+    )
+    exact(inside, double([math.log1p(math.exp(-0.5 * (4.9 + a + 50)))]))
+    exact(outside, double([math.log1p(math.exp(-6.0))]))  # 2 R = 6
+    exact(at_log_ratios(chi_po_loss, -50.0, a, beta=0.5, max_reward=3.0), outside + 6.0)
+    for far, slope in ((0.2, -1), (4.0, 0), (-4.0, 0)):  # beyond the bounds nothing pushes
+        one, zero = double([far]).requires_grad_(), double([0.0])
+        chi_po_loss(one, zero, zero, zero, beta=0.5, max_reward=1.0).sum().backward()
+        assert one.grad.sign().item() == slope
+
+
+def test_chi_po_is_dpo_and_a_chi_squared_part_together(four):
+    """Margins add: that of DPO, and that of alpha = 2, whose f' is z - 1."""
+    margins = [
+        -loss(*four, beta=0.7, **options).expm1().log()
+        for loss, options in (
+            (dpo_loss, {}),
+            (f_dpo_loss, {"divergence": "alpha", "alpha": 2.0}),
+            (chi_po_loss, {}),
+        )
+    ]
+    exact(margins[2], margins[0] + margins[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [1e-3, 0.5, 1e3])
+def test_chi_po_is_held_where_its_exponential_is_too_large(dtype, beta):
+    limit = 0.9 * math.log(torch.finfo(dtype).max) - math.log(max(beta, 1.0))
+    far = torch.tensor([limit + 30], dtype=dtype).requires_grad_()
+    zero = torch.zeros_like(far)
+    lost = chi_po_loss(zero.detach(), far, zero.detach(), zero.detach(), beta=beta)
+    (slope,) = torch.autograd.grad(lost.sum(), far)
+    want = beta * math.exp(limit)
+    assert lost.item() == pytest.approx(want, rel=1e-4)
+    assert slope.item() == pytest.approx(want, rel=1e-4)
+    assert chi_po_loss(far, zero, zero, zero, beta=beta).item() == 0.0
 
 
 def test_losses_of_two_log_ratios_by_hand():
@@ -544,6 +605,22 @@ def test_f_dpo_ends_where_reward_less_divergence_is_stationary(divergence, optio
     assert total_variation(fitted, REF) > 0.05
 
 
+@pytest.mark.parametrize("beta", [0.35, 2.0])
+def test_chi_po_ends_at_the_optimum_of_half_chi_squared_and_kl(beta):
+    """At beta = 0.35 chi-squared alone would give an answer up, and its pairs could not fit."""
+    bound = partial(chi_po_loss, beta=beta)
+    fitted = fit_table(lambda logps: population_loss(bound, logps, REF, REWARDS), REF)
+    best = f_optimal_logps(REF, REWARDS, beta, divergence="chi_squared_kl")
+    assert total_variation(fitted, best).item() < 1e-6
+    ratios = (fitted - REF).exp()
+    left = REWARDS - beta * (ratios + ratios.log())
+    assert (left - left.mean()).abs().max() < 1e-5
+    # No margin is above 2 max_reward = 1.4, the spread of the rewards, so the clip changes nothing.
+    bound = partial(chi_po_loss, beta=beta, max_reward=0.7001)
+    clipped = fit_table(lambda logps: population_loss(bound, logps, REF, REWARDS), REF)
+    assert total_variation(clipped, best).item() < 1e-6
+
+
 def test_where_hinge_leads_a_population_of_pairs():
     """Its loss is piecewise linear and convex: a corner that no step improves is the optimum."""
     corner = double([[0.0, -2.0, -2.0, 0.0]])  # log-ratios that make every margin 0 or 1 / beta
@@ -731,6 +808,10 @@ def test_a_list_has_two_items_at_least(name):
         (
             lambda x: discopop_loss(x, x, x, x, beta=1.0, temperature=0.0),
             "`temperature` must be a finite number > 0, got 0.0",
+        ),
+        (
+            lambda x: chi_po_loss(x, x, x, x, beta=1.0, max_reward=0),
+            "`max_reward` must be a finite number > 0, got 0",
         ),
         (
             lambda x: f_dpo_loss(x, x, x, x, beta=1.0, divergence="kl"),

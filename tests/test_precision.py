@@ -406,6 +406,19 @@ def f_dpo(a, b, beta, divergence, alpha=None):
     return softplus(-beta * margin)
 
 
+def chi_po(a, b, beta, max_reward=None):
+    if max(a.value, b.value) > Jet.limit:
+        return None  # held: see the test of that
+    margin = beta * (exp(a) - exp(b) + a - b)
+    if max_reward is not None:
+        bound = 2 * max_reward.value
+        if abs(abs(margin.value) / bound - 1) < 1e-6:
+            return None  # on the kink rounding decides which slope it is
+        if abs(margin.value) > bound:
+            margin = Jet(bound if margin.value > 0 else -bound)
+    return softplus(-margin)
+
+
 def nca(a, b, beta):
     return softplus(-beta * a) + softplus(beta * a) / 2 + softplus(beta * b) / 2
 
@@ -547,6 +560,8 @@ LOSSES = {
         )
         for alpha in (0.5, -1.0, 1.0, 1.000001, 2.0)
     },
+    "chi_po": paired("chi_po", chi_po, 0.5, at_ratios(1)),
+    "chi_po clipped": paired("chi_po", chi_po, 0.5, at_ratios(1), max_reward=0.7),
     "nca": paired("nca", nca, 0.5, at_ratios(0.5)),
     "bco": paired("bco", bco, 0.5, at_ratios(0.5)),
     "sppo": paired("sppo", sppo, 0.5, at_ratios(0.5)),
@@ -1630,6 +1645,7 @@ OF_TABLES = {
     "tilt": lambda p, q, r: closed_form.tilt(p, r),
     "log_partition": lambda p, q, r: closed_form.log_partition(p, r, 0.7),
     "optimal_logps": lambda p, q, r: closed_form.optimal_logps(p, r, 0.7),
+    "f_optimal_logps": lambda p, q, r: closed_form.f_optimal_logps(p, r, 0.7, divergence="js"),
     "implied_rewards": lambda p, q, r: closed_form.implied_rewards(p, q, 0.7),
     "kl": lambda p, q, r: closed_form.kl(p, q),
     "expected_reward": lambda p, q, r: closed_form.expected_reward(p, r),

@@ -28,6 +28,10 @@ NO_FORMULAS = {
     "preferences.sample_bradley_terry",
     "preferences.sample_thurstone",
     "preferences.sample_plackett_luce",
+    "preferences.nash_logps",
+    "preferences.regularised_nash_logps",
+    "preferences.ComparisonGraph",
+    "preferences.comparison_graph",
     "policy_gradient.AdaptiveKLController",
     "policy_gradient.groups_with_difference",
 }
@@ -80,6 +84,8 @@ EXAMPLES = {
     "losses.f_dpo_loss forward_kl": Example(FOUR, {**BETA, "divergence": "forward_kl"}),
     "losses.f_dpo_loss js": Example(FOUR, {**BETA, "divergence": "js"}),
     "losses.f_dpo_loss alpha": Example(FOUR, {**BETA, "divergence": "alpha", "alpha": -1.0}),
+    "losses.chi_po_loss": Example(FOUR, BETA),
+    "losses.chi_po_loss clipped": Example(FOUR, {**BETA, "max_reward": 0.7}),
     "losses.nca_loss": Example(FOUR, BETA),
     "losses.bco_loss": Example(FOUR, BETA),
     "losses.sppo_loss": Example(FOUR, BETA),
@@ -103,6 +109,13 @@ EXAMPLES = {
     "closed_form.log_partition": Example((TABLES[0], REWARDS), BETA),
     "closed_form.log_partition large beta": Example((TABLES[0], REWARDS), {"beta": 1e4}),
     "closed_form.optimal_logps": Example((TABLES[0], REWARDS), BETA),
+    "closed_form.f_optimal_logps js": Example((TABLES[0], REWARDS), {**BETA, "divergence": "js"}),
+    "closed_form.f_optimal_logps alpha": Example(
+        (TABLES[0], REWARDS), {"beta": 2.0, "divergence": "alpha", "alpha": 1.4}
+    ),
+    "closed_form.f_optimal_logps chi_squared_kl": Example(
+        (TABLES[0], REWARDS), {**BETA, "divergence": "chi_squared_kl"}
+    ),
     "closed_form.implied_rewards": Example(TABLES, BETA),
     "closed_form.kl": Example(TABLES),
     "closed_form.expected_reward": Example((TABLES[0], REWARDS)),

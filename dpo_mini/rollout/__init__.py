@@ -2,11 +2,18 @@
 
 - `scoring`: `token_logps`, the one way to ask for log-probabilities of completions.
 - `sample`: draws from a policy.
-- `enumerate`: tables of every completion, and exact gradients of sums over them.
+- `enumerate`: tables of every completion, exact gradients of sums over them, and the value of every
+  prefix.
 - `trees`, `kv_cache`: how a transformer reads each distinct prefix once.
 """
 
-from dpo_mini.rollout.enumerate import enumerate_logps, enumerate_rewards, exact_gradient
+from dpo_mini.rollout.enumerate import (
+    SoftValues,
+    enumerate_logps,
+    enumerate_rewards,
+    exact_gradient,
+    soft_values,
+)
 from dpo_mini.rollout.kv_cache import lengthen
 from dpo_mini.rollout.sample import sample
 from dpo_mini.rollout.scoring import (
@@ -21,6 +28,8 @@ __all__ = [
     "enumerate_logps",
     "enumerate_rewards",
     "exact_gradient",
+    "SoftValues",
+    "soft_values",
     "sample",
     "token_logps",
     "shared_prefix_token_logps",

@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_mini._arguments import check_count, check_device
+from dpo_mini._arguments import (
+    check_count,
+    check_device,
+    check_finite,
+    check_floats,
+    check_normalised,
+    check_positive,
+)
 from dpo_mini.policies.base import HasSizes, KVCache, Policy, device_of
 from dpo_mini.policies.values import RewardModel
 from dpo_mini.rollout.kv_cache import begin, extend, lengthen, split
@@ -141,6 +149,73 @@ def exact_gradient(
     for x in progress(range(len(task.prompts))):
         _differentiate(policy, task, task.prompts[x : x + 1], partial(part, x), n_parents)
     return total
+
+
+class SoftValues(NamedTuple):
+    """What `soft_values` returns: for each completion, what holds along its prefixes."""
+
+    values: Tensor
+    """`[X, Y, T + 1]`, the value after 0, 1, ..., T tokens; the reward once it has ended."""
+    token_logps: Tensor
+    """`[X, Y, T]`, log-probability of each token under the optimum, nats; 0 where it has ended."""
+
+
+def soft_values(task: Task, ref_logps: Tensor, rewards: Tensor, beta: float) -> SoftValues:
+    r"""The value of every prefix, and the optimal policy as one of tokens.
+
+    The soft value of a prefix s is $V(s) = \beta\log E_{\pi_{ref}}[e^{r(y)/\beta} | s]$ over all
+    completions that begin with it: $\beta\log Z$ for the empty one, the reward for one that has
+    ended. It obeys $V(s) = \beta\log\sum_v \pi_{ref}(v|s)\,e^{V(sv)/\beta}$, and the optimum takes
+    token v with $\beta\log[\pi^*(v|s)/\pi_{ref}(v|s)] = V(sv) - V(s)$. Along a completion these
+    differences, `values.diff()`, sum to its implied reward $r - \beta\log Z$, and the token
+    log-probabilities to $\log\pi^*(y)$.
+
+    Args:
+      task: its `completions` `[Y, T]` name the columns.
+      ref_logps: `[X, Y]`, finite, nats; each row's probabilities sum to 1. A prefix that the
+        reference never writes would have no value.
+      rewards: `[X, Y]`, finite, such as `task.rewards`.
+      beta: > 0, reward units per nat.
+    Returns:
+      `SoftValues(values [X, Y, T + 1], token_logps [X, Y, T])`, reward units and nats, of the dtype
+      of the tables. Completions that begin alike have the same values up to where they part.
+    Raises:
+      ValueError: `beta <= 0`; tables of another shape than the task's, unlike in dtype, on another
+        device, not finite or not normalised.
+    Source: Rafailov et al. 2024, arXiv:2404.12358; Levine 2018, arXiv:1805.00909.
+    """
+    check_positive("beta", beta)
+    check_floats("[X, Y]", ref_logps=ref_logps, rewards=rewards)
+    if ref_logps.shape != task.rewards.shape:
+        got, want = list(ref_logps.shape), list(task.rewards.shape)
+        raise ValueError(f"`ref_logps` must have shape {want} like the task, got {got}")
+    check_device("the tables of the task", task.rewards.device, ref_logps=ref_logps)
+    check_finite(ref_logps=ref_logps, rewards=rewards)
+    check_normalised(ref_logps=ref_logps)
+    starts = torch.ones(len(task.completions), dtype=torch.bool, device=ref_logps.device)
+    starts[1:] = False  # where in dictionary order another prefix begins
+    prefixes = [starts.cumsum(0) - 1]  # which one each completion begins with, [Y] for each depth
+    for tokens in task.completions.T:
+        starts[1:] |= tokens[1:] != tokens[:-1]
+        prefixes.append(starts.cumsum(0) - 1)
+    at_end = ref_logps, ref_logps + rewards / beta
+    reference, optimal = (_sums_along(prefixes, logs) for logs in at_end)
+    return SoftValues(beta * (optimal - reference), optimal.diff(dim=-1))
+
+
+def _sums_along(prefixes: list[Tensor], logs: Tensor) -> Tensor:
+    """`[X, Y, T + 1]`: the log-sum-exp of `logs` `[X, Y]` over all that begin with each prefix."""
+    found = [logs]
+    for longer, shorter in pairwise(reversed(prefixes)):
+        first = longer.diff(prepend=longer[:1] - 1).bool()  # the first column of a longer prefix
+        parent = shorter[first].expand(len(logs), -1)
+        shape = len(logs), int(shorter[-1]) + 1
+        top = logs.detach().new_empty(shape)
+        top = top.scatter_reduce(1, parent, logs.detach(), "amax", include_self=False)
+        sums = torch.zeros_like(top).scatter_add(1, parent, (logs - top.gather(1, parent)).exp())
+        logs = top + sums.log()
+        found.append(logs[:, shorter])
+    return torch.stack(found[::-1], -1)
 
 
 def _differentiate(
