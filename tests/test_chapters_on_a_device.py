@@ -29,10 +29,17 @@ SHORTER = {  # in a chapter, code that takes long or needs five words, and what 
     },
     "07": {"for seed in range(5)]": "for seed in range(2)]"},
     "08": {"for step in range(81):": "for step in range(3):"},
+    "09": {
+        "n_steps=20_000": "n_steps=200",
+        "grid = torch.logspace(-2, 2, 2001)": "grid = torch.logspace(-2, 2, 99)",
+    },
     "10": {  # `vmap` sees through what is pretended: scores of 0 in place of its own
         "parts = [of_all(named, x, written, mask) for x in reviews.prompts]": (
             "parts = [{k: w.new_zeros(len(mask), *w.shape) for k, w in named.items()}] * 4"
         ),
+        "for k in range(11, 16)]": "for k in range(11, 13)]",
+        "for rate in (1e-3, 3e-3):": "for rate in (3e-3,):",
+        "climb(sorter, sort, maxrl, 50, g)": "climb(sorter, sort, maxrl, 2, g)",
         'largest_error(u, direction(weight_of_each(grpo, "per token")))': "",
     },
 }

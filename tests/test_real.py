@@ -825,9 +825,9 @@ def test_dpo_learns_preferences_that_this_project_did_not_write():
     pairs, held_out = (real.encode(p, tokenizer, max_tokens=256) for p in (training, held_out))
     model = real.tiny_gpt2(tokenizer, n_positions=256, generator=generator)
     policy = CausalLMPolicy(model, end_token=tokenizer.eos_token_id)
-    settings = dict(steps=3 * 124, batch_size=8, generator=generator)  # 3 epochs
-    fit_sft(policy, *pairs[:2], learning_rate=1e-3, **settings)
+    settings = dict(batch_size=8, generator=generator, learning_rate=1e-3)
+    fit_sft(policy, *pairs[:2], steps=124, **settings)  # one epoch
     reference = copy.deepcopy(policy)
     loss = partial(dpo_loss, beta=0.1)
-    fit_preferences(policy, reference, pairs, loss, learning_rate=1e-3, **settings)
+    fit_preferences(policy, reference, pairs, loss, steps=2 * 124, **settings)
     assert real.preference_accuracy(policy, reference, held_out) >= 0.85
