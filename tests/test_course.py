@@ -20,7 +20,6 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 TAGS = {"remove-cell", "check", "derivation"}  # left out on the site; folded there; 25 lines
 WITHOUT_CHECK_CELLS = {  # written before there were any; a chapter goes when it is written anew
     "11",
-    "13",
     "15",
 }
 
