@@ -132,9 +132,9 @@ def losses_page() -> str:
 def questions_page(chapter: Path) -> str:
     prose = "\n".join(c.source for c in nbformat.read(chapter, as_version=4).cells)
     titles = {n: f"{n}. {text}" for n, text in re.findall(r"^### (\d+)\. (.+)$", prose, re.M)}
-    rows = re.findall(r"^\| (.+) \| (\d+|chapter .+) \|$", prose, re.M)
+    rows = re.findall(r"^\| (.+ \| .+ \| .+) \| (\d+|chapter .+) \|$", prose, re.M)
     table = []
-    for symptom, target in rows:
+    for symptom_causes_number, target in rows:
         if target in titles:
             title = titles[target]
             anchor = title.replace(" ", "-").replace("`", "")
@@ -143,11 +143,12 @@ def questions_page(chapter: Path) -> str:
             number = re.match(r"chapter (\d\d)", target)[1]
             (other,) = chapter.parent.glob(f"{number}_*.ipynb")
             link = f"[{target}](notebooks/{other.name})"
-        table.append(f"| {symptom} | {link} |")
+        table.append(f"| {symptom_causes_number} | {link} |")
     if not set(titles) <= {target for _, target in rows}:
         raise SystemExit("a question of chapter 17 has no symptom")
-    lines = "\n".join(table)
-    return f"# Questions by symptom\n\n| what you see | what answers it |\n|---|---|\n{lines}\n"
+    heads = "| what you see | likely causes | the number that tells them apart | what answers it |"
+    lines = "\n".join([heads, "|---|---|---|---|", *table])
+    return f"# Questions by symptom\n\n{lines}\n"
 
 
 def bibliography_page(chapters: list[Path]) -> str:

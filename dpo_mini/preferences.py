@@ -281,12 +281,12 @@ def regularised_nash_logps(win_probs: Table, ref_logps: Table, beta: float | Ten
         size = residual.norm(dim=-1)
         summed = 1 + u.abs() + (margins.abs() @ probs.unsqueeze(-1)).squeeze(-1)
         done = bool((residual.abs() <= 16 * torch.finfo(u.dtype).eps * summed).all())
-        if done:
+        if done or not residual.isfinite().all():
             break
         spread = probs.diag_embed() - probs.unsqueeze(-1) * probs.unsqueeze(-2)
         # margins is antisymmetric, so margins @ spread has no real eigenvalue but 0.
         jacobian = torch.eye(margins.shape[-1], dtype=prior.dtype, device=prior.device)
-        step = torch.linalg.solve(jacobian - margins @ spread, residual)
+        step = torch.linalg.solve_ex(jacobian - margins @ spread, residual)[0]
         length = torch.ones_like(size)
         for _ in range(_HALVINGS):
             moved = _residual(u - length.unsqueeze(-1) * step, prior, margins)[0].norm(dim=-1)

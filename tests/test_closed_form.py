@@ -213,6 +213,9 @@ def test_the_chi_squared_optimum_in_fractions():
     exact(got.exp(), double([[24 / 35, 6 / 35, 0.0, 1 / 7]]))
     got = best_under("chi_squared", REF, REWARDS, 0.5)  # all kept: lambda = 0.46 is E_ref[r]
     exact(got.exp(), double([[0.616, 0.222, 0.028, 0.134]]))
+    got = best_under("chi_squared", REF, REWARDS, 0.43).exp()  # c is just given up: 0.86 = 2 beta
+    assert got[0, 2] < 1e-15
+    exact(got, REF.exp() * (1 + (REWARDS - 0.46) / 0.86))
 
 
 def test_the_chi_squared_optimum_by_sorting(random_logps, rewards):
@@ -291,8 +294,8 @@ def test_f_optima_where_the_best_answer_is_rare_or_beta_tiny(name):
     }[name]
     assert got.exp()[0, 1].item() == pytest.approx(want, abs=1e-12)
     best = best_under(name, REF, REWARDS, 1e-12)
-    exact(best.exp(), double([[1.0, 0.0, 0.0, 0.0]]))
-    assert not torch.isnan(best).any()
+    # alpha = -1 leaves the others the root of beta / 2 over their distance, below 1e-6.
+    assert_close(best.exp(), double([[1.0, 0.0, 0.0, 0.0]]), atol=1e-6, rtol=0)
 
 
 def test_f_optima_have_the_dtype_of_the_tables_and_their_gradients_are_finite():

@@ -1,5 +1,6 @@
 """The prefix tree against scoring every completion on its own, and samples against the tree."""
 
+import math
 import weakref
 from functools import partial
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dpo_mini.closed_form import implied_rewards, log_partition, optimal_logps
 from dpo_mini.logps import PAD
 from dpo_mini.policies import (
     Policy,
@@ -29,11 +31,12 @@ from dpo_mini.rollout import (
     scoring,
     shared_prefix_rewards,
     shared_prefix_token_logps,
+    soft_values,
     token_logps,
 )
 from dpo_mini.rollout.kv_cache import begin, extend, lengthen
 from dpo_mini.rollout.trees import of_rows
-from dpo_mini.tasks import Task, enumerate_completions
+from dpo_mini.tasks import Task, enumerate_completions, four_answers
 
 TREES = [
     # X, V, T, end token
@@ -247,6 +250,90 @@ def test_enumerating_refuses_chunks_of_nothing(n_parents, error, generator):
         enumerate_logps(transformer(task, generator), task, n_parents=n_parents)
     with pytest.raises(error, match="^`n_parents` must be a whole number >= 1, got"):
         enumerate_rewards(reward_model(task, generator), task, n_parents=n_parents)
+
+
+# --- soft values -----------------------------------------------------------------------------
+
+
+def by_recursion(task, reference, rewards, beta):
+    """V of every prefix, from the last token backwards: a dict of lists of tokens and PADs."""
+    values, chances = {}, {}  # E[e^(r / beta) | prefix] in logs, and the reference's own chance
+    for row, logp, reward in zip(task.completions.tolist(), reference, rewards, strict=True):
+        values[tuple(row)] = reward
+        for depth in range(task.max_tokens + 1):
+            chances[tuple(row[:depth])] = chances.get(tuple(row[:depth]), 0.0) + math.exp(logp)
+    for depth in range(task.max_tokens, 0, -1):
+        raised = {}
+        for prefix in [one for one in values if len(one) == depth]:
+            share = chances[prefix] / chances[prefix[:-1]]
+            raised[prefix[:-1]] = raised.get(prefix[:-1], 0.0) + share * math.exp(
+                values[prefix] / beta
+            )
+        values.update({prefix: beta * math.log(total) for prefix, total in raised.items()})
+    return values, chances
+
+
+@pytest.mark.parametrize("end_token", [None, 0, 1, 2])
+@pytest.mark.parametrize("beta", [0.3, 2.0])
+def test_soft_values_are_those_of_backward_recursion(end_token, beta, generator):
+    n_columns = len(enumerate_completions(3, 3, end_token))
+    rewards = torch.randn(2, n_columns, dtype=torch.float64, generator=generator)
+    logits = torch.randn(2, n_columns, dtype=torch.float64, generator=generator)
+    task, ref_logps = (
+        Task(("x", "y"), ("a", "b", "c"), 3, end_token, rewards),
+        logits.log_softmax(-1),
+    )
+    values, steps = soft_values(task, ref_logps, rewards, beta)
+    assert values.shape == (2, n_columns, 4)
+    assert steps.shape == (2, n_columns, 3)
+    for x in range(2):
+        want, chances = by_recursion(task, ref_logps[x].tolist(), rewards[x].tolist(), beta)
+        for y, row in enumerate(task.completions.tolist()):
+            along = [want[tuple(row[:depth])] for depth in range(4)]
+            assert values[x, y].tolist() == pytest.approx(along, abs=1e-12)
+            for depth, token in enumerate(row):
+                share = chances[tuple(row[: depth + 1])] / chances[tuple(row[:depth])]
+                want_step = math.log(share) + (along[depth + 1] - along[depth]) / beta
+                assert steps[x, y, depth].item() == pytest.approx(want_step, abs=1e-12)
+                assert token != PAD or steps[x, y, depth] == 0
+    # The product of the token policies is the optimum, and the credits sum to implied rewards.
+    best = optimal_logps(ref_logps, rewards, beta)
+    assert_close(steps.sum(-1), best, atol=1e-12, rtol=0)
+    implied = implied_rewards(best, ref_logps, beta)
+    assert_close(values.diff().sum(-1), implied, atol=1e-12, rtol=0)
+    log_z = log_partition(ref_logps, rewards, beta)
+    assert_close(values[..., 0], beta * log_z[:, None].expand_as(implied), atol=1e-12, rtol=0)
+
+
+def test_soft_values_of_a_bandit_and_of_a_tiny_beta():
+    task = four_answers()
+    values, steps = soft_values(task, task.ref_logps, task.rewards, 0.5)
+    assert_close(steps[..., 0], optimal_logps(task.ref_logps, task.rewards, 0.5))
+    assert_close(values[..., 1], task.rewards)
+    values, steps = soft_values(task, task.ref_logps, task.rewards, 1e-4)
+    assert values[0, 0, 0].item() == pytest.approx(1.0, abs=1e-3)  # the best reward
+    assert torch.isfinite(steps).all()
+    rewards = task.rewards.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda r: soft_values(task, task.ref_logps, r, 0.5), rewards)
+
+
+def test_soft_values_refuse():
+    task = four_answers()
+    given = {"task": task, "ref_logps": task.ref_logps, "rewards": task.rewards, "beta": 0.5}
+    impossible = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=task.rewards.dtype).log()
+    for bad, want in (
+        ({"beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
+        ({"ref_logps": impossible}, "`ref_logps` must be finite, got -inf"),
+        ({"rewards": task.rewards[:, :2]}, "`rewards` must have shape [1, 4] like `ref_logps`"),
+        (
+            {"ref_logps": task.ref_logps[:, :2], "rewards": task.rewards[:, :2]},
+            "`ref_logps` must have shape [1, 4] like the task, got [1, 2]",
+        ),
+        ({"ref_logps": 2 * task.ref_logps}, "`ref_logps` must have rows whose probabilities sum"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            soft_values(**{**given, **bad})
+        assert str(caught.value).startswith(want)
 
 
 # --- exact_gradient --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How the site's source is laid out from notebooks and pages; docs/tests has the built pages."""
 
+import re
 import sys
 
 import nbformat
@@ -80,3 +81,18 @@ def test_a_check_that_draws_keeps_the_words_for_its_picture(staged):
     )
     assert cell.metadata.mystnb.image.alt == "A line"
     assert cell.metadata.mystnb.code_prompt_show.startswith("Check: the line")
+
+
+def test_the_page_of_questions_has_one_row_per_question_of_chapter_17_with_causes_and_a_number():
+    chapter = next((ROOT / "notebooks").glob("17_*.ipynb"))
+    rows = stage.questions_page(chapter).splitlines()[4:]
+    assert all(row.count(" | ") == 3 for row in rows)
+    numbered = re.findall(r"\| \[(\d+)\. .+\]\(<notebooks/17_", "\n".join(rows))
+    assert numbered == [str(n) for n in range(1, 31)]
+
+
+def test_a_question_without_a_symptom_stops_the_site(tmp_path):
+    cell = nbformat.v4.new_markdown_cell("| a | b | c | 1 |\n\n### 1. Why?\n\n### 2. Why not?")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "17_made_up.ipynb")
+    with pytest.raises(SystemExit, match="a question of chapter 17 has no symptom"):
+        stage.questions_page(tmp_path / "17_made_up.ipynb")

@@ -17,7 +17,7 @@ ANOTHER = torch.tensor([[0.5, 0.6, 0.05], [0.4, 0.5, 0.75], [0.95, 0.25, 0.5]], 
 
 
 def judge_fitted_margin(fitted_margin):
-    """10.1: labels made with known margins, then flipped, give these margins back."""
+    """11.1: labels made with known margins, then flipped, give these margins back."""
     for n, flip_rate in ((1, 0.0), (3, 0.1), (5, 0.25), (6, 0.4)):
         margins = 2 * draws(n, seed=n)
         wins = margins.sigmoid()
@@ -73,7 +73,7 @@ def _margin_as_difference(shown, flip_rate):
 
 
 def judge_ipo_policy(ipo_policy):
-    """10.2: a distribution at which the exact IPO loss over all pairs, convex, has no slope."""
+    """11.2: a distribution at which the exact IPO loss over all pairs, convex, has no slope."""
     for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
         scores = draws(len(ref_probs), len(ref_probs), seed=seed)
         wins = (scores - scores.T).sigmoid()
@@ -137,7 +137,7 @@ def _policy_of_mean_log_odds(ref_probs, wins, beta):
 
 
 def judge_nash_policy(nash_policy):
-    """10.3: a mixture that no action beats more than half the time; on a cycle it is the only."""
+    """11.4: a mixture that no action beats more than half the time; on a cycle it is the only."""
     for seed in range(6):
         margins = 0.49 * draws(3, seed=seed).sigmoid()
         wins = torch.full((3, 3), 0.5, dtype=torch.float64)
@@ -234,7 +234,7 @@ EXERCISES = (
         shape=lambda ref_probs, wins, beta: ref_probs.shape,
     ),
     Exercise(
-        "11.3",
+        "11.4",
         cases=((CYCLE,), (ANOTHER,), (ANOTHER.T.contiguous(),)),
         judge=judge_nash_policy,
         mistakes=(

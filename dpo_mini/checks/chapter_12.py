@@ -11,10 +11,11 @@ from dpo_mini.checks.theorems import every_draw
 
 BEST = torch.tensor([0.7, 0.1, 0.15, 0.05], dtype=torch.float64)
 WRITER = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+ERRORS = torch.tensor([0.01, -0.02, 0.03, -0.005], dtype=torch.float64)
 
 
 def judge_log_z_of_ranks(log_z_of_ranks):
-    """11.1: with Z the optimum's probabilities of all the ranks sum to 1."""
+    """12.1: with Z the optimum's probabilities of all the ranks sum to 1."""
     for n, beta in product((1, 2, 5, 12, 100), (0.1, 0.5, 3.0)):
         ranks = torch.arange(1, n + 1, dtype=torch.float64) / n
         log_probs = ranks / beta - math.log(n) - log_z_of_ranks(n, beta)
@@ -71,7 +72,7 @@ def _ranks_of_n_plus_one(n, beta):
 
 
 def judge_expected_value(expected_value):
-    """11.2: the mean over every outcome of n draws."""
+    """12.2: the mean over every outcome of n draws."""
     for p, beta, n in ((0.3, 0.5, 1), (0.6, 2.0, 3), (0.05, 0.25, 5), (0.9, 1.25, 8)):
         rewards, chances = every_draw(torch.tensor([1 - p, p], dtype=torch.float64), n)
         values = beta * (torch.logsumexp(rewards.double() / beta, 1) - math.log(n))
@@ -132,29 +133,29 @@ def _value_of_sums(p, beta, n):
 
 
 def judge_tilt(tilt):
-    """11.3: the changes sum to 0, and along them the regression stays stationary."""
-    for n, error, beta in ((3, 0.01, 0.5), (4, -0.02, 2.0), (6, 0.005, 1.25)):
-        best = draws(n, seed=n).softmax(0)
+    """12.3: the changes sum to 0, and along them the regression stays stationary."""
+    for n, beta in ((3, 0.5), (4, 2.0), (6, 1.25)):
+        best, errors = draws(n, seed=n).softmax(0), 0.01 * draws(n, seed=n + 20)
         writer = random_policies(best, seed=n)
-        moved = tilt(best, writer, error, beta)
+        moved = tilt(best, writer, errors, beta)
         agree(moved.sum(), 0.0, "your changes do not sum to 0, so the probabilities not to 1")
         agree(
-            _drift_of_the_slope(moved / error, best, writer, beta),
+            _drift_of_the_slope(100 * moved, best, writer, 100 * errors, beta),
             0.0,
             "moved along your changes, the policy does not stay at the lowest point of the "
             "regression: to first order its loss gets a slope",
         )
 
 
-def _drift_of_the_slope(direction, best, writer, beta):
-    """How fast the regression's slope leaves 0 when V is raised and the policy is moved, `[Y]`.
+def _drift_of_the_slope(direction, best, writer, errors, beta):
+    """How fast the regression's slope leaves 0 when scores err and the policy is moved, `[Y]`.
 
     The reward is V + beta log(best / ref) exactly, so the residual does not know the reference.
     """
 
-    def slope(error):
-        logits = (best + error * direction).log()
-        residuals = beta * (best.log() - logits.log_softmax(0)) - error
+    def slope(size):
+        logits = (best + size * direction).log()
+        residuals = beta * (best.log() - logits.log_softmax(0)) + size * errors
         loss = (writer * residuals**2).sum()
         return torch.autograd.grad(loss, logits, create_graph=True)[0]
 
@@ -162,44 +163,55 @@ def _drift_of_the_slope(direction, best, writer, beta):
     return torch.autograd.functional.jacobian(slope, at)
 
 
-def _multiplied(best, writer):
-    """`best` times its weights over the writer, made to sum to 1, `[Y]`."""
-    weighted = best**2 / writer
-    return weighted / weighted.sum()
+def _change(best, writer, errors, beta):
+    """The change by the multiplier E[e] / (1 + chi2) of the constraint, `[Y]`."""
+    multiplier = best @ errors / (best**2 / writer).sum()
+    return best / beta * (errors - multiplier * best / writer)
 
 
-def _tilt_without_beta(best, writer, error, beta):
-    """Beta is missing: an error of V, in reward, becomes an error of log-ratios, in nats."""
-    return error * (_multiplied(best, writer) - best)
+def _tilt_without_beta(best, writer, errors, beta):
+    """Beta is missing: an error of a score, in reward, becomes an error of log-ratios, in nats."""
+    return _change(best, writer, errors, 1.0)
 
 
-def _tilt_turned_round(best, writer, error, beta):
-    """The sign is reversed: with V too high, mass moves to where best is large against
-    writer.
+def _tilt_turned_round(best, writer, errors, beta):
+    """The sign is reversed: a reply whose score is too high becomes likelier."""
+    return -_change(best, writer, errors, beta)
+
+
+def _tilt_not_normalised(best, writer, errors, beta):
+    """The multiplier is not divided by 1 + chi2: these changes do not sum to zero."""
+    return best / beta * (errors - (best @ errors) * best / writer)
+
+
+def _tilt_of_the_optimum(best, writer, errors, beta):
+    """This is how pi* itself would move if the scores were right: with V fixed the writer
+    matters.
     """
-    return error / beta * (best - _multiplied(best, writer))
+    return best / beta * (errors - best @ errors)
 
 
-def _tilt_not_normalised(best, writer, error, beta):
-    """The weights are not divided by 1 + chi2: these changes do not sum to zero."""
-    return best * error / beta * (best / writer - 1)
+def _tilt_without_the_sum(best, writer, errors, beta):
+    """This follows each error, and then the probabilities no longer sum to 1."""
+    return best * errors / beta
 
 
-def _tilt_as_a_constant(best, writer, error, beta):
-    """This lowers every log-ratio alike, and then the probabilities no longer sum to 1."""
-    return -best * error / beta
+def _tilt_mean_under_the_writer(best, writer, errors, beta):
+    """The mean error is taken under the writer: the constraint weighs it with pi*."""
+    multiplier = writer @ errors / (best**2 / writer).sum()
+    return best / beta * (errors - multiplier * best / writer)
 
 
-def _tilt_relative(best, writer, error, beta):
+def _tilt_relative(best, writer, errors, beta):
     """This is the relative change, a factor best is missing: the change of the probability is
     wanted.
     """
-    return error / beta * (_multiplied(best, writer) / best - 1)
+    return _change(best, writer, errors, beta) / best
 
 
-def _tilt_as_policy(best, writer, error, beta):
+def _tilt_as_policy(best, writer, errors, beta):
     """This is the policy after the change: the change alone is asked for."""
-    return best + error / beta * (_multiplied(best, writer) - best)
+    return best + _change(best, writer, errors, beta)
 
 
 EXERCISES = (
@@ -234,16 +246,18 @@ EXERCISES = (
     ),
     Exercise(
         "12.3",
-        cases=((BEST, WRITER, 0.01, 0.5), (BEST.flip(0), WRITER, -0.02, 2.0)),
+        cases=((BEST, WRITER, ERRORS, 0.5), (BEST.flip(0), WRITER, 2 * ERRORS, 2.0)),
         judge=judge_tilt,
         mistakes=(
             _tilt_without_beta,
             _tilt_turned_round,
             _tilt_not_normalised,
-            _tilt_as_a_constant,
+            _tilt_of_the_optimum,
+            _tilt_without_the_sum,
+            _tilt_mean_under_the_writer,
             _tilt_relative,
             _tilt_as_policy,
         ),
-        shape=lambda best, writer, error, beta: best.shape,
+        shape=lambda best, writer, errors, beta: best.shape,
     ),
 )

@@ -16,7 +16,7 @@ Q = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
 
 
 def judge_elbo_gap(elbo_gap):
-    """13.1: none at the posterior, elsewhere what a convex function lies above its tangent."""
+    """15.1: none at the posterior, elsewhere what a convex function lies above its tangent."""
     for seed, n in enumerate((2, 3, 5)):
         prior, q = draws(2, n, seed=n).softmax(1)
         likelihood = draws(n, seed=seed).exp()
@@ -97,7 +97,7 @@ def _gap_without_entropy(q, prior, likelihood):
 
 
 def judge_token_credit(token_credit):
-    """13.2: Q* less one number, which is the most that any policy gets of Q* after its KL."""
+    """15.2: Q* minus one number, which is the most that any policy gets of Q* after its KL."""
     for (ref_probs, _), (q_values, _), beta in other_instances(seed=0):
         credit = token_credit(ref_probs, q_values, beta)
         values = q_values - credit
@@ -117,7 +117,7 @@ def judge_token_credit(token_credit):
             agree(
                 gets,
                 gets.clamp(max=values[0].item()),
-                "some policy gets more of Q* less beta times its KL than Q* less your credit",
+                "some policy gets more of Q* less beta times its KL than Q* minus your credit",
             )
 
 
@@ -168,7 +168,7 @@ def _credit_of_log_z(ref_probs, q_values, beta):
 
 
 def judge_tilted_gaussian(tilted_gaussian):
-    """13.3: the moments of the density, times exp(reward / beta), on a fine grid."""
+    """15.3: the moments of the density, times exp(reward / beta), on a fine grid."""
     for mean, variance, slope, curvature, beta in (
         (0.3, 1.0, 0.0, 0.0, 0.5),
         (0.7, 0.5, -1.2, 0.0, 2.0),

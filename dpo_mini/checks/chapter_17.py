@@ -18,7 +18,7 @@ FAULTS = (1, 2, 3, 4, 5, 6, 7)
 
 
 def judge_which_fault(which_fault):
-    """15.1: policies trained with each of the faults are told apart."""
+    """17.1: policies trained with each of the faults are told apart."""
     for fault, seen in _stuck_runs():
         agree(
             which_fault(*seen),
@@ -101,7 +101,7 @@ _RIGHT_ORDER = (2, 1, 3, 4, 7, 5)
 
 
 def _fault_counted_from_zero(*seen):
-    """These are the right faults, counted from 0: question 6 counts from 1."""
+    """These are the right faults, counted from 0: question 2 counts from 1."""
     return _first_sign(_RIGHT_ORDER, *seen) - 1
 
 
@@ -117,7 +117,7 @@ def _fault_movement_first(*seen):
 
 
 def judge_whole_batch_loss(whole_batch_loss):
-    """15.2: however the tokens of a batch are split, the loss is the mean over all of them."""
+    """17.2: however the tokens of a batch are split, the loss is the mean over all of them."""
     for seed, sizes in enumerate(((4,), (3, 9), (1, 7, 2), (5, 5, 1, 12))):
         token_losses = draws(sum(sizes), seed=seed).exp()
         parts = token_losses.split(sizes)
@@ -168,7 +168,7 @@ def _loss_mean_batch(mean_losses, n_tokens):
 
 
 def judge_z0_of_batch(z0_of_batch):
-    """15.3: prompts and the answers that they are to be paired with, dealt to the next rows."""
+    """17.3: prompts and the answers that they are to be paired with, dealt to the next rows."""
     for n_rows in (1, 2, 3, 5, 8):
         ref_probs = draws(4, 3, seed=n_rows).softmax(1)
         logps, ref_logps = random_policies(ref_probs, seed=n_rows).log(), ref_probs.log()

@@ -917,7 +917,7 @@ EXHIBITS = (
     Exhibit(
         "end token masked",
         symptom="the model never stops",
-        threads=("huggingface/trl#1623", "huggingface/trl#6357"),
+        threads=("huggingface/trl#976", "huggingface/trl#6357"),
         invariant="all completions sum to 1, and those with one beginning to its probability.",
         broken=completion_logp,
         judge=_judge_end_token,
@@ -933,7 +933,7 @@ EXHIBITS = (
     Exhibit(
         "boundary off by one",
         symptom="the first word of an answer is never learnt",
-        threads=("jingyaogong/minimind#621", "huggingface/trl#2054"),
+        threads=("jingyaogong/minimind#621", "verl-project/verl#3287"),
         invariant="the probabilities of all answers to a prompt sum to 1, wherever it ends.",
         broken=logp_after_prompt,
         judge=_judge_boundary,
@@ -973,7 +973,7 @@ EXHIBITS = (
     Exhibit(
         "k1 with the sign inverted",
         symptom="the KL is negative, and the penalty pays the policy for leaving",
-        threads=("nebuly-ai/optimate#298", "huggingface/trl#1857"),
+        threads=("nebuly-ai/optimate#298", "lucidrains/PaLM-rlhf-pytorch#38"),
         invariant="the mean of the estimate over what pi writes is KL(pi || pi_ref).",
         broken=kl_estimate,
         judge=_judge_k1,

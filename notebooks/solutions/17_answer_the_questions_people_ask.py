@@ -2,7 +2,7 @@
 
 
 def which_fault(chosen_logp, rejected_logp, grad, moved, margin, shared):
-    """15.1: from the forward pass to the backward pass to the step."""
+    """17.1: from the forward pass to the backward pass to the step."""
     if chosen_logp == 0 and rejected_logp == 0:
         return 2  # all tokens masked
     if chosen_logp == rejected_logp:
@@ -17,12 +17,12 @@ def which_fault(chosen_logp, rejected_logp, grad, moved, margin, shared):
 
 
 def whole_batch_loss(mean_losses, n_tokens):
-    """15.2: a mean with the token counts as weights."""
+    """17.2: a mean with the token counts as weights."""
     return mean_losses @ (n_tokens / n_tokens.sum())
 
 
 def z0_of_batch(logps, ref_logps, prompts, answers):
-    """15.3: shift by one, average, and only then clamp."""
+    """17.3: shift by one, average, and only then clamp."""
     mismatched = answers.roll(-1)
     u = logps[prompts, mismatched] - ref_logps[prompts, mismatched]
     return u.mean().clamp(min=0)

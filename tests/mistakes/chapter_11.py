@@ -123,7 +123,7 @@ MISTAKES = {
         "The opponents are weighted by the reference": policy_against_reference,
         "These are means of log-odds, a Bradley-Terry reward": policy_of_mean_log_odds,
     },
-    "11.3": {
+    "11.4": {
         "with which it wins": nash_of_the_strong,
         "with which it is beaten": nash_of_the_weak,
         "shares of all wins": nash_of_win_rates,

@@ -57,27 +57,39 @@ def value_as_mean_reward(p, beta, n):
     return chances @ counts / n
 
 
-def tilt_in_nats(best, writer, error, beta):
-    mean_weight = (best**2 / writer).sum()
-    return error * (best**2 / writer / mean_weight - best)
-
-
-def tilt_the_other_way(best, writer, error, beta):
-    mean_weight = (best**2 / writer).sum()
-    return error / beta * (best - best**2 / writer / mean_weight)
-
-
-def tilt_by_bare_weights(best, writer, error, beta):
-    return error / beta * (best**2 / writer - best)
-
-
-def tilt_of_every_answer_alike(best, writer, error, beta):
-    return (error / beta) * best * -1
-
-
-def tilt_as_a_share(best, writer, error, beta):
+def tilted(best, writer, errors, beta):
     weight = best / writer
-    return error / beta * (weight / (best @ weight) - 1)
+    share = weight / (best @ weight)
+    return best * (errors - (best @ errors) * share) / beta
+
+
+def tilt_in_nats(best, writer, errors, beta):
+    return beta * tilted(best, writer, errors, beta)
+
+
+def tilt_the_other_way(best, writer, errors, beta):
+    return tilted(best, writer, -errors, beta)
+
+
+def tilt_by_bare_weights(best, writer, errors, beta):
+    return best * errors / beta - best**2 / writer * (best @ errors) / beta
+
+
+def tilt_of_the_optimum(best, writer, errors, beta):
+    return best * errors / beta - best * (best * errors / beta).sum()
+
+
+def tilt_of_every_reply_alone(best, writer, errors, beta):
+    return (best / beta) * errors
+
+
+def tilt_by_the_writers_mean(best, writer, errors, beta):
+    weight = best / writer
+    return best * (errors - (writer @ errors) * weight / (best @ weight)) / beta
+
+
+def tilt_as_a_share(best, writer, errors, beta):
+    return tilted(best, writer, errors, beta) / best
 
 
 def ranks_averaged_first(n, beta):
@@ -107,9 +119,8 @@ def value_of_sums(p, beta, n):
     return beta * (chances @ (n - counts + counts * math.exp(1 / beta)).log())
 
 
-def tilt_as_policy(best, writer, error, beta):
-    weights = best**2 / writer
-    return best + error / beta * (weights / weights.sum() - best)
+def tilt_as_policy(best, writer, errors, beta):
+    return best + tilted(best, writer, errors, beta)
 
 
 MISTAKES = {
@@ -136,7 +147,9 @@ MISTAKES = {
         "Beta is missing": tilt_in_nats,
         "reversed": tilt_the_other_way,
         "do not sum to zero": tilt_by_bare_weights,
-        "no longer sum to 1": tilt_of_every_answer_alike,
+        "if the scores were right": tilt_of_the_optimum,
+        "no longer sum to 1": tilt_of_every_reply_alone,
+        "under the writer": tilt_by_the_writers_mean,
         "relative change": tilt_as_a_share,
         "This is the policy after the change": tilt_as_policy,
     },
