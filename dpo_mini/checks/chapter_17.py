@@ -37,12 +37,12 @@ def _stuck_runs():
 def _stuck_run(fault, n):
     start = draws(n, seed=n)
     logits = start.clone().requires_grad_(fault != 3)
-    reference = logits if fault == 5 else start
-    pair = [1, 1] if fault == 1 else [n - 1, n - 2]
-    counted = 0.0 if fault == 2 else 1.0  # tokens under the mask
-    beta = 1e-6 if fault == 7 else 0.5
+    reference = logits if fault == 6 else start
+    pair = [1, 1] if fault == 2 else [n - 1, n - 2]
+    counted = 0.0 if fault == 1 else 1.0  # tokens under the mask
+    beta = 1e-6 if fault == 5 else 0.5
     for _ in range(5):
-        if fault == 6:
+        if fault == 7:
             reference = logits.detach().clone()
         logps = counted * logits.log_softmax(0)[pair]
         ref_logps = counted * reference.detach().log_softmax(0)[pair]
@@ -59,45 +59,45 @@ def _stuck_run(fault, n):
 
 
 def _first_sign(order, chosen_logp, rejected_logp, grad, moved, margin, shared):
-    """The first fault of `order` whose sign is there, else 6."""
+    """The first fault of `order` whose sign is there, else 7."""
     signs = {
-        1: chosen_logp == rejected_logp,
-        2: chosen_logp == rejected_logp == 0,
+        1: chosen_logp == rejected_logp == 0,
+        2: chosen_logp == rejected_logp,
         3: grad == 0,
         4: moved == 0,
-        5: shared,
-        7: margin != 0,
+        5: margin != 0,
+        6: shared,
     }
-    return next((fault for fault in order if signs[fault]), 6)
+    return next((fault for fault in order if signs[fault]), 7)
 
 
 def _fault_equal_before_masked(*seen):
     """Two log-probs of 0 are equal too, and no answer has probability 1: look at that first."""
-    return _first_sign((1, 2, 3, 4, 5, 7), *seen)
+    return _first_sign((2, 1, 3, 4, 6, 5), *seen)
 
 
 def _fault_frozen_for_rate(*seen):
     """Whatever stands still is called frozen here: a learning rate of 0 leaves a gradient."""
-    found = _first_sign((2, 1, 4, 7, 5), *seen)
+    found = _first_sign((1, 2, 4, 5, 6), *seen)
     return 3 if found == 4 else found
 
 
 def _fault_rate_for_frozen(*seen):
     """A learning rate of 0 is blamed here where no gradient arrived at all."""
-    return _first_sign((2, 1, 4, 7, 5), *seen)
+    return _first_sign((1, 2, 4, 5, 6), *seen)
 
 
 def _fault_without_sharing(*seen):
     """Shared weights and a reference that is read anew look alike: ask who shares weights."""
-    return _first_sign((2, 1, 3, 4, 7), *seen)
+    return _first_sign((1, 2, 3, 4, 5), *seen)
 
 
 def _fault_without_margin(*seen):
     """The policy has a margin in nats, so its reference is another one: look at beta."""
-    return _first_sign((2, 1, 3, 4, 5), *seen)
+    return _first_sign((1, 2, 3, 4, 6), *seen)
 
 
-_RIGHT_ORDER = (2, 1, 3, 4, 7, 5)
+_RIGHT_ORDER = (1, 2, 3, 4, 5, 6)
 
 
 def _fault_counted_from_zero(*seen):
@@ -108,12 +108,12 @@ def _fault_counted_from_zero(*seen):
 def _fault_shared_for_anew(*seen):
     """Shared weights and a reference that is read anew have changed places."""
     found = _first_sign(_RIGHT_ORDER, *seen)
-    return {5: 6, 6: 5}.get(found, found)
+    return {6: 7, 7: 6}.get(found, found)
 
 
 def _fault_movement_first(*seen):
     """You ask for the movement first: where nothing moves, the forward pass tells more."""
-    return _first_sign((4, 2, 1, 3, 7, 5), *seen)
+    return _first_sign((4, 1, 2, 3, 5, 6), *seen)
 
 
 def judge_whole_batch_loss(whole_batch_loss):
@@ -168,7 +168,7 @@ def _loss_mean_batch(mean_losses, n_tokens):
 
 
 def judge_z0_of_batch(z0_of_batch):
-    """17.3: prompts and the answers that they are to be paired with, dealt to the next rows."""
+    """17.4: prompts and the answers that they are to be paired with, dealt to the next rows."""
     for n_rows in (1, 2, 3, 5, 8):
         ref_probs = draws(4, 3, seed=n_rows).softmax(1)
         logps, ref_logps = random_policies(ref_probs, seed=n_rows).log(), ref_probs.log()
@@ -255,8 +255,8 @@ EXERCISES = (
     Exercise(
         "17.1",
         cases=(
-            (-1.2, -1.2, 0.0, 0.0, 0.0, False),
             (0.0, 0.0, 0.0, 0.0, 0.0, False),
+            (-1.2, -1.2, 0.0, 0.0, 0.0, False),
             (-1.2, -1.6, 0.0, 0.0, 0.0, False),
             (-1.2, -1.6, 0.7, 0.0, 0.0, False),
             (-0.3, -4.3, 0.7, 2.1, 0.0, True),
@@ -299,7 +299,7 @@ EXERCISES = (
         ),
     ),
     Exercise(
-        "17.3",
+        "17.4",
         cases=(
             (LOGPS, REF_LOGPS, torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1])),
             (LOGPS, REF_LOGPS, torch.tensor([2, 1, 1, 0]), torch.tensor([0, 2, 2, 3])),

@@ -169,22 +169,22 @@ def accumulated_loss(token_losses, mask, n_steps):
     return total / n_steps
 
 
-def smoothed_loss(margins, beta, label_smoothing):
-    """cDPO's loss of each log-ratio margin, [B]."""
-    return -logsigmoid(beta * margins)
+def smoothed_loss(differences, beta, label_smoothing):
+    """cDPO's loss of each difference of two log-ratios, [B]."""
+    return -logsigmoid(beta * differences)
 
 
 def examine(pair_loss):
-    """Raise AssertionError unless pair_loss(margins, beta) is DPO's."""
-    margins = torch.tensor([-2.0, 0.0, 3.0])
-    loss = pair_loss(margins, 0.5)
-    expected = pair_loss(margins, 0.5)
+    """Raise AssertionError unless pair_loss(differences, beta) is DPO's."""
+    differences = torch.tensor([-2.0, 0.0, 3.0])
+    loss = pair_loss(differences, 0.5)
+    expected = pair_loss(differences, 0.5)
     torch.testing.assert_close(loss, expected)
 
 
-def pair_loss(margins, beta):
-    """DPO's loss of each log-ratio margin, [B]."""
-    return -torch.log(torch.sigmoid(beta * margins))
+def pair_loss(differences, beta):
+    """DPO's loss of each difference of two log-ratios, [B]."""
+    return -torch.log(torch.sigmoid(beta * differences))
 
 
 def visible(lengths):
@@ -231,7 +231,7 @@ def log_odds(logps):
 
 
 def token_ratios(logits, tokens, sampler_logps, kept):
-    """pi / sampler of each token, [B]; the sampler kept some [B, V]."""
+    """pi / sampler of each token, [B]; kept [B, V] is True or False."""
     logps = logits.log_softmax(-1)
     chosen = logps.gather(1, tokens[:, None]).squeeze(1)
     return (chosen - sampler_logps).exp()
@@ -251,9 +251,9 @@ def adapter_gradient(layer, x, adapter, active, slopes):
 
 
 def examine_first_step(pair_loss):
-    """Raise AssertionError unless pair_loss(margins, beta) is DPO's."""
-    margins = torch.zeros(4)  # policy and reference are one model
-    loss = pair_loss(margins, 0.5)
+    """Raise AssertionError unless pair_loss(differences, beta) is DPO's."""
+    differences = torch.zeros(4)  # policy and reference are one model
+    loss = pair_loss(differences, 0.5)
     expected = torch.full_like(loss, math.log(2))
     torch.testing.assert_close(loss, expected)
 
@@ -591,44 +591,47 @@ def _judge_accumulation(candidate: Candidate) -> str:
 
 
 def _judge_smoothing(candidate: Candidate) -> str:
-    margins = torch.tensor([-3.0, -0.5, 0.0, 1.0, 4.0], dtype=torch.float64)
+    differences = torch.tensor([-3.0, -0.5, 0.0, 1.0, 4.0], dtype=torch.float64)
     for beta in (0.5, 2.0):
-        plain, turned = (_ask(candidate, m, beta, 0.0, shape=(5,)) for m in (margins, -margins))
+        plain, turned = (
+            _ask(candidate, m, beta, 0.0, shape=(5,)) for m in (differences, -differences)
+        )
         total = (-plain).exp() + (-turned).exp()
         if _off(total, 1.0):
             return (
                 f"without smoothing the two outcomes of a pair have probability {total[0]:.4f} "
                 f"together, not 1."
             )
-        if _off(turned - plain, beta * margins):
+        if _off(turned - plain, beta * differences):
             return (
-                f"without smoothing, a margin of {margins[0]:g} nats at beta = {beta:g} has "
-                f"log-odds {(turned - plain)[0]:.4f}, not {beta * margins[0]:.4f}."
+                f"without smoothing, log-ratios that differ by {differences[0]:g} nats have, at "
+                f"beta = {beta:g}, log-odds {(turned - plain)[0]:.4f}, not "
+                f"{beta * differences[0]:.4f}."
             )
         for e in (0.1, 0.3):
-            smoothed = _ask(candidate, margins, beta, e, shape=(5,))
+            smoothed = _ask(candidate, differences, beta, e, shape=(5,))
             mixed = (1 - e) * plain + e * turned
             if _off(smoothed, mixed):
                 at = int((smoothed - mixed).abs().argmax())
                 return (
                     f"of labels flipped with probability {e:g}, DPO's mean loss at a margin of "
-                    f"{margins[at]:g} is {mixed[at]:.4f}; yours is {smoothed[at]:.4f}."
+                    f"{beta * differences[at]:g} is {mixed[at]:.4f}; yours is {smoothed[at]:.4f}."
                 )
     return ""
 
 
 def _judge_examiner(candidate: Candidate) -> str:
     right = (
-        lambda margins, beta: -logsigmoid(beta * margins),
-        lambda margins, beta: torch.logaddexp(torch.zeros_like(margins), -beta * margins),
+        lambda d, beta: -logsigmoid(beta * d),
+        lambda d, beta: torch.logaddexp(torch.zeros_like(d), -beta * d),
     )
     wrong = {
-        "a loss whose sign is reversed": lambda margins, beta: -logsigmoid(-beta * margins),
-        "a loss without beta": lambda margins, beta: -logsigmoid(margins),
-        "a hinge": lambda margins, beta: (1 - beta * margins).clamp(min=0.0),
-        "a loss that is 0": lambda margins, beta: 0.0 * margins,
-        "a loss that is log 2": lambda margins, beta: 0.0 * margins + math.log(2),
-        "a loss that is half as large": lambda margins, beta: -0.5 * logsigmoid(beta * margins),
+        "a loss whose sign is reversed": lambda d, beta: -logsigmoid(-beta * d),
+        "a loss without beta": lambda d, beta: -logsigmoid(d),
+        "a hinge": lambda d, beta: (1 - beta * d).clamp(min=0.0),
+        "a loss that is 0": lambda d, beta: 0.0 * d,
+        "a loss that is log 2": lambda d, beta: 0.0 * d + math.log(2),
+        "a loss that is half as large": lambda d, beta: -0.5 * logsigmoid(beta * d),
     }
     for loss in right:
         if not _accepts(candidate, loss):
@@ -650,21 +653,23 @@ def _accepts(candidate: Candidate, loss: Candidate) -> bool:
 
 
 def _judge_pair_loss(candidate: Candidate) -> str:
-    margins = torch.tensor([0.0, 1.0, 40.0, 800.0, 3000.0], dtype=torch.float64)
+    differences = torch.tensor([0.0, 1.0, 40.0, 800.0, 3000.0], dtype=torch.float64)
     for beta in (1.0, 0.5):
         plain, turned = (
-            _numbers(_call(candidate, m, beta), (5,), finite=False) for m in (margins, -margins)
+            _numbers(_call(candidate, m, beta), (5,), finite=False)
+            for m in (differences, -differences)
         )
         total = (-plain).exp() + (-turned).exp()
         if _off(total, 1.0):
             return f"the two outcomes of a pair have probability {total[0]:.4f} together, not 1."
         gaps = turned - plain
-        wrong = ~((gaps - beta * margins).abs() <= _TOLERANCE * (1 + margins))
+        wrong = ~((gaps - beta * differences).abs() <= _TOLERANCE * (1 + differences))
         if wrong.any():
             at = int(wrong.nonzero()[0])
             return (
-                f"at beta = {beta:g} the losses at margins of -{margins[at]:g} and {margins[at]:g} "
-                f"differ by {gaps[at]:.4f}; log-odds of {beta * margins[at]:g} are wanted."
+                f"the losses at margins of -{beta * differences[at]:g} and "
+                f"{beta * differences[at]:g} differ by {gaps[at]:.4f}; log-odds of "
+                f"{beta * differences[at]:g} are wanted."
             )
     return ""
 
@@ -747,11 +752,12 @@ def _judge_adapter(candidate: Candidate) -> str:
     logratios = policy - first
     if _off(logratios, 0.0):
         raised = (policy - (features @ base).log_softmax(-1)).sum(0)  # by SFT
-        margin = logratios[:, raised.argmax()].sum() - logratios[:, raised.argmin()].sum()
-        loss = softplus(-0.1 * margin)
+        apart = logratios[:, raised.argmax()].sum() - logratios[:, raised.argmin()].sum()
+        loss = softplus(-0.1 * apart)
         return (
-            f"before the first step two answers of 40 tokens have a margin of {margin:.4f} nats "
-            f"and, at beta = 0.1, a loss of {loss:.4f}; the loss of two equal models is log 2."
+            f"before the first step the log-ratios of two answers of 40 tokens differ by "
+            f"{apart:.4f} nats. At beta = 0.1 this is a margin of {0.1 * apart:.4f} and a loss of "
+            f"{loss:.4f}; the loss of two equal models is log 2."
         )
     if _off(later, first):
         return "your reference moves with the adapter that is being trained."
@@ -770,7 +776,7 @@ def _judge_cut(candidate: Candidate) -> str:
             empty = ": its mean log-probability is 0/0" if not len(got) else ""
             return (
                 f"an answer of {n} tokens behind a prompt of {n_prompt} keeps {len(got)}, where "
-                f"{most} tokens may stand in the row{empty}."
+                f"{most} tokens may stand in the row and the longer answer has {longest}{empty}."
             )
         if got.tolist() != answer[:fits].tolist():
             return "what is kept is not the beginning of the answer."
@@ -805,7 +811,7 @@ def _judge_pair_rows(candidate: Candidate) -> str:
     rewards = _normal(generator, 10, 6)  # of six answers, by how long the prompt is
     log_z = (rewards / beta).logsumexp(1) - math.log(6)  # the reference draws each alike
     prompt = torch.arange(10, 18)
-    for n_chosen, n_rejected, most in ((2, 5, 9), (4, 1, 7), (2, 3, 20), (3, 3, 8)):
+    for n_chosen, n_rejected, most in ((2, 5, 9), (4, 1, 7), (2, 3, 20), (3, 3, 8), (6, 2, 6)):
         chosen, rejected = torch.arange(n_chosen), 30 + torch.arange(n_rejected)
         result = _call(candidate, prompt, chosen, rejected, most)
         if not isinstance(result, tuple | list) or len(result) != 2:
@@ -918,7 +924,10 @@ EXHIBITS = (
         "end token masked",
         symptom="the model never stops",
         threads=("huggingface/trl#976", "huggingface/trl#6357"),
-        invariant="all completions sum to 1, and those with one beginning to its probability.",
+        invariant=(
+            "all completions sum to 1, and those that begin alike sum to the probability of their "
+            "beginning."
+        ),
         broken=completion_logp,
         judge=_judge_end_token,
     ),
@@ -1025,13 +1034,13 @@ EXHIBITS = (
             "thinking-machines-lab/tinker-cookbook#188",
             "deepspeedai/DeepSpeedExamples#501",
         ),
-        invariant="the losses of the two labels of a pair differ by beta times its margin.",
+        invariant="the losses of the two labels of a pair differ by its margin.",
         broken=pair_loss,
         judge=_judge_pair_loss,
     ),
     Exhibit(
         "packed answers see each other",
-        symptom="with packing the loss of an answer depends on its neighbours",
+        symptom="the loss of an answer depends on which answers share its row",
         threads=("huggingface/trl#784", "allenai/open-instruct#669", "huggingface/trl#2469"),
         invariant="an answer scores the same alone and in a row that it shares.",
         broken=visible,

@@ -91,23 +91,23 @@ def accumulated_loss(token_losses, mask, n_steps):
     return total
 
 
-def smoothed_loss(margins, beta, label_smoothing):
+def smoothed_loss(differences, beta, label_smoothing):
     """The label may be wrong: then the other answer won."""
-    kept = (1 - label_smoothing) * softplus(-beta * margins)
-    return kept + label_smoothing * softplus(beta * margins)
+    kept = (1 - label_smoothing) * softplus(-beta * differences)
+    return kept + label_smoothing * softplus(beta * differences)
 
 
 def examine(pair_loss):
-    """Compare with numbers from elsewhere: log(1 + e^{-x}) by hand."""
-    margins = torch.tensor([-2.0, 0.0, 3.0])
+    """Compare with log(1 + e^{-m}), computed by hand for each margin m."""
+    differences = torch.tensor([-2.0, 0.0, 3.0])
     expected = torch.tensor([1.3132617, 0.6931472, 0.2014133])
-    loss = pair_loss(margins, 0.5)
+    loss = pair_loss(differences, 0.5)
     torch.testing.assert_close(loss, expected.to(loss), rtol=0, atol=1e-6)
 
 
-def pair_loss(margins, beta):
+def pair_loss(differences, beta):
     """logsigmoid never takes the logarithm of 0."""
-    return -logsigmoid(beta * margins)
+    return -logsigmoid(beta * differences)
 
 
 def visible(lengths):
@@ -173,7 +173,7 @@ def adapter_gradient(layer, x, adapter, active, slopes):
 
 
 def examine_first_step(pair_loss):
-    """Margins on both sides of 0, and numbers from elsewhere."""
+    """Margins on both sides of 0, and numbers computed by hand."""
     examine(pair_loss)
 
 

@@ -4,16 +4,16 @@
 def which_fault(chosen_logp, rejected_logp, grad, moved, margin, shared):
     """17.1: from the forward pass to the backward pass to the step."""
     if chosen_logp == 0 and rejected_logp == 0:
-        return 2  # all tokens masked
+        return 1  # all tokens masked
     if chosen_logp == rejected_logp:
-        return 1  # one answer twice
+        return 2  # one answer twice
     if grad == 0:
         return 3  # frozen
     if moved == 0:
         return 4  # learning rate 0
     if margin != 0:
-        return 7  # beta of nearly 0
-    return 5 if shared else 6
+        return 5  # beta of nearly 0
+    return 6 if shared else 7
 
 
 def whole_batch_loss(mean_losses, n_tokens):
@@ -22,7 +22,7 @@ def whole_batch_loss(mean_losses, n_tokens):
 
 
 def z0_of_batch(logps, ref_logps, prompts, answers):
-    """17.3: shift by one, average, and only then clamp."""
+    """17.4: shift by one, average, and only then clamp."""
     mismatched = answers.roll(-1)
     u = logps[prompts, mismatched] - ref_logps[prompts, mismatched]
     return u.mean().clamp(min=0)
@@ -31,5 +31,5 @@ def z0_of_batch(logps, ref_logps, prompts, answers):
 SOLUTIONS = {
     "17.1": which_fault,
     "17.2": whole_batch_loss,
-    "17.3": z0_of_batch,
+    "17.4": z0_of_batch,
 }
