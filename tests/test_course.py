@@ -18,9 +18,6 @@ CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 NUMBER = re.compile(r"(?<![\w.,:/-])-?(?:\d+)?\.\d+(?:e-?\d+)?(?![\w./]\d)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TAGS = {"remove-cell", "check", "derivation"}  # left out on the site; folded there; 25 lines
-WITHOUT_CHECK_CELLS = {  # written before there were any; a chapter goes when it is written anew
-    "13",
-}
 
 pytestmark = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
@@ -137,10 +134,7 @@ def test_a_check_begins_with_its_claim_and_nothing_else_asserts(path):
             assert claim_of(cell.source), f"begin it with `# claim | tolerance`: {cell.source}"
         elif asserts:
             silent.append(cell.source)
-    if path.name[:2] in WITHOUT_CHECK_CELLS:
-        assert silent, "it has none any more: take it out of WITHOUT_CHECK_CELLS"
-    else:
-        assert not silent, f"move the assert into a cell tagged `check`: {silent[0]}"
+    assert not silent, f"move the assert into a cell tagged `check`: {silent[0]}"
 
 
 def test_every_draw_comes_from_the_one_seed_of_the_set_up(path):

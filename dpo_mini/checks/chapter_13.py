@@ -11,11 +11,13 @@ from dpo_mini.checks.theorems import differ_alike, implied_rewards, optimum, sum
 REF_PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.2, -0.4, 0.8], dtype=torch.float64)
 LENGTHS = torch.tensor([3.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+SHARES = torch.tensor([0.6, 0.4], dtype=torch.float64)
+GROUP_REWARDS = torch.tensor([[0.0, 1.0, 2.0, 0.5], [4.0, 2.0, 0.0, 1.0]], dtype=torch.float64)
 FEATURES = torch.tensor([[1.0, 0.5], [0.0, -0.5], [6.0, 2.0], [2.0, -1.5]], dtype=torch.float64)
 
 
 def judge_nats_gained(nats_gained):
-    """12.1: the gains take the reference to a policy, and differ as the rewards do over beta."""
+    """13.1: the gains take the reference to a policy, and differ as the rewards do over beta."""
     for (ref_probs, _), (rewards, _), beta in other_instances(seed=0):
         gained = nats_gained(ref_probs, rewards, beta)
         differ_alike(
@@ -77,7 +79,7 @@ def _gained_with_z_added(ref_probs, rewards, beta):
 
 
 def judge_chosen_rate(chosen_rate):
-    """12.2: what autograd says of one step of gradient descent, through the whole policy."""
+    """13.2: what autograd says of one step of gradient descent, through the whole policy."""
     for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
         features = draws(len(ref_probs), 1 + seed, seed=seed)
         for chosen, rejected in ((0, 1), (1, 0), (2, 1)):
@@ -158,7 +160,7 @@ def _rate_of_probability(ref_probs, features, chosen, rejected, beta):
 
 
 def judge_mean_policy(mean_policy):
-    """12.3: a distribution whose rewards, as length-normalised DPO reads them, are true."""
+    """13.3: a distribution whose rewards, as length-normalised DPO reads them, are true."""
     for seed, ((ref_probs, _), (rewards, _), beta) in enumerate(other_instances(seed=0)):
         lengths = 1 + draws(len(ref_probs), seed=seed).abs().mul(3).floor()
         probs = mean_policy(ref_probs, rewards, lengths, beta)
@@ -207,6 +209,62 @@ def _mean_without_reference(ref_probs, rewards, lengths, beta):
     return logits.exp()
 
 
+def _wins(group_rewards):
+    """`[G, Y, Y]`: how likely somebody of each group prefers row to column."""
+    return torch.sigmoid(group_rewards[:, :, None] - group_rewards[:, None])
+
+
+def judge_shared_optimum(shared_optimum):
+    """13.4: a distribution whose implied rewards differ as the mean rewards do."""
+    for seed, ((ref_probs, _), _, beta) in enumerate(other_instances(seed=0)):
+        group_rewards = draws(3, len(ref_probs), seed=seed)
+        shares = torch.softmax(draws(3, seed=10 + seed), 0)
+        probs = shared_optimum(_wins(group_rewards), shares, ref_probs, beta)
+        sum_to_one(probs)
+        differ_alike(
+            implied_rewards(probs, ref_probs, beta),
+            shares @ group_rewards,
+            "the implied rewards of two answers do not differ as the mean over annotators of their "
+            "rewards does",
+        )
+
+
+def _shared_from_pooled(group_wins, shares, ref_probs, beta):
+    """This pools the labels first: the log-odds of a mean are no mean of log-odds, and whoever
+    feels strongly is lost.
+    """
+    pooled = torch.einsum("g,gab->ab", shares, group_wins)
+    return _normalised(ref_probs.log() + torch.logit(pooled[:, 0]) / beta)
+
+
+def _shared_of_borda(group_wins, shares, ref_probs, beta):
+    """This tilts by how often an answer wins, the Borda count: it is no reward."""
+    pooled = torch.einsum("g,gab->ab", shares, group_wins)
+    return _normalised(ref_probs.log() + pooled.mean(1) / beta)
+
+
+def _shared_of_policies(group_wins, shares, ref_probs, beta):
+    """This is a mean of the groups' policies: average their rewards, then tilt once."""
+    each = torch.softmax(ref_probs.log() + torch.logit(group_wins[:, :, 0]) / beta, 1)
+    return shares @ each
+
+
+def _shared_unweighted(group_wins, shares, ref_probs, beta):
+    """The shares are missing: each group counts as much as its share of the people."""
+    rewards = torch.logit(group_wins[:, :, 0]).mean(0)
+    return _normalised(ref_probs.log() + rewards / beta)
+
+
+def _shared_without_reference(group_wins, shares, ref_probs, beta):
+    """The reference is missing: the best policy tilts it."""
+    return _normalised(shares @ torch.logit(group_wins[:, :, 0]) / beta)
+
+
+def _shared_losses(group_wins, shares, ref_probs, beta):
+    """Rows and columns are exchanged: this rewards the answers that lose."""
+    return _normalised(ref_probs.log() + shares @ torch.logit(group_wins[:, 0]) / beta)
+
+
 EXERCISES = (
     Exercise(
         "13.1",
@@ -252,5 +310,22 @@ EXERCISES = (
             _mean_without_reference,
         ),
         shape=lambda ref_probs, rewards, lengths, beta: ref_probs.shape,
+    ),
+    Exercise(
+        "13.4",
+        cases=(
+            (_wins(GROUP_REWARDS), SHARES, REF_PROBS, 0.5),
+            (_wins(GROUP_REWARDS.flip(1)), SHARES, REF_PROBS, 2.0),
+        ),
+        judge=judge_shared_optimum,
+        mistakes=(
+            _shared_from_pooled,
+            _shared_of_borda,
+            _shared_of_policies,
+            _shared_unweighted,
+            _shared_without_reference,
+            _shared_losses,
+        ),
+        shape=lambda group_wins, shares, ref_probs, beta: ref_probs.shape,
     ),
 )

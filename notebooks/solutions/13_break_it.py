@@ -25,8 +25,17 @@ def mean_policy(ref_probs, rewards, lengths, beta):
     return probs
 
 
+def shared_optimum(group_wins, shares, ref_probs, beta):
+    """13.4: rewards against answer 0 within each group, their mean, and one tilt."""
+    group_rewards = torch.logit(group_wins[:, :, 0])  # 0 for answer 0 itself
+    return torch.softmax(
+        ref_probs.log() + shares @ group_rewards / beta, dim=0
+    )
+
+
 SOLUTIONS = {
     "13.1": nats_gained,
     "13.2": chosen_rate,
     "13.3": mean_policy,
+    "13.4": shared_optimum,
 }

@@ -118,6 +118,44 @@ def mean_searched_too_briefly(ref_probs, rewards, lengths, beta):
     return searched(ref_probs, rewards, lengths, beta, 25)
 
 
+def rewards_against_the_first(group_wins):
+    return group_wins[:, :, 0].log() - group_wins[:, 0].log()
+
+
+def tilted(ref_probs, rewards, beta):
+    weights = ref_probs * (rewards / beta).exp()
+    return weights / weights.sum()
+
+
+def labels_pooled(group_wins, shares, ref_probs, beta):
+    pooled = (shares[:, None, None] * group_wins).sum(0)
+    return tilted(ref_probs, pooled[:, 0].log() - pooled[0].log(), beta)
+
+
+def counted_by_borda(group_wins, shares, ref_probs, beta):
+    pooled = (shares[:, None, None] * group_wins).sum(0)
+    return tilted(ref_probs, pooled.sum(1) / len(pooled), beta)
+
+
+def policies_averaged(group_wins, shares, ref_probs, beta):
+    rewards = rewards_against_the_first(group_wins)
+    each = [share * tilted(ref_probs, r, beta) for share, r in zip(shares, rewards, strict=True)]
+    return sum(each)
+
+
+def groups_counted_alike(group_wins, shares, ref_probs, beta):
+    return tilted(ref_probs, rewards_against_the_first(group_wins).mean(0), beta)
+
+
+def reference_forgotten(group_wins, shares, ref_probs, beta):
+    rewards = shares @ rewards_against_the_first(group_wins)
+    return tilted(torch.ones_like(ref_probs), rewards, beta)
+
+
+def losers_rewarded(group_wins, shares, ref_probs, beta):
+    return tilted(ref_probs, -(shares @ rewards_against_the_first(group_wins)), beta)
+
+
 MISTAKES = {
     "13.1": {
         "Log Z is missing": gained_by_reward_alone,
@@ -147,5 +185,13 @@ MISTAKES = {
         "do not sum to 1": policy_left_alone,
         "The reference is missing": mean_without_reference,
         "nearly right": mean_searched_too_briefly,
+    },
+    "13.4": {
+        "pools the labels": labels_pooled,
+        "Borda": counted_by_borda,
+        "mean of the groups' policies": policies_averaged,
+        "shares are missing": groups_counted_alike,
+        "reference is missing": reference_forgotten,
+        "exchanged": losers_rewarded,
     },
 }
