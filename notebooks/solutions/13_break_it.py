@@ -26,7 +26,7 @@ def mean_policy(ref_probs, rewards, lengths, beta):
 
 
 def shared_optimum(group_wins, shares, ref_probs, beta):
-    """13.4: rewards against answer 0 within each group, their mean, and one tilt."""
+    """13.4: rewards against answer 0 in each group, their mean, one tilt."""
     group_rewards = torch.logit(group_wins[:, :, 0])  # 0 for answer 0 itself
     return torch.softmax(
         ref_probs.log() + shares @ group_rewards / beta, dim=0
