@@ -271,6 +271,20 @@ def test_enumeration_on_a_device(device):
     assert rollout.enumerate_rewards(model, reviews(device)).device == DEVICE
 
 
+def test_soft_values_on_a_device(device):
+    there, here = [
+        rollout.soft_values(task, task.ref_logps, task.rewards, 0.5)
+        for task in (tasks.four_answers().to(device), tasks.four_answers())
+    ]
+    check_alike(there, here)
+    task, near = tasks.four_answers().to(device), tasks.four_answers()
+    with pytest.raises(
+        ValueError,
+        match="^`ref_logps` must be on cuda:0 like the tables of the task, got a tensor on cpu$",
+    ):
+        rollout.soft_values(task, near.ref_logps, near.rewards, 0.5)
+
+
 @pytest.mark.parametrize("read", [rollout.token_logps, rollout.shared_prefix_token_logps])
 def test_prompts_and_completions_lie_beside_the_weights(read, device):
     task, apart, policy = reviews(device), reviews(), small_policy(device)

@@ -313,6 +313,9 @@ def test_soft_values_of_a_bandit_and_of_a_tiny_beta():
     values, steps = soft_values(task, task.ref_logps, task.rewards, 1e-4)
     assert values[0, 0, 0].item() == pytest.approx(1.0, abs=1e-3)  # the best reward
     assert torch.isfinite(steps).all()
+    lowered, same_steps = soft_values(task, task.ref_logps, task.rewards - 10, 1e-4)
+    assert_close(lowered, values - 10)  # the exponents are all far below 0
+    assert_close(same_steps, steps)
     rewards = task.rewards.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda r: soft_values(task, task.ref_logps, r, 0.5), rewards)
 
@@ -325,6 +328,8 @@ def test_soft_values_refuse():
         ({"beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
         ({"ref_logps": impossible}, "`ref_logps` must be finite, got -inf"),
         ({"rewards": task.rewards[:, :2]}, "`rewards` must have shape [1, 4] like `ref_logps`"),
+        ({"rewards": task.rewards / 0}, "`rewards` must be finite, got"),
+        ({"ref_logps": task.ref_logps[0]}, "`ref_logps` must be [X, Y], one row per prompt"),
         (
             {"ref_logps": task.ref_logps[:, :2], "rewards": task.rewards[:, :2]},
             "`ref_logps` must have shape [1, 4] like the task, got [1, 2]",
