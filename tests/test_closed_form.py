@@ -298,6 +298,22 @@ def test_f_optima_where_the_best_answer_is_rare_or_beta_tiny(name):
     assert_close(best.exp(), double([[1.0, 0.0, 0.0, 0.0]]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "chi_squared", "chi_squared_kl"])
+def test_the_f_optimum_of_a_prompt_and_its_gradient_do_not_depend_on_the_other_prompts(divergence):
+    ref_logps = torch.tensor([[0.4, 0.3, 0.3], [0.01, 0.09, 0.9]], dtype=torch.float64).log()
+    rewards = torch.tensor([[1.0, 0.2, 0.8], [3.0, 2.5, 0.0]], dtype=torch.float64)
+
+    def best_and_gradient(rows):
+        leaf = rewards[rows].clone().requires_grad_()
+        best = f_optimal_logps(ref_logps[rows], leaf, 2.0, divergence=divergence).exp()
+        return best.detach(), torch.autograd.grad(best[:, 0].sum(), leaf)[0]
+
+    together = best_and_gradient([0, 1])
+    alone = zip(best_and_gradient([0]), best_and_gradient([1]), strict=True)
+    for both, each in zip(together, alone, strict=True):
+        assert_close(both, torch.cat(each), atol=1e-12, rtol=0)
+
+
 def test_f_optima_have_the_dtype_of_the_tables_and_their_gradients_are_finite():
     for name in PENALTIES:
         exact_one = best_under(name, REF.float().double(), REWARDS.float().double(), 0.35)
@@ -323,6 +339,7 @@ def test_f_optima_refuse():
         ({"divergence": "alpha", "alpha": NAN}, "`alpha` must be a finite number, got nan"),
         ({"divergence": "js", "beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
         ({"divergence": "js", "rewards": REWARDS + INF}, "`rewards` must be finite, got inf"),
+        ({"divergence": "js", "ref_logps": REF + 1}, "`ref_logps` must have rows whose"),
         (
             {"divergence": "js", "ref_logps": double([[-800.0, 0.0, -INF, -INF]])},
             "`ref_logps` must be >= -700 for the best answer, got -800",
