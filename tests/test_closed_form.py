@@ -339,7 +339,11 @@ def test_f_optima_refuse():
         ({"divergence": "alpha", "alpha": NAN}, "`alpha` must be a finite number, got nan"),
         ({"divergence": "js", "beta": 0.0}, "`beta` must be a finite number > 0, got 0.0"),
         ({"divergence": "js", "rewards": REWARDS + INF}, "`rewards` must be finite, got inf"),
-        ({"divergence": "js", "ref_logps": REF + 1}, "`ref_logps` must have rows whose"),
+        (
+            {"divergence": "js", "ref_logps": REF + 1},
+            "`ref_logps` must have rows whose probabilities sum to 1, got a sum of 2.718: if these "
+            "are logits, apply log_softmax first",
+        ),
         (
             {"divergence": "js", "ref_logps": double([[-800.0, 0.0, -INF, -INF]])},
             "`ref_logps` must be >= -700 for the best answer, got -800",
