@@ -24,6 +24,8 @@ with warnings.catch_warnings():
         how = 'pip install transformers datasets accelerate peft, or pip install "dpo_mini[real]"'
         raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from None
 
+from dpo_mini.real.adapters import adapter_off, add_lora
+from dpo_mini.real.batches import cut_long, drop_long, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
@@ -46,22 +48,10 @@ from dpo_mini.real.preferences import (
     load_preferences,
     save_preferences,
 )
+from dpo_mini.real.schedules import constant, warmup_then_cosine, warmup_then_linear
+from dpo_mini.real.scoring import bf16_autocast, full_precision, reference_logps
 from dpo_mini.real.tokens import CHAT, END, TEMPLATE, count_tokens, encode, train_tokenizer
-from dpo_mini.real.training import (
-    adapter_off,
-    add_lora,
-    bf16_autocast,
-    constant,
-    cut_long,
-    drop_long,
-    full_precision,
-    reference_logps,
-    save_trained,
-    shuffled_batches,
-    train_preferences,
-    warmup_then_cosine,
-    warmup_then_linear,
-)
+from dpo_mini.real.training import save_trained, train_preferences
 
 __all__ = [
     "CHAT",

@@ -1,0 +1,107 @@
+"""Which pairs are trained on, in which order: the rows of every step, and pairs that are long."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dpo_mini._arguments import check_count, check_generator
+from dpo_mini.logps import PAD
+from dpo_mini.train import Pairs
+from dpo_mini.train.pair_losses import check_pairs
+
+
+def shuffled_batches(
+    n_rows: int, *, steps: int, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """The rows of every step, drawn before the first: a run that is stopped knows how it goes on.
+
+    Every row is seen once before any is seen again. All batches are full: one that reaches the end
+    of the rows goes on at the beginning of their next order.
+
+    Args:
+      n_rows: how many there are to draw from.
+      steps, batch_size: the shape of the result.
+      generator: shuffles.
+    Returns:
+      `[steps, batch_size]` int64.
+    Raises:
+      ValueError: a number below 1.
+    """
+    for name, count in {"n_rows": n_rows, "steps": steps, "batch_size": batch_size}.items():
+        check_count(name, count)
+    check_generator(generator)
+    rounds = -(-steps * batch_size // n_rows)
+    device = generator.device
+    orders = [torch.randperm(n_rows, generator=generator, device=device) for _ in range(rounds)]
+    return torch.cat(orders)[: steps * batch_size].view(steps, batch_size).cpu()
+
+
+def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
+    """The pairs that fit, and how many did not.
+
+    Args:
+      pairs: as `encode` gives them, with a `max_tokens` there that lets all of them pass.
+      max_tokens: the most tokens of a prompt and the longer of its answers.
+    Returns:
+      The pairs in their order, without columns of padding alone; the number left out.
+    Raises:
+      ValueError: no pair fits.
+    """
+    prompt, chosen, rejected = _lengths(pairs, max_tokens)
+    kept = prompt + torch.maximum(chosen, rejected) <= max_tokens
+    if not kept.any():
+        shortest = int((prompt + torch.maximum(chosen, rejected)).min())
+        raise ValueError(
+            f"`max_tokens` must be >= {shortest}, the length of the shortest pair, got {max_tokens}"
+        )
+    height, width = int(prompt[kept].max()), int(torch.maximum(chosen, rejected)[kept].max())
+    prompts, chosen_tokens, rejected_tokens = (tokens[kept] for tokens in pairs)
+    fitting = (prompts[:, :height], chosen_tokens[:, :width], rejected_tokens[:, :width])
+    return fitting, int((~kept).sum())
+
+
+def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
+    """The pairs with the ends of long answers cut off, and how many pairs lost some.
+
+    A cut answer has lost its end token too, so it does not teach the policy to stop there. Prompts
+    are never cut: without its beginning, or its end, one is another question.
+
+    Args:
+      pairs, max_tokens: as in `drop_long`.
+    Returns:
+      As many pairs, without columns of padding alone; the number of those that were cut.
+    Raises:
+      ValueError: a prompt leaves no room for an answer.
+    """
+    prompt, chosen, rejected = _lengths(pairs, max_tokens)
+    room = max_tokens - prompt
+    if (room < 1).any():
+        row = int((room < 1).nonzero()[0])
+        raise ValueError(
+            f"`max_tokens` must be > {int(prompt[row])}, the length of the prompt in row {row}, "
+            f"got {max_tokens}"
+        )
+    answers = [
+        pad_sequence(
+            [row[: min(n, r)] for row, n, r in zip(tokens, counts, room, strict=True)],
+            batch_first=True,
+            padding_value=PAD,
+        )
+        for tokens, counts in ((pairs[1], chosen), (pairs[2], rejected))
+    ]
+    width = max(tokens.shape[1] for tokens in answers)
+    chosen_cut, rejected_cut = (
+        nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=PAD) for tokens in answers
+    )
+    return (pairs[0], chosen_cut, rejected_cut), int((torch.maximum(chosen, rejected) > room).sum())
+
+
+# --- private functions -----------------------------------------------------------------------
+
+
+def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of each prompt, chosen and rejected answer, `[n]` each."""
+    check_pairs(pairs)
+    check_count("max_tokens", max_tokens)
+    prompt, chosen, rejected = ((tokens != PAD).sum(1) for tokens in pairs)
+    return prompt, chosen, rejected
