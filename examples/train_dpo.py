@@ -4,12 +4,13 @@
     accelerate launch --config_file configs/ddp_8.yaml examples/train_dpo.py ...
 
 Stopped at any moment, the same command goes on from the last checkpoint, under `OUT/checkpoints`.
-It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`.
+It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`. With more
+`--steps` a run that is finished goes on. Two runs at a time cannot have one `OUT`.
 """
 
 import argparse
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
     """Train; returns the policy, as the accelerator prepared it, and the history."""
     given = parse(arguments)
     accelerator = Accelerator()
+    one = accelerator.is_main_process  # of several processes one keeps other runs out
+    with real.lock_folder(given.output) if one else nullcontext():
+        return train(given, accelerator)
+
+
+def train(
+    given: argparse.Namespace, accelerator: Accelerator
+) -> tuple[real.CausalLMPolicy, dict[str, list[float]]]:
+    """All of a run, in a folder that is its own."""
     named = given.precision or accelerator.mixed_precision
     precision = {"no": real.full_precision, "bf16": real.bf16_autocast}[named]
     bar = partial(tqdm, disable=not accelerator.is_main_process)
@@ -52,8 +62,6 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
         len(pairs[0]), steps=given.steps, batch_size=given.batch_size, generator=generator
     )
     output = Path(given.output)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         logs = [real.csv_log(output / "metrics.csv")]
         if given.tensorboard:

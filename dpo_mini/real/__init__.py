@@ -27,6 +27,7 @@ with warnings.catch_warnings():
 from dpo_mini.real.adapters import adapter_off, add_lora
 from dpo_mini.real.batches import cut_long, drop_long, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.locks import lock_folder
 from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
     greedy_answer,
@@ -78,6 +79,7 @@ __all__ = [
     "load_hub_preferences",
     "load_model",
     "load_preferences",
+    "lock_folder",
     "lora_memory",
     "preference_accuracy",
     "preference_margins",

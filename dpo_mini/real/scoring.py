@@ -9,6 +9,7 @@ from torch import Tensor
 from dpo_mini._arguments import check_at_most_0, check_count
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
+from dpo_mini.real.digests import reference_digest
 from dpo_mini.train import Pairs
 from dpo_mini.train.pair_losses import check_pairs
 
@@ -48,6 +49,7 @@ class ReferenceLogps(tuple[Tensor, Tensor]):
 
     reduce: Reduce
     precision: Precision
+    digest: str
 
 
 def reference_logps(
@@ -86,6 +88,7 @@ def reference_logps(
     blocks = [read(passes[n]) for n in progress(range(len(passes)))]
     logps = ReferenceLogps(torch.cat(parts).cpu() for parts in zip(*blocks, strict=True))
     logps.reduce, logps.precision = reduce, precision
+    logps.digest = reference_digest(reference)  # for checkpoints: the model may be gone by then
     return logps
 
 

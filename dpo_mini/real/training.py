@@ -3,11 +3,9 @@
 `train_preferences` is `train.fit_preferences` for models that do not fit in one pass.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +22,7 @@ from dpo_mini._arguments import (
 )
 from dpo_mini.policies import Scorer
 from dpo_mini.policies.base import shares_storage
-from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.checkpoints import RunCheckpoints, run_settings
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
@@ -127,8 +125,14 @@ def train_preferences(
       accelerator: an `accelerate.Accelerator` where the run has several processes; every one of
         them makes this call and reads its share of each batch, B / processes pairs.
       checkpoints: a folder of this run alone. A run that finds a checkpoint there goes on from it
-        and ends with the weights, to the last bit on a CPU, of a run that was never stopped. Pairs,
-        batches, optimizer, beta and clipping are compared; loss and schedule cannot be.
+        and ends with the weights, to the last bit on a CPU, of a run that was never stopped. It is
+        compared first, to the last bit (a second or so per GB of weights): the policy as it is
+        given, so before training; the reference's weights, or scores of your own; pairs, batches,
+        optimizer, rates, beta, clipping, `reduce`, `precision`, and a loss by its name and what
+        `partial` gave it. `micro_batch_size` and the number of processes may change: they change no
+        more than rounding. A run that is finished may go on with more steps, where its batches are
+        the first of the new ones: the schedule is then the new one's from there on, and
+        the rates of a schedule that depends on the number of steps are no longer one curve.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
@@ -142,48 +146,56 @@ def train_preferences(
       ValueError: a setting out of range; rows that differ in number; a reference that shares
         weights with the policy or has a log-probability above 0; an optimizer of other parameters;
         a batch that the processes do not divide; a precision that is not the accelerator's; a
-        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run;
-        a loss or gradient that is not finite, before its step is taken.
+        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run, or one that is not whole; another run at work in
+        `checkpoints`; a loss or gradient that is not finite, before its step is taken.
     """
     accelerator = accelerator or OneProcess()
     reduce, precision = how_to_read(reference, reduce, precision)
     _check_run(policy, reference, pairs, batches, optimizer)
     _check_accelerator(accelerator, policy, batches, precision, checkpoints)
     _check_settings(loss, beta, micro_batch_size, checkpoint_every, max_grad_norm)
-    settings = _settings(optimizer, pairs, beta=beta, max_grad_norm=max_grad_norm)
+    settings: dict[str, object] = {}
+    if checkpoints is not None:
+        settings = run_settings(
+            policy.model, reference, pairs, loss, optimizer, schedule, len(batches), reduce,
+            precision, beta=beta, max_grad_norm=max_grad_norm,
+        )  # fmt: skip
     rates = [group["lr"] for group in optimizer.param_groups]
-    kept = _Checkpoints(checkpoints, checkpoint_every, policy.model, settings, batches, generator)
-    done, history = kept.go_on(optimizer, accelerator)
-    policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
-    policy.train()
-    score_reference = score_reader(reference, pairs, reduce, precision)
-    for step in progress(range(done, len(batches))):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step)
-        optimizer.zero_grad()
-        sums = []
-        for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
-            scores = pair_logps(policy, pairs, rows, reduce, precision)
-            ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
-            losses = loss(*scores, *ref_scores, beta=beta)
-            # A sum over the batch's size, and no mean of means: passes may differ in size.
-            # Processes average what they have, so each has its part times their number.
-            accelerator.backward(losses.sum() * (accelerator.num_processes / len(batches[step])))
-            sums.append(_sums(losses, scores, ref_scores, beta))
-        means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
-        norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
-        metrics = dict(zip(METRICS, means.tolist(), strict=True))
-        metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
-        _check_finite(step, metrics)
-        optimizer.step()
-        for name, value in metrics.items():
-            history.setdefault(name, []).append(value)
-        if accelerator.is_main_process:
-            for log in logs:
-                log(step, metrics)
-            kept.save(step + 1, optimizer, history)
-    accelerator.wait_for_everyone()
-    return history
+    kept = RunCheckpoints(checkpoints, checkpoint_every, policy.model, settings, batches, generator)
+    with kept.locked(accelerator):
+        done, history = kept.go_on(optimizer, accelerator)
+        policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
+        policy.train()
+        score_reference = score_reader(reference, pairs, reduce, precision)
+        for step in progress(range(done, len(batches))):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step)
+            optimizer.zero_grad()
+            sums = []
+            for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
+                scores = pair_logps(policy, pairs, rows, reduce, precision)
+                ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
+                losses = loss(*scores, *ref_scores, beta=beta)
+                # A sum over the batch's size, and no mean of means: passes may differ in size.
+                # Processes average what they have, so each has its part times their number.
+                accelerator.backward(
+                    losses.sum() * (accelerator.num_processes / len(batches[step]))
+                )
+                sums.append(_sums(losses, scores, ref_scores, beta))
+            means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
+            norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
+            metrics = dict(zip(METRICS, means.tolist(), strict=True))
+            metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
+            _check_finite(step, metrics)
+            optimizer.step()
+            for name, value in metrics.items():
+                history.setdefault(name, []).append(value)
+            if accelerator.is_main_process:
+                for log in logs:
+                    log(step, metrics)
+                kept.save(step + 1, optimizer, history)
+        accelerator.wait_for_everyone()
+        return history
 
 
 def save_trained(
@@ -243,62 +255,6 @@ def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         got = f"{loss} and a gradient of norm {norm} at step {step}"
         raise ValueError(f"`loss` must be finite, and its gradient too, got {got}")
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, each tied weight once."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _settings(optimizer: Optimizer, pairs: Pairs, **others: float) -> dict[str, object]:
-    """What a run that goes on must have in common with the one that stopped."""
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    digest = hashlib.sha256()
-    for tokens in pairs:
-        digest.update(tokens.cpu().contiguous().numpy().data)
-    named = {"optimizer": type(optimizer).__name__, "groups": groups, **others}
-    return {**named, "pairs": digest.hexdigest()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Checkpoints:
-    """The checkpoints of one run; none where `folder` is None."""
-
-    folder: AnyPath | None
-    every: int
-    model: nn.Module
-    settings: dict[str, object]
-    batches: Tensor
-    generator: torch.Generator | None
-
-    def go_on(
-        self, optimizer: Optimizer, accelerator: "Accelerator | OneProcess"
-    ) -> tuple[int, History]:
-        """Puts the newest into model, optimizer and generator: steps done, and their history."""
-        saved = None if self.folder is None else load_checkpoint(self.folder)
-        accelerator.wait_for_everyone()  # all have read before one writes the next
-        if saved is None:
-            return 0, {}
-        saved.check_same_run(_trained(self.model), self.settings, self.batches, self.generator)
-        with torch.no_grad():
-            for name, weight in _trained(self.model).items():
-                weight.copy_(saved.weights[name])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
-        if self.generator is not None and saved.generator_state is not None:  # both or none
-            self.generator.set_state(saved.generator_state)
-        return saved.step, saved.history
-
-    def save(self, done: int, optimizer: Optimizer, history: History) -> None:
-        """Writes one where it is time for it: after every so many steps, and after the last."""
-        if self.folder is None or (done % self.every and done != len(self.batches)):
-            return
-        state = None if self.generator is None else self.generator.get_state()
-        weights, moments = _trained(self.model), optimizer.state_dict()["state"]
-        save_checkpoint(
-            self.folder,
-            Checkpoint(done, weights, moments, self.settings, self.batches, state, history),
-        )
 
 
 def _check_run(
