@@ -130,9 +130,9 @@ def train_preferences(
         given, so before training; the reference's weights, or scores of your own; pairs, batches,
         optimizer, rates, beta, clipping, `reduce`, `precision`, and a loss by its name and what
         `partial` gave it. `micro_batch_size` and the number of processes may change: they change no
-        more than rounding. A run that is finished may go on with more steps, where its batches are
-        the first of the new ones: the schedule is then the new one's from there on, and
-        the rates of a schedule that depends on the number of steps are no longer one curve.
+        more than rounding. A run that is finished may go on with more steps, if its batches are the
+        first of the new ones. From there on it has the new schedule: one that depends on the number
+        of steps, such as `warmup_then_linear`, then begins again above 0.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
@@ -146,8 +146,9 @@ def train_preferences(
       ValueError: a setting out of range; rows that differ in number; a reference that shares
         weights with the policy or has a log-probability above 0; an optimizer of other parameters;
         a batch that the processes do not divide; a precision that is not the accelerator's; a
-        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run, or one that is not whole; another run at work in
-        `checkpoints`; a loss or gradient that is not finite, before its step is taken.
+        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of
+        another run, or one that is not whole; another run at work in `checkpoints`; a loss or
+        gradient that is not finite, before its step is taken.
     """
     accelerator = accelerator or OneProcess()
     reduce, precision = how_to_read(reference, reduce, precision)
