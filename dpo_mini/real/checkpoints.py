@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +26,6 @@ from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.schedules import Schedule
 from dpo_mini.real.scoring import Precision, Reduce, Scores, function_name
 from dpo_mini.train import History, Pairs
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from dpo_mini.real.training import OneProcess
 
 TENSORS = ("weights", "optimizer", "data")
 FILES = {"run.json", *(f"{name}.safetensors" for name in TENSORS)}
@@ -201,32 +195,28 @@ class RunCheckpoints:
 
     folder: AnyPath | None
     every: int
-    model: nn.Module
+    trained: Mapping[str, nn.Parameter]
     settings: Mapping[str, object]
     batches: Tensor
     generator: torch.Generator | None
 
     @contextmanager
-    def locked(self, accelerator: "Accelerator | OneProcess") -> Iterator[None]:
-        """Keeps other runs out, in the main process."""
-        if self.folder is None or not accelerator.is_main_process:
+    def locked(self, is_main_process: bool) -> Iterator[None]:
+        """Keeps other runs out. One of several processes does."""
+        if self.folder is None or not is_main_process:
             yield
         else:
             with locked("checkpoints", self.folder):
                 yield
 
-    def go_on(
-        self, optimizer: Optimizer, accelerator: "Accelerator | OneProcess"
-    ) -> tuple[int, History]:
+    def go_on(self, optimizer: Optimizer) -> tuple[int, History]:
         """Puts the newest into model, optimizer and generator: steps done, and their history."""
         saved = None if self.folder is None else load_newest("checkpoints", self.folder)
-        accelerator.wait_for_everyone()  # all have read before one writes the next
         if saved is None:
             return 0, {}
-        trained = trained_weights(self.model)
-        saved.check_same_run(trained, self.settings, self.batches, self.generator)
+        saved.check_same_run(self.trained, self.settings, self.batches, self.generator)
         with torch.no_grad():
-            for name, weight in trained.items():
+            for name, weight in self.trained.items():
                 weight.copy_(saved.weights[name])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
@@ -239,16 +229,11 @@ class RunCheckpoints:
         if self.folder is None or (done % self.every and done != len(self.batches)):
             return
         state = None if self.generator is None else self.generator.get_state()
-        weights, moments = trained_weights(self.model), optimizer.state_dict()["state"]
+        moments = optimizer.state_dict()["state"]
         save_checkpoint(
             self.folder,
-            Checkpoint(done, weights, moments, self.settings, self.batches, state, history),
+            Checkpoint(done, self.trained, moments, self.settings, self.batches, state, history),
         )
-
-
-def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, each tied weight once."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def run_settings(

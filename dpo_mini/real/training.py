@@ -146,9 +146,9 @@ def train_preferences(
       ValueError: a setting out of range; rows that differ in number; a reference that shares
         weights with the policy or has a log-probability above 0; an optimizer of other parameters;
         a batch that the processes do not divide; a precision that is not the accelerator's; a
-        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of
-        another run, or one that is not whole; another run at work in `checkpoints`; a loss or
-        gradient that is not finite, before its step is taken.
+        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run
+        or one that is not whole; another run at work in `checkpoints`;
+        a loss or gradient that is not finite, before its step is taken.
     """
     accelerator = accelerator or OneProcess()
     reduce, precision = how_to_read(reference, reduce, precision)
@@ -161,42 +161,67 @@ def train_preferences(
             policy.model, reference, pairs, loss, optimizer, schedule, len(batches), reduce,
             precision, beta=beta, max_grad_norm=max_grad_norm,
         )  # fmt: skip
+    trained = _trained(policy.model)
+    kept = RunCheckpoints(checkpoints, checkpoint_every, trained, settings, batches, generator)
+    with kept.locked(accelerator.is_main_process):
+        return _train(
+            policy, reference, pairs, loss, beta, batches, micro_batch_size, optimizer, schedule,
+            max_grad_norm, reduce, precision, accelerator, kept, logs, progress,
+        )  # fmt: skip
+
+
+def _train(
+    policy: CausalLMPolicy,
+    reference: Scores | Scorer,
+    pairs: Pairs,
+    loss: Callable[..., Tensor],
+    beta: float,
+    batches: Tensor,
+    micro_batch_size: int,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    max_grad_norm: float,
+    reduce: Reduce,
+    precision: Precision,
+    accelerator: "Accelerator | OneProcess",
+    kept: RunCheckpoints,
+    logs: Sequence[Log],
+    progress: Callable[[range], Iterable[int]],
+) -> History:
+    """The steps of `train_preferences`, whose arguments are checked and whose folder is locked."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    kept = RunCheckpoints(checkpoints, checkpoint_every, policy.model, settings, batches, generator)
-    with kept.locked(accelerator):
-        done, history = kept.go_on(optimizer, accelerator)
-        policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
-        policy.train()
-        score_reference = score_reader(reference, pairs, reduce, precision)
-        for step in progress(range(done, len(batches))):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(step)
-            optimizer.zero_grad()
-            sums = []
-            for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
-                scores = pair_logps(policy, pairs, rows, reduce, precision)
-                ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
-                losses = loss(*scores, *ref_scores, beta=beta)
-                # A sum over the batch's size, and no mean of means: passes may differ in size.
-                # Processes average what they have, so each has its part times their number.
-                accelerator.backward(
-                    losses.sum() * (accelerator.num_processes / len(batches[step]))
-                )
-                sums.append(_sums(losses, scores, ref_scores, beta))
-            means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
-            norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
-            metrics = dict(zip(METRICS, means.tolist(), strict=True))
-            metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
-            _check_finite(step, metrics)
-            optimizer.step()
-            for name, value in metrics.items():
-                history.setdefault(name, []).append(value)
-            if accelerator.is_main_process:
-                for log in logs:
-                    log(step, metrics)
-                kept.save(step + 1, optimizer, history)
-        accelerator.wait_for_everyone()
-        return history
+    done, history = kept.go_on(optimizer)
+    accelerator.wait_for_everyone()  # all have read before one writes the next
+    policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
+    policy.train()
+    score_reference = score_reader(reference, pairs, reduce, precision)
+    for step in progress(range(done, len(batches))):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(step)
+        optimizer.zero_grad()
+        sums = []
+        for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
+            scores = pair_logps(policy, pairs, rows, reduce, precision)
+            ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
+            losses = loss(*scores, *ref_scores, beta=beta)
+            # A sum over the batch's size, and no mean of means: passes may differ in size.
+            # Processes average what they have, so each has its part times their number.
+            accelerator.backward(losses.sum() * (accelerator.num_processes / len(batches[step])))
+            sums.append(_sums(losses, scores, ref_scores, beta))
+        means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
+        norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
+        metrics = dict(zip(METRICS, means.tolist(), strict=True))
+        metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
+        _check_finite(step, metrics)
+        optimizer.step()
+        for name, value in metrics.items():
+            history.setdefault(name, []).append(value)
+        if accelerator.is_main_process:
+            for log in logs:
+                log(step, metrics)
+            kept.save(step + 1, optimizer, history)
+    accelerator.wait_for_everyone()
+    return history
 
 
 def save_trained(
@@ -256,6 +281,11 @@ def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         got = f"{loss} and a gradient of norm {norm} at step {step}"
         raise ValueError(f"`loss` must be finite, and its gradient too, got {got}")
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, each tied weight once."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _check_run(
