@@ -124,15 +124,16 @@ def train_preferences(
         and else `full_precision`.
       accelerator: an `accelerate.Accelerator` where the run has several processes; every one of
         them makes this call and reads its share of each batch, B / processes pairs.
-      checkpoints: a folder of this run alone. A run that finds a checkpoint there goes on from it
-        and ends with the weights, to the last bit on a CPU, of a run that was never stopped. It is
-        compared first, to the last bit (a second or so per GB of weights): the policy as it is
-        given, so before training; the reference's weights, or scores of your own; pairs, batches,
-        optimizer, rates, beta, clipping, `reduce`, `precision`, and a loss by its name and what
-        `partial` gave it. `micro_batch_size` and the number of processes may change: they change no
-        more than rounding. A run that is finished may go on with more steps, if its batches are the
-        first of the new ones. From there on it has the new schedule: one that depends on the number
-        of steps, such as `warmup_then_linear`, then begins again above 0.
+      checkpoints: a folder of this run alone: one that another run is at work in is refused, and a
+        checkpoint that is not whole. A run that finds a checkpoint there goes on from it and ends
+        with the weights, to the last bit on a CPU, of a run that was never stopped. It is compared
+        first, to the last bit (a second or so per GB of weights): the policy as it is given, so
+        before training; the reference's weights, or scores of your own; pairs, batches, optimizer,
+        rates, beta, clipping, `reduce`, `precision`, and a loss by its name and what `partial` gave
+        it. `micro_batch_size` and the number of processes may change: they change no more than
+        rounding. A run that is finished may go on with more steps, if its batches are the first of
+        the new ones. From there on it has the new schedule: one that depends on the number of
+        steps, such as `warmup_then_linear`, then begins again above 0.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
@@ -146,8 +147,7 @@ def train_preferences(
       ValueError: a setting out of range; rows that differ in number; a reference that shares
         weights with the policy or has a log-probability above 0; an optimizer of other parameters;
         a batch that the processes do not divide; a precision that is not the accelerator's; a
-        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run
-        or one that is not whole; another run at work in `checkpoints`;
+        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run;
         a loss or gradient that is not finite, before its step is taken.
     """
     accelerator = accelerator or OneProcess()
