@@ -16,14 +16,16 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes, in their order; about a second per GB.
 
     Args:
-      named: pairs of a name and a tensor of any dtype, on any device.
+      named: pairs of a name and a tensor of any dtype, on any device. Of one that is dealt out over
+        several processes this process reads its own part.
     Returns:
       64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        for block in tensor.detach().flatten().split(BLOCK):
+        own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        for block in own.detach().flatten().split(BLOCK):
             digest.update(block.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
