@@ -43,6 +43,8 @@ from dpo_mini.real.digests import tensor_digest
 
 __all__ = ["on_the_cpu"]  # a fixture
 
+NAMES = ("weights.safetensors", "optimizer.safetensors", "data.safetensors", "run.json")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -104,6 +106,9 @@ def test_a_checkpoint_removes_only_those_that_were_written_before_it(tmp_path):
     foreign(tmp_path / ".draft.part", "mine.txt")
     foreign(tmp_path / ".step-00000001.backup_1.part", "mine.txt")
     foreign(tmp_path / ".step-1.abcdefgh.part", "run.json")
+    for name in NAMES:  # of an earlier version, or of another program
+        (tmp_path / "step-00000000").mkdir(exist_ok=True)
+        (tmp_path / "step-00000000" / name).write_text('{"step": 0}')
     theirs = contents(tmp_path)
     real.save_checkpoint(tmp_path, small(1))
     real.save_checkpoint(tmp_path, small(2))
@@ -167,9 +172,6 @@ def refused_as_broken(folder, path, other):
     assert said.count("\n") == 0
     assert str(path if path.parent != folder else f"{path}, which an earlier version") in said
     assert said.endswith(f"(move step-00000002 to another place to {other})")
-
-
-NAMES = ("weights.safetensors", "optimizer.safetensors", "data.safetensors", "run.json")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -72,7 +72,7 @@ class Checkpoint:
           ValueError: something differs; all that does is named.
         """
         extended = self.step == len(self.batches) < len(batches)
-        found = _differences(self.settings, settings, but={"schedule"} if extended else set())
+        found = _differences(self.settings, settings)
         shapes, own = ({n: w.shape for n, w in held.items()} for held in (weights, self.weights))
         if shapes != own and ANOTHER["model"] not in found:
             found.insert(0, ANOTHER["model"])
@@ -279,15 +279,13 @@ class _BrokenError(Exception):
 ANOTHER = {"model": "another model", "data": "other data", "reference": "another reference"}
 
 
-def _differences(
-    saved: Mapping[str, object], now: Mapping[str, object], but: set[str]
-) -> list[str]:
+def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """What differs, in words: "beta 0.1 (now 0.2)"."""
     saved, now = (json.loads(json.dumps(settings)) for settings in (saved, now))
     found = []
     for name in dict.fromkeys([*ANOTHER, *saved, *now]):
         old, new = saved.get(name), now.get(name)
-        if old == new or name in but:
+        if old == new:
             continue
         if name in ANOTHER:
             found.append(ANOTHER[name])
@@ -301,9 +299,11 @@ def _differences(
 
 
 def _differences_of_schedules(old: list[float], new: list[float]) -> list[str]:
-    for step, (before, after) in enumerate(zip(old, new, strict=False)):
+    if len(old) != len(new):  # a schedule of other steps, which are named if they are refused
+        return []
+    for step, (before, after) in enumerate(zip(old, new, strict=True)):
         # Not to the last bit: the cosine of another machine may have another.
-        if len(old) == len(new) and not math.isclose(before, after, rel_tol=1e-9, abs_tol=1e-12):
+        if not math.isclose(before, after, rel_tol=1e-9, abs_tol=1e-12):
             return [f"a schedule that gives {before:.6g} at step {step} (now {after:.6g})"]
     return []
 
