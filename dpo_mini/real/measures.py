@@ -149,16 +149,18 @@ def _answer(
     if len(tokens) >= max_tokens:
         raise ValueError(f"`prompt` must have less than {max_tokens} tokens, got {len(tokens)}")
     device = next(policy.parameters()).device
-    unread, path, n_prompt = tokens, None, len(tokens)
+    n_prompt, cache = len(tokens), None
+    # A layer that recomputes its activations keeps no keys and values.
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
     with torch.no_grad():
         while len(tokens) < max_tokens and (len(tokens) == n_prompt or tokens[-1] != end):
+            unread = tokens if cache is None else tokens[-1:]
+            given = {} if cache is None else {"past_key_values": cache}
             read = policy.model(
-                input_ids=torch.tensor([unread], device=device),
-                past_key_values=path,
-                use_cache=True,
+                input_ids=torch.tensor([unread], device=device), use_cache=not recomputes, **given
             )
-            path = read.past_key_values
-            unread = [int(draw(read.logits[0, -1].double().log_softmax(-1)))]
-            tokens = tokens + unread
+            # Without keys and values, as in state space models, all is read again each time.
+            cache = read.get("past_key_values")
+            tokens = [*tokens, int(draw(read.logits[0, -1].double().log_softmax(-1)))]
     text = tokenizer.decode(tokens[n_prompt:], skip_special_tokens=True)
     return text if tokens[-1] == end else text + "…"
