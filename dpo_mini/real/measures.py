@@ -1,6 +1,7 @@
 """What training did: margins, accuracy, and answers in words."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,11 @@ def _answer(
     end, tokens = end_token(tokenizer), encode_prompt(tokenizer, prompt, template)
     if len(tokens) >= max_tokens:
         raise ValueError(f"`prompt` must have less than {max_tokens} tokens, got {len(tokens)}")
+    if max(tokens) >= policy.vocab_size:
+        raise ValueError(
+            f"`tokenizer` must be that of the model, whose tokens are 0..{policy.vocab_size - 1}, "
+            f"got one with a token {max(tokens)}"
+        )
     device = next(policy.parameters()).device
     n_prompt, cache = len(tokens), None
     # A layer that recomputes its activations keeps no keys and values.
@@ -155,7 +161,7 @@ def _answer(
     with torch.no_grad():
         while len(tokens) < max_tokens and (len(tokens) == n_prompt or tokens[-1] != end):
             unread = tokens if cache is None else tokens[-1:]
-            given = {} if cache is None else {"past_key_values": cache}
+            given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
             read = policy.model(
                 input_ids=torch.tensor([unread], device=device), use_cache=not recomputes, **given
             )

@@ -250,7 +250,7 @@ def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
 def _check_weights(
     step: int, model: nn.Module, accelerator: "Accelerator | OneProcess", rate: float
 ) -> None:
-    """Every process looks at what it holds, all of them stop, and there is one wait for a device."""
+    """Each process looks at what it holds, and all of them stop; one wait for the device."""
     trained = _trained(model)
     held = [getattr(weight, "to_local", weight.detach)() for weight in trained.values()]
     broken = [(~weight.isfinite()).any().float().to(held[0].device) for weight in held]
