@@ -135,11 +135,10 @@ class CausalLMPolicy(nn.Module):
         if half == 0:
             return
         other = torch.cat([text[:half], (text[half:] + 1) % self.vocab_size])
-        first, second = self._logits(torch.stack([text, other]))[:, :half]
-        if not _differ(first, second):
+        if self._read_alike(text, other, half):
             return
-        name, alike = type(self.model).__name__, self._logits(torch.stack([text, text]))
-        if _differ(*alike):
+        name = type(self.model).__name__
+        if not self._read_alike(text, text, half):
             raise ValueError(
                 "`model` must read the same text alike each time, got one that draws while it "
                 f"trains, {name} (set the dropouts of `model.config` to 0, if it has any)"
@@ -151,10 +150,22 @@ class CausalLMPolicy(nn.Module):
         )
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+    def _read_alike(self, first: Tensor, second: Tensor, n_tokens: int) -> bool:
+        """Whether the logits at the first tokens of two texts are the same, but for rounding.
+
+        In a dense causal model no bit differs. Where tokens are dealt out to experts, sums may run
+        in another order: 1e-6 of the largest logit in float32, a hundredth in bfloat16. BERT is a
+        thousandth off when untrained, a twentieth with weights as large as trained ones.
+        """
+        logits = self.model(input_ids=torch.stack([first, second]), use_cache=False).logits
         torch.clear_autocast_cache()  # of weights that would take no gradient
-        return logits
+        dtypes = {weight.dtype for weight in self.model.parameters() if weight.is_floating_point()}
+        if torch.is_autocast_enabled(logits.device.type):
+            dtypes.add(torch.get_autocast_dtype(logits.device.type))
+        # 6e-6 in float32, 0.026 in bfloat16
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.75
+        one, two = logits[:, :n_tokens]
+        return not bool((one - two).abs().max() > rounding * one.abs().max())
 
 
 def tiny_gpt2(
@@ -281,7 +292,7 @@ def _context(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     names = ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"]
-    if rope.get("rope_type") == "longrope":
+    if rope.get("rope_type", rope.get("type")) == "longrope":
         # Beyond this a row would change how the shorter rows beside it are read.
         names.insert(0, "original_max_position_embeddings")
     found = [rope.get(name) or getattr(config, name, None) for name in names]
@@ -301,17 +312,6 @@ def _train_without_dropout(model: nn.Module) -> None:
             for name, value in vars(part).items():
                 if "drop" in name and isinstance(value, float):  # such as activation_dropout
                     setattr(part, name, 0.0)
-
-
-def _differ(first: Tensor, second: Tensor) -> bool:
-    """Whether logits differ by more than rounding.
-
-    In a dense causal model no bit differs. Where tokens are dealt out to experts, sums may run in
-    another order: 1e-6 of the largest logit in float32, a hundredth in bfloat16. BERT, untrained,
-    is a thousandth off, and a twentieth with weights as large as trained ones.
-    """
-    rounding = torch.finfo(first.dtype).eps ** 0.75  # 6e-6 in float32, 0.026 in bfloat16
-    return bool((first - second).abs().max() > rounding * first.abs().max())
 
 
 def _check_prompts(prompts: Tensor) -> None:
