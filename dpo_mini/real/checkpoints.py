@@ -125,7 +125,7 @@ def save_checkpoint(folder: AnyPath, checkpoint: Checkpoint) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
-    older = [path for path in _step_folders(folder) if _is_ours(path)]
+    older = _ours(folder)
     path = folder / f"step-{checkpoint.step:08d}"
     try:
         with whole_folder(path) as new:
@@ -136,10 +136,7 @@ def save_checkpoint(folder: AnyPath, checkpoint: Checkpoint) -> None:
         raise
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written, older checkpoints stay: {error}") from error
-    for old in older:  # only now: there was one at every moment
-        gone = folder / f".{old.name}.removing.part"  # at once, so that no half of one stays
-        os.rename(old, gone)
-        shutil.rmtree(gone)
+    _remove(older)  # only now: there was one at every moment
 
 
 def load_checkpoint(folder: AnyPath) -> Checkpoint | None:
@@ -164,7 +161,7 @@ def load_newest(name: str, folder: AnyPath) -> Checkpoint | None:
             _load(newest / f"{file}.safetensors", _seal(file, content)) for file in TENSORS
         )
     except _BrokenError as error:
-        ours = [path.name for path in earlier if _is_ours(path)]
+        ours = [path.name for path in _ours(Path(folder)) if path in earlier]
         to = f"go on from {ours[-1]}" if ours else "start anew"
         raise ValueError(
             f"`{name}` must have a whole checkpoint as its newest, got {error} (move "
@@ -223,6 +220,13 @@ class RunCheckpoints:
         if self.generator is not None and saved.generator_state is not None:  # both or none
             self.generator.set_state(saved.generator_state)
         return saved.step, saved.history
+
+    def remove_older(self, done: int) -> None:
+        """Removes what a run that was killed while it wrote the newest did not come to remove."""
+        if self.folder is not None and done:
+            folder = Path(self.folder)
+            _remove_unfinished(folder)
+            _remove([path for path in _ours(folder) if path.name != f"step-{done:08d}"])
 
     def save(self, done: int, optimizer: Optimizer, history: History) -> None:
         """Writes one where it is time for it: after every so many steps, and after the last."""
@@ -355,12 +359,25 @@ def _step_folders(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: (int(path.name[5:]), path.name))
 
 
+def _ours(folder: Path) -> list[Path]:
+    """Those that `save_checkpoint` wrote, and nobody put something into, the newest last."""
+    return [path for path in _step_folders(folder) if _is_ours(path)]
+
+
 def _is_ours(path: Path) -> bool:
-    """Whether `save_checkpoint` wrote this folder, and nobody put something into it."""
     if path.is_symlink() or not path.is_dir() or set(os.listdir(path)) != FILES:
+        return False
+    if not all((path / name).is_file() for name in FILES):
         return False
     with open(path / "run.json", "rb") as file:
         return file.read(len(FORMAT)) == FORMAT
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        gone = path.with_name(f".{path.name}.removing.part")  # at once: no half of one stays
+        os.rename(path, gone)
+        shutil.rmtree(gone)
 
 
 def _remove_unfinished(folder: Path) -> None:

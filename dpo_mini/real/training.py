@@ -193,6 +193,8 @@ def _train(
     rates = [group["lr"] for group in optimizer.param_groups]
     done, history = kept.go_on(optimizer)
     accelerator.wait_for_everyone()  # all have read before one writes the next
+    if accelerator.is_main_process:
+        kept.remove_older(done)
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.train()
     score_reference = score_reader(reference, pairs, reduce, precision)
