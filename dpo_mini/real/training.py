@@ -188,6 +188,12 @@ def save_trained(
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
         weights = None
+    else:  # what is tied was gathered once under each of its names
+        names: dict[int, str] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            first = names.setdefault(id(weight), name)
+            if name in weights:
+                weights[name] = weights[first]
     if accelerator.is_main_process:
         save_model(model, tokenizer, folder, weights=weights)
     accelerator.wait_for_everyone()
