@@ -367,6 +367,27 @@ def test_whatever_decides_a_score_is_compared(policy, pairs, tmp_path):
     assert scored() == 6
 
 
+@needs_peft
+def test_with_and_without_its_adapter_a_model_has_two_references(tokenizer, pairs, tmp_path):
+    policy, path = adapted(tokenizer), tmp_path / "reference.safetensors"
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            weight.add_(1.0 if "lora_B" in name else 0.0)
+    for reference in (policy, real.adapter_off(policy), policy):
+        true = real.reference_logps(reference, pairs)
+        assert all(map(torch.equal, real.reference_logps(reference, pairs, cache=path), true))
+    with policy.model.disable_adapter():
+        true = real.reference_logps(policy, pairs)
+        assert all(map(torch.equal, real.reference_logps(policy, pairs, cache=path), true))
+    other = copy.deepcopy(policy)
+    for part in other.modules():
+        if hasattr(part, "scaling") and isinstance(part.scaling, dict):
+            part.scaling = {"default": 5.0}
+    true = real.reference_logps(other, pairs)
+    assert not torch.equal(true[0], real.reference_logps(policy, pairs, cache=path)[0])
+    assert all(map(torch.equal, real.reference_logps(other, pairs, cache=path), true))
+
+
 def test_a_file_of_something_else_is_not_written_over(policy, pairs, tmp_path):
     path = tmp_path / "reference.safetensors"
     real.reference_logps(policy, pairs, cache=path)
@@ -478,7 +499,8 @@ def held():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
-    for tensor in tensors:
+        gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    for tensor in tensors + gradients:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.dtype == torch.float32:
             storage = local.untyped_storage()
@@ -658,4 +680,4 @@ def test_no_process_ever_holds_more_than_its_share_and_one_layer(two_processes):
             assert layers < {"0", "1", "2", "3"}
         # The originals are gone, and a gradient is in shards after every pass.
         assert process["after prepare"] < 0.6 * n_all
-        assert process["after a backward pass"] < 1.2 * n_all
+        assert process["after a backward pass"] < 1.1 * n_all

@@ -127,9 +127,9 @@ def reference_logps(
     A pass rounds by the pairs in it: each is padded to the longest, and sums run in another order.
     So the pairs are read in the passes of training. Then a policy that begins as its reference
     begins at margins of 0 and a loss of log 2, to the last bit, also in bfloat16. A pair that is
-    met again, in a later epoch, has other pairs beside it: its log-ratio is then off by rounding,
-    by 1e-5 nats or so in float32 and by 1e-2 per pair in bfloat16, with a mean of 0. Passes of one
-    pair have no such noise.
+    met again, in a later epoch, has other pairs beside it, and its log-ratio is off by the rounding
+    of one pass against another. Measured on a small GPT-2 in bfloat16: one pair in twelve, by up to
+    0.04 nats, with a mean of 0; in float32 below 1e-5. Passes of one pair have no such noise.
 
     Args:
       reference: a model before it is trained, a copy, or `adapter_off(policy)`.
@@ -141,9 +141,9 @@ def reference_logps(
       micro_batch_size: pairs per pass, in each process; `train_preferences` takes it too.
       accelerator: as in `train_preferences`: every process makes this call and reads its share.
       cache: a safetensors file that keeps the result. It is read instead of the model where pairs,
-        weights, passes, `reduce` and `precision` are those that it was made of, to the last bit,
-        and is written anew where they are not. Of a scorer of your own, which is no `nn.Module`,
-        nothing but its `parameters()` is compared.
+        weights, configuration, passes, `reduce` and `precision` are those that it was made of, to
+        the last bit, and written anew where they are not. Of a scorer of your own that is no
+        `nn.Module`, only the class and the `parameters()` are compared.
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient, NaN where a pair was
@@ -323,17 +323,18 @@ def _key(
         parts = accelerator.reduce(all_digests, "sum").int().tolist()
         weights = b"".join(sorted({bytes(part) for part in parts}))
     how = [f"{f.__module__}.{function_name(f)}" for f in (reduce, precision)]
-    how += [torch.__version__, str(device and device.type), *_configurations(reference)]
+    how += [torch.__version__, str(device and device.type), type(reference).__qualname__]
+    how += _configurations(reference)
     digest = hashlib.sha256(_digest(tensors) + weights)
     digest.update("\n".join(how).encode())
     return digest.hexdigest()
 
 
 def _configurations(reference: object) -> list[str]:
-    """What changes a model's scores and is no weight: its configuration, an adapter's scale."""
+    """What changes a model's scores and is no weight, such as the scale of an adapter."""
     model = getattr(reference, "model", reference)
     parts = model.modules() if isinstance(model, nn.Module) else ()
-    names = ("config", "scaling")
+    names = ("config", "scaling", "active_adapters", "disable_adapters")
     found = ((type(p), getattr(p, name)) for p in parts for name in names if hasattr(p, name))
     return sorted({f"{kind.__name__} {value}" for kind, value in found})
 

@@ -154,7 +154,7 @@ def train_preferences(
         metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
         _check_finite(step, metrics)
         optimizer.step()
-        if metrics["lr"]:  # else nothing moved
+        if any(group["lr"] for group in optimizer.param_groups):  # else nothing moved
             score_reference.check_still()
         for name, value in metrics.items():
             history.setdefault(name, []).append(value)
