@@ -11,6 +11,7 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,9 @@ def test_bad_batches_are_refused_before_a_pass(policy, pairs):
     ):
         with pytest.raises(ValueError, match=message):
             real.reference_logps(policy, pairs, batches=batches)
+    three = SimpleNamespace(num_processes=3)
+    with pytest.raises(ValueError, match="`batches` must have a multiple of 3 rows .*, got 8"):
+        real.reference_logps(policy, pairs, batches=torch.arange(24).view(3, 8), accelerator=three)
 
 
 # --- a reference that moves ----------------------------------------------------------------------
@@ -254,10 +258,13 @@ class Wraps:
 
     def __init__(self, policy, parameters, gradient=True):
         self.policy, self.parameters, self.gradient = policy, parameters, gradient
+        self.graphs = []  # whether a pass kept what a backward pass needs
 
     def token_logps(self, prompts, completions):
         with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
-            return self.policy.token_logps(prompts, completions)
+            scores = self.policy.token_logps(prompts, completions)
+        self.graphs.append(scores.requires_grad)
+        return scores
 
 
 def test_a_reference_with_weights_of_the_policy_is_refused(policy, pairs, tmp_path):
@@ -283,16 +290,35 @@ def test_a_reference_that_a_step_of_rate_0_cannot_move_is_asked_after_the_next(p
     assert steps == [0]
 
 
+def test_a_reference_that_draws_is_refused(policy, pairs):
+    shaky = Wraps(copy.deepcopy(policy), copy.deepcopy(policy).parameters)
+    draws, read = seeded(), shaky.token_logps
+    shaky.token_logps = lambda *texts: read(*texts) - torch.rand((), generator=draws)
+    with pytest.raises(ValueError, match="`reference` must stay .* copy in evaluation mode"):
+        train(policy, shaky, pairs)
+
+
+def test_in_shards_a_model_beside_the_policy_is_refused(policy, pairs):
+    sharded = SimpleNamespace(
+        num_processes=1, process_index=0, mixed_precision="no", distributed_type="FSDP",
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="`reference` must be what reference_logps gave under FS"):
+        train(policy, copy.deepcopy(policy), pairs, accelerator=sharded)
+
+
 def test_a_copy_passes_also_one_that_shares_what_is_frozen(policy, pairs):
     policy.model.transformer.wte.weight.requires_grad_(False)
     scored = real.reference_logps(policy, pairs, micro_batch_size=8)
     whole, sparing, other = (copy.deepcopy(policy) for _ in range(3))
     sparing.model.set_input_embeddings(policy.model.transformer.wte)
     true = train(other, scored, pairs)
-    for reference in (whole, sparing):
+    wrapped = Wraps(whole, whole.parameters)
+    for reference in (whole, sparing, wrapped):
         kept = [weight.requires_grad for weight in reference.parameters()]
         assert train(copy_around(policy), reference, pairs) == true
         assert [weight.requires_grad for weight in reference.parameters()] == kept
+    assert wrapped.graphs == [False] * (3 + 1)  # three steps, and once more after the first
 
 
 def copy_around(policy):
