@@ -190,6 +190,13 @@ def test_other_passes_than_those_of_the_reference_are_refused(policy, pairs):
     for reference, changes, message in cases:
         with pytest.raises(ValueError, match=message):
             train(policy, reference, pairs, **{**one, **changes})
+    two = SimpleNamespace(
+        num_processes=2, process_index=0, mixed_precision="no", distributed_type="MULTI_GPU",
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    threes = real.reference_logps(policy, pairs, batches=batches, micro_batch_size=3)
+    with pytest.raises(ValueError, match=f"{passes} .*and accelerator.*, got row 3 with other"):
+        train(policy, threes, pairs, **{**one, "accelerator": two})
     # Passes of one pair are the same in every order; a part of the batches has passes of all.
     train(policy, alone, pairs, **{**one, "batches": batches.flip(1)})
     train(policy, scored, pairs, **{**one, "batches": batches[1:]})
