@@ -145,6 +145,7 @@ def test_rows_do_not_disturb_each_other(pairs):
 def test_the_model_reads_no_further_than_the_longest_row(pairs):
     lengths = []
     policy = CausalLMPolicy(gpt2(), end_token=0)
+    policy.token_logps(pairs[0], pairs[1])  # the first text is a test of the model, too
     policy.model.register_forward_pre_hook(
         lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

@@ -706,7 +706,7 @@ def test_no_process_ever_holds_more_than_its_share_and_one_layer(two_processes):
         assert sorted(process["shares"]) == sorted(start)
         assert all(2 * mine == whole for mine, whole in process["shares"].values())
         # Of the layers one at a time is whole, in scoring, forwards and backwards.
-        assert len(process["unsharded"]) == 3 * 6 * 4
+        assert len(process["unsharded"]) >= 3 * 6 * 4  # a few more look whether it is causal
         for whole in process["unsharded"]:
             layers = {name.split(".")[2] for name in {*whole} - ends}
             assert len(layers) == 1

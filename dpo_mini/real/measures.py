@@ -1,6 +1,7 @@
 """What training did: margins, accuracy, and answers in words."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,17 +149,24 @@ def _answer(
     end, tokens = end_token(tokenizer), encode_prompt(tokenizer, prompt, template)
     if len(tokens) >= max_tokens:
         raise ValueError(f"`prompt` must have less than {max_tokens} tokens, got {len(tokens)}")
+    if max(tokens) >= policy.vocab_size:
+        raise ValueError(
+            f"`tokenizer` must be that of the model, whose tokens are 0..{policy.vocab_size - 1}, "
+            f"got one with a token {max(tokens)}"
+        )
     device = next(policy.parameters()).device
-    unread, path, n_prompt = tokens, None, len(tokens)
+    n_prompt, cache = len(tokens), None
+    # A layer that recomputes its activations keeps no keys and values.
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
     with torch.no_grad():
         while len(tokens) < max_tokens and (len(tokens) == n_prompt or tokens[-1] != end):
+            unread = tokens if cache is None else tokens[-1:]
+            given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
             read = policy.model(
-                input_ids=torch.tensor([unread], device=device),
-                past_key_values=path,
-                use_cache=True,
+                input_ids=torch.tensor([unread], device=device), use_cache=not recomputes, **given
             )
-            path = read.past_key_values
-            unread = [int(draw(read.logits[0, -1].double().log_softmax(-1)))]
-            tokens = tokens + unread
+            # Without keys and values, as in state space models, all is read again each time.
+            cache = read.get("past_key_values")
+            tokens = [*tokens, int(draw(read.logits[0, -1].double().log_softmax(-1)))]
     text = tokenizer.decode(tokens[n_prompt:], skip_special_tokens=True)
     return text if tokens[-1] == end else text + "…"
