@@ -312,7 +312,7 @@ def test_bad_encoding_is_refused(tokenizer):
         encode([], tokenizer)
     with pytest.raises(TypeError, match="`preferences` must be .* Preference, got tuple in row 0"):
         encode([("a", "b", "c")], tokenizer)
-    for template in ("no prompt", "{prompt}{prompt}", None):
+    for template in ("no prompt", "{prompt}{prompt}", 3):
         with pytest.raises(
             ValueError, match="`template` must be text with {prompt} once in it, or CHAT, got"
         ):
