@@ -93,11 +93,13 @@ def greedy_answer(
 
     Args:
       policy, tokenizer: a model and what it was trained with.
-      prompt: the question, without template: text, or a conversation of `(role, content)` pairs.
+      prompt: the question, without template: text, or messages as a tuple of `(role, content)`.
       max_tokens: the most tokens of prompt and answer together, at most the model's context.
-      template, chat_arguments: those that the model was trained with, as in `encode`.
+      template, chat_arguments: those that the model was trained with, as in `encode`. By default
+        text is read with `TEMPLATE`, and messages with the tokenizer's chat template.
     Returns:
-      The answer without its end token.
+      The answer, up to the end token, or to the special token that the chat template writes after
+      an answer.
     Raises:
       ValueError: a `max_tokens` above the context, or a prompt that leaves no room or
         that `encode` refuses.

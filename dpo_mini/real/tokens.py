@@ -328,18 +328,17 @@ def _encode_texts(
     begin = _begin_tokens(tokenizer)
     rows = []
     for row, (prompt, *wholes) in enumerate(_tokenise_rows(tokenizer, texts), first_row):
-        pair = pairs[row - first_row]
-        shared = [_shared_length(prompt, whole) for whole in wholes]
-        cut = min(shared) if boundary == "common_prefix" else len(prompt)
-        chosen, rejected = (
-            _with_one_end(
-                whole[cut:] if n >= cut < len(whole) else _tokenise_apart(tokenizer, answer),
-                tokenizer,
-                f"the {name} answer of row {row}",
-            )
-            for (name, answer), whole, n in zip(_answers(pair), wholes, shared, strict=True)
-        )
-        rows.append((_with_begin(prompt[:cut], begin, template), chosen, rejected))
+        cut = len(prompt)
+        if boundary == "common_prefix":
+            cut = min(_shared_length(prompt, whole) for whole in wholes)
+        answers = []
+        for (name, answer), whole in zip(_answers(pairs[row - first_row]), wholes, strict=True):
+            # Unknown letters on both sides of the boundary may become one token.
+            merges = whole[:cut] != prompt[:cut] or prompt[-1:] == [tokenizer.unk_token_id]
+            apart = merges and boundary == "prompt"
+            tokens = _tokenise_apart(tokenizer, answer) if apart else whole[cut:]
+            answers.append(_with_one_end(tokens, tokenizer, f"the {name} answer of row {row}"))
+        rows.append((_with_begin(prompt[:cut], begin, template), answers[0], answers[1]))
     return rows
 
 
