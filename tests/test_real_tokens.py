@@ -18,8 +18,11 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers", reason="the extra 'real' is not installed")
-datasets = pytest.importorskip("datasets", reason="the extra 'real' is not installed")
+pytest.importorskip("datasets", reason="the extra 'real' is not installed")
 
+import datasets
+from test_real import always
+from test_real_preferences import said, trl_tokens, unpadded
 from tokenizers import (
     AddedToken,
     Regex,
@@ -35,9 +38,6 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from dpo_mini import real
 from dpo_mini.real import CHAT, TEMPLATE, CausalLMPolicy, Preference
-
-from test_real import always
-from test_real_preferences import said, trl_tokens, unpadded
 
 TEXTS = [
     {"prompt": "ask me:", "chosen": " yes, 12", "rejected": " no"},
@@ -331,7 +331,12 @@ def of_chats(rows):
 
 # --- beside trl ----------------------------------------------------------------------------------
 
-MERGED = {"Qwen": [3, 5], "digits": []}
+MERGED = {
+    "Qwen": [3, 5],
+    "GPT-2": [2, 3],
+    "bytes after a space": [2, 3],
+    "digits": [],
+}
 """The rows of `TEXTS` whose prompt merges with an answer; the others have row 3 alone."""
 
 
@@ -524,7 +529,7 @@ def test_special_tokens_are_found_as_the_tokenizer_finds_them():
         with pytest.raises(ValueError, match="without the special token <x>"):
             encoded([Preference("q", text, "no")], tokenizer, template=CHAT)
     alone = marked(single_word=True)  # which is text inside a word, there and here
-    assert 1 == len(encoded([Preference("q", "a<x>b", "no")], alone, template=CHAT))
+    assert len(encoded([Preference("q", "a<x>b", "no")], alone, template=CHAT)) == 1
 
 
 def test_what_is_not_special_is_text_under_a_chat_template():
@@ -567,21 +572,21 @@ THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}{% endif %}"
+    "<think>\n{% if enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 # As DeepSeek R1: the prompt opens a thought, and the conversation is written without any.
 FORGETS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% endif %}"
 )
 # White space around a turn is kept in the last one alone.
 STRIPS = QWEN_TEMPLATE.replace(
     "{{ m.content }}",
     "{% if loop.last %}{{ m.content }}{% else %}{{ m.content | trim }}{% endif %}",
 )
-ASKED = [
-    {"prompt": said("user: film? "), "chosen": said("assistant: yes"), "rejected": said("assistant: no")}
-]  # fmt: skip
+ANSWERS = {"chosen": said("assistant: yes"), "rejected": said("assistant: no")}
+ASKED = [{"prompt": said("user: film? "), **ANSWERS}]
 TURN = "<|im_start|>assistant\n"
 USER = "<|im_start|>user\nfilm? <|im_end|>\n"
 
@@ -663,9 +668,9 @@ def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused():
 
 
 def test_a_conversation_without_its_prompt_is_refused():
-    backwards = "{{ '' if add_generation_prompt else 'x' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    other = "{{ 'a' if add_generation_prompt else 'b' }}{% for m in messages %}{{ m.content }}"
     with pytest.raises(ValueError, match="^`tokenizer` must .* the first token of its prompt, got"):
-        encoded(of_chats(ASKED), qwen(backwards), boundary="common_prefix")
+        encoded(of_chats(ASKED), qwen(other + "{% endfor %}"), boundary="common_prefix")
 
 
 # --- spaces and begin tokens ---------------------------------------------------------------------
@@ -749,14 +754,16 @@ def begins_with_its_end_token():
 def test_a_prompt_begins_with_what_the_tokenizer_puts_there_once(make, begin):
     tokenizer = make()
     pairs = [Preference("1 +", "2", "3")]
-    ((plain, chosen, _),) = encoded(pairs, tokenizer, template="{prompt}")
-    assert plain == tokenizer.convert_tokens_to_ids(begin) + tokens_of(tokenizer, "1 +")
-    assert chosen == [*tokens_of(tokenizer, "2"), tokenizer.eos_token_id]
-    if begin != ["<begin>", "<ask>"] or tokenizer.all_special_tokens[-1] == "<ask>":
-        spelled_out = encoded(pairs, tokenizer, template="".join(begin) + "{prompt}")
-        assert spelled_out == [
-            (plain, chosen, encoded(pairs, tokenizer, template="{prompt}")[0][2])
-        ]
+    (plain,) = encoded(pairs, tokenizer, template="{prompt}")
+    text = tokens_of(tokenizer, "1 +")
+    answer = tokens_of(tokenizer, "1 +2")[len(text) :]
+    assert plain[:2] == (
+        tokenizer.convert_tokens_to_ids(begin) + text,
+        [*answer, tokenizer.eos_token_id],
+    )
+    if spelled(tokenizer, tokens_of(tokenizer, "".join(begin))) == begin:  # not doubled
+        written = encoded(pairs, tokenizer, template="".join(begin) + "{prompt}")
+        assert written == [plain]
     empty = [Preference("", "2", "3")]
     if begin:
         assert spelled(tokenizer, encoded(empty, tokenizer, template="{prompt}")[0][0]) == begin
