@@ -113,7 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the tokenizer's chat template; by default where the pairs have messages",
     )
     parser.add_argument("--chat-arguments", type=json.loads, help="JSON, as in real.encode")
-    parser.add_argument("--boundary", default="prompt", help="or common_prefix, as in real.encode")
+    parser.add_argument("--boundary", default="prompt", choices=["prompt", "common_prefix"])
     parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
     parser.add_argument("--output", required=True, help="a folder of this run alone")
     parser.add_argument("--steps", type=int, default=1000)

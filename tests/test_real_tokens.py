@@ -723,6 +723,14 @@ class OfDigits(PreTrainedTokenizer):
         return [self.words["<begin>"], self.words["<ask>"], *token_ids_0, self.words["<end>"]]
 
 
+def drops_letters():
+    """Digits of a tokenizer that leaves out what it does not know, and has a begin token of no use."""
+    inner = Tokenizer(models.BPE({word: n for n, word in enumerate(DIGITS[1:])}, []))
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(DIGITS[1:5])
+    return fast(inner, bos_token="<begin>", eos_token="<end>")
+
+
 def ends_with_its_begin_token():
     """GPT-2 that adds `<|endoftext|>` at the end, which is also the name of its begin token."""
     tokenizer = gpt_2()
@@ -745,6 +753,7 @@ def begins_with_its_end_token():
         (digits, ["<begin>"]),
         (OfDigits, ["<begin>", "<ask>"]),
         (partial(OfDigits, additional_special_tokens=["<begin>", "<ask>"]), ["<begin>", "<ask>"]),
+        (drops_letters, []),
         (ends_with_its_begin_token, []),
         (begins_with_its_end_token, ["<|endoftext|>"]),
         (phi, []),

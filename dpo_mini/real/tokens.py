@@ -24,9 +24,6 @@ TEMPLATE = "{prompt}\n"
 CHAT = "chat_template"
 """In place of a template: the chat template of the tokenizer."""
 
-BOUNDARIES = ("prompt", "common_prefix")
-"""Where an answer begins: after the prompt, or where prompt and conversation part."""
-
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of these texts: every text can be written with it.
@@ -236,7 +233,7 @@ def _encode_rows(
 ) -> list[_Row]:
     check_preferences(preferences)
     template = _check_template(preferences, tokenizer, template, chat_arguments)
-    if boundary not in BOUNDARIES:
+    if boundary not in ("prompt", "common_prefix"):
         raise ValueError(f"`boundary` must be 'prompt' or 'common_prefix', got {boundary!r}")
     end_token(tokenizer)
     rows: list[_Row] = []
@@ -422,20 +419,14 @@ def _encode_chats(
         for (name, answer), text, whole in zip(
             _answers(pairs[at]), texts[at][1:], wholes, strict=True
         ):
-            n_shared = _shared_length(prompt, whole)
-            if boundary == "prompt" and n_shared < len(prompt):
-                got, alone = (tokenizer.decode(tokens[n_shared:][:9]) for tokens in (whole, prompt))
-                raise ValueError(
-                    "`tokenizer` must have a chat template whose prompt is the beginning of the "
-                    f"conversation, token by token, got one that goes on with {got!r} before the "
-                    f"{name} answer of row {row} and with {alone!r} in the prompt alone (try other "
-                    "`chat_arguments`, or boundary='common_prefix', which cuts the prompt there)"
-                )
+            where = f"the {name} answer of row {row}"
+            if boundary == "prompt":
+                _check_same_prompt(prompt, whole, where, tokenizer)
             if len(whole) == cut or _letters(answer) not in _letters(text):
                 raise ValueError(
                     "`tokenizer` must have a chat template that writes the answer after the "
-                    f"prompt, got one that leaves out the {name} answer of row {row} or a part of "
-                    "it (change the template or the answer)"
+                    f"prompt, got one that leaves out {where} or a part of it (change the "
+                    "template or the answer)"
                 )
         if not cut:
             raise ValueError(
@@ -444,6 +435,21 @@ def _encode_chats(
             )
         rows.append((prompt[:cut], wholes[0][cut:], wholes[1][cut:]))
     return rows
+
+
+def _check_same_prompt(
+    prompt: list[int], whole: list[int], where: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a conversation, up to an answer, that does not begin with its prompt."""
+    n_shared = _shared_length(prompt, whole)
+    if n_shared < len(prompt):
+        got, alone = (tokenizer.decode(tokens[n_shared:][:9]) for tokens in (whole, prompt))
+        raise ValueError(
+            "`tokenizer` must have a chat template whose prompt is the beginning of the "
+            f"conversation, token by token, got one that goes on with {got!r} before {where} and "
+            f"with {alone!r} in the prompt alone (try other `chat_arguments`, or "
+            "boundary='common_prefix', which cuts the prompt there)"
+        )
 
 
 def _messages(pair: Preference) -> Messages:
