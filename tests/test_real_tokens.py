@@ -724,7 +724,7 @@ class OfDigits(PreTrainedTokenizer):
 
 
 def drops_letters():
-    """Digits of a tokenizer that leaves out what it does not know, and has a begin token of no use."""
+    """Of digits: other letters are left out, and nothing puts its begin token anywhere."""
     inner = Tokenizer(models.BPE({word: n for n, word in enumerate(DIGITS[1:])}, []))
     inner.decoder = decoders.Fuse()
     inner.add_special_tokens(DIGITS[1:5])
