@@ -4,7 +4,8 @@
     accelerate launch --config_file configs/ddp_8.yaml examples/train_dpo.py ...
 
 Stopped at any moment, the same command goes on from the last checkpoint, under `OUT/checkpoints`.
-It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`. With more
+It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`. The
+reference's log-probabilities stay in `OUT/reference.safetensors`: they are computed once. With more
 `--steps` a run that is finished goes on. Two runs at a time cannot have one `OUT`.
 """
 
@@ -44,24 +45,47 @@ def train(
     model, tokenizer = load_model(given.model)
     preferences = load_preferences(given.pairs, given.split, given.columns)
     template = real.CHAT if given.chat else real.TEMPLATE
-    counts = real.count_tokens(preferences, tokenizer, template=template, progress=bar)
-    pairs = real.encode(
-        preferences, tokenizer, max_tokens=max(counts), template=template, progress=bar
+    if given.chat is None:
+        template = real.default_template(preferences, tokenizer)
+    accelerator.print(f"template: {template!r}")
+    tokenised = dict(
+        template=template, boundary=given.boundary, chat_arguments=given.chat_arguments
     )
+    counts = real.count_tokens(preferences, tokenizer, **tokenised, progress=bar)
+    pairs = real.encode(preferences, tokenizer, max_tokens=max(counts), **tokenised, progress=bar)
     pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
     accelerator.print(f"{len(pairs[0])} pairs; {n_dropped} too long and left out")
 
     if given.lora_rank:
         model = real.add_lora(model, rank=given.lora_rank, generator=generator)
     # A chat template may go on after its end token, with a line break.
-    end_token = None if given.chat else tokenizer.eos_token_id
-    policy = real.CausalLMPolicy(model.to(accelerator.device), end_token=end_token)
-    # Before anything is trained the policy is its own reference, in the same precision.
-    ref_logps = real.reference_logps(policy, pairs, precision=precision, progress=bar)
+    end_token = None if template == real.CHAT else tokenizer.eos_token_id
+    sharded = accelerator.distributed_type == "FSDP"
+    policy = real.CausalLMPolicy(
+        model if sharded else model.to(accelerator.device), end_token=end_token
+    )
+    optimizer = torch.optim.AdamW(
+        [weight for weight in policy.parameters() if weight.requires_grad],
+        lr=given.learning_rate,
+        weight_decay=0.0,
+    )
+    if sharded:  # dealt out from the CPU before anything is read: no device ever holds all weights
+        policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     batches = real.shuffled_batches(
         len(pairs[0]), steps=given.steps, batch_size=given.batch_size, generator=generator
     )
     output = Path(given.output)
+    # Before anything is trained the policy is its own reference, in the same passes and precision.
+    ref_logps = real.reference_logps(
+        policy,
+        pairs,
+        batches=batches,
+        micro_batch_size=given.micro_batch_size,
+        precision=precision,
+        accelerator=accelerator,
+        cache=output / "reference.safetensors",
+        progress=bar,
+    )
     with ExitStack() as stack:
         logs = [real.csv_log(output / "metrics.csv")]
         if given.tensorboard:
@@ -73,12 +97,7 @@ def train(
             dpo_loss,
             beta=given.beta,
             batches=batches,
-            micro_batch_size=given.micro_batch_size,
-            optimizer=torch.optim.AdamW(
-                [weight for weight in policy.parameters() if weight.requires_grad],
-                lr=given.learning_rate,
-                weight_decay=0.0,
-            ),
+            optimizer=optimizer,
             schedule=real.warmup_then_linear(given.steps, warmup=given.steps // 10),
             max_grad_norm=given.max_grad_norm,
             accelerator=accelerator,
@@ -111,7 +130,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a folder, or a name of the hub")
     parser.add_argument("--pairs", required=True, help="a file, or a data set of the hub")
     parser.add_argument("--split", default="train", help="of a data set of the hub")
-    parser.add_argument("--chat", action="store_true", help="the tokenizer's chat template")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="the tokenizer's chat template; by default where the pairs have messages",
+    )
+    parser.add_argument("--chat-arguments", type=json.loads, help="JSON, as in real.encode")
+    parser.add_argument("--boundary", default="prompt", choices=["prompt", "common_prefix"])
     parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
     parser.add_argument("--output", required=True, help="a folder of this run alone")
     parser.add_argument("--steps", type=int, default=1000)
