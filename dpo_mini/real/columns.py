@@ -22,6 +22,9 @@ IMAGES = ("images", "image")
 TOOLS = ("tools", "chat_template_kwargs")
 """Columns that change the tokens that `trl` makes, and that nothing here would read."""
 
+_LONGEST_LABEL = 40
+"""How many letters a text may have that says which answer won: it may be `Assistant A`."""
+
 _OURS = ("prompt", "chosen", "rejected", "id", "system", "history", "label", "ignored")
 _SINGLE = ("history", "label")  # of these one column alone
 _OTHER_ROLES = {
@@ -77,6 +80,9 @@ class BadColumn(ValueError):
 
 class UnreadColumn(BadColumn):
     """A column that nobody reads: the fault of `columns`, not of one row."""
+
+    def __init__(self, name: str, reason: str) -> None:  # noqa: D107
+        super().__init__(name, reason, (name,))
 
 
 # --- what a user says ------------------------------------------------------------------------
@@ -206,9 +212,9 @@ def _check_roles(roles: Mapping[str, str] | None) -> Mapping[str, str]:
 
 def read_column(name: str, entry: Entry, columns: tuple[str, ...]) -> object:
     """The value of a column, or the texts of several, joined."""
-    values = _values(name, entry, columns)
-    if len(values) == 1:
-        return values[0]
+    if len(columns) == 1:
+        return _value(name, entry, columns[0])
+    values = [_value(name, entry, column) for column in columns]
     for column, value in zip(columns, values, strict=True):
         if not isinstance(value, str):
             raise BadColumn(name, f"must be text, got {kind_of(value)}", (column,))
@@ -220,7 +226,7 @@ def read_id(entry: Entry, columns: Mapped) -> str | None:
     theirs = columns["id"]
     if theirs is None:
         theirs = ("id",) if "id" in entry else ()
-    values = _values("id", entry, theirs)
+    values = [_value("id", entry, column) for column in theirs]
     return None if not values or None in values else ", ".join(map(repr, values))
 
 
@@ -255,22 +261,18 @@ def columns_there(entry: Entry) -> str:
     return f"got {', '.join(map(repr, entry))}: say with columns= where it is"
 
 
-def _values(name: str, entry: Entry, columns: tuple[str, ...]) -> list[object]:
-    return [
-        entry[column] if column in entry else _nested(name, entry, column) for column in columns
-    ]
-
-
-def _nested(name: str, entry: Entry, path: str) -> object:
-    """What a dotted path leads to, such as `answers.0.text`."""
+def _value(name: str, entry: Entry, column: str) -> object:
+    """Of a column, or at the end of a dotted path that leads into one: `answers.0.text`."""
+    if column in entry:
+        return entry[column]
     value: object = entry
-    for step in path.split("."):
+    for step in column.split("."):
         if isinstance(value, Mapping) and step in value:
             value = value[step]
         elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
         else:
-            raise BadColumn(name, f"must be one of the columns, {columns_there(entry)}", (path,))
+            raise BadColumn(name, f"must be one of the columns, {columns_there(entry)}", (column,))
     return value
 
 
@@ -293,14 +295,16 @@ def check_words_read(entry: Entry, reading: Reading, prompt: str, found_in: str)
       found_in: where, one of `_READABLE`. Beside the beginning of two answers every column of words
         is refused, elsewhere those whose names are known.
     """
-    if entry.keys() <= reading.known:
+    any_name = found_in == "beginning"
+    unread = {}
+    for column in entry:
+        if column not in reading.known:
+            subject = _SUBJECTS.get(column.lower(), "")
+            if (subject or any_name) and _is_lost(entry[column], prompt):
+                unread[column] = subject
+    if not unread:
         return
-    unread = {
-        column: _SUBJECTS.get(column.lower(), "")
-        for column, value in entry.items()
-        if column not in reading.known and _holds_words(value) and not _is_part(value, prompt)
-    }
-    if found_in == "beginning" and "prompt" not in unread.values():
+    if any_name and "prompt" not in unread.values():
         unread |= {column: "prompt" for column in unread if _is_wording(entry[column])}
     for subject in ("prompt", "history", "system"):
         lost = [column for column in unread if unread[column] == subject]
@@ -334,7 +338,7 @@ def _check_no_label(entry: Entry, reading: Reading) -> None:
     for column, value in entry.items():
         if column in reading.known or _SUBJECTS.get(column.lower()) != "label":
             continue
-        if _label_text(value):
+        if 0 < len(_label_text(value) or "") <= _LONGEST_LABEL:
             raise UnreadColumn(
                 column,
                 f"must be read or left out by name, got {value!r}, which may say that the other "
@@ -344,14 +348,11 @@ def _check_no_label(entry: Entry, reading: Reading) -> None:
             )
 
 
-def _holds_words(value: object) -> bool:
-    return bool(
-        value.strip() if isinstance(value, str) else isinstance(value, list | Mapping) and value
-    )
-
-
-def _is_part(value: object, prompt: str) -> bool:
-    return isinstance(value, str) and value.strip() in prompt
+def _is_lost(value: object, prompt: str) -> bool:
+    """Whether something holds words that are not in the prompt."""
+    if isinstance(value, str):
+        return value.strip() not in prompt
+    return isinstance(value, list | Mapping) and bool(value)
 
 
 def _is_wording(value: object) -> bool:

@@ -1,5 +1,6 @@
 """What was said before an answer: messages, texts with marked turns, texts that begin alike."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -44,9 +45,11 @@ def _read_message(name: str, message: object, n: int, roles: Mapping[str, str]) 
     role, content = message[keys[0]], message[keys[1]]
     ours = roles.get(role) if isinstance(role, str) else None
     if ours is None:
-        got = f"{role!r} (roles={{...}} gives it one)" if isinstance(role, str) else kind_of(role)
+        got = kind_of(role)
+        if isinstance(role, str):
+            got = f'{role!r} (roles={{{json.dumps(role)}: "user"}} says who that is)'
         raise BadColumn(name, f"must have {A_ROLE} as the role of message {n}, got {got}")
-    for key in _MORE_THAN_TEXT:
+    for key in _MORE_THAN_TEXT if len(message) > 2 else ():
         if message.get(key):
             raise BadColumn(
                 name, f"must have only role and content in message {n}, got {key!r} too"
@@ -55,10 +58,9 @@ def _read_message(name: str, message: object, n: int, roles: Mapping[str, str]) 
 
 
 def _keys_of(message: Mapping[str, object]) -> tuple[str, str] | None:
-    for keys in (("role", "content"), ("from", "value")):
-        if message.keys() >= {*keys}:
-            return keys
-    return None
+    if "role" in message and "content" in message:
+        return "role", "content"
+    return ("from", "value") if "from" in message and "value" in message else None
 
 
 def _join_parts(name: str, content: object, n: int) -> str:

@@ -1,7 +1,5 @@
 """The forms of a pair: prompt, answers and messages, found in the columns of a row."""
 
-from typing import cast
-
 from dpo_mini.real.columns import (
     IMAGES,
     TOOLS,
@@ -40,14 +38,13 @@ def read_pair(entry: Entry, columns: Mapped, reading: Reading) -> tuple[Fields, 
     if columns["prompt"] or (columns["prompt"] is None and "prompt" in entry):
         theirs = columns["prompt"] or ("prompt",)
         prompt = _read_text_or_messages("prompt", entry, theirs, reading)
-    if not all(isinstance(text, str | None) for text in (prompt, chosen, rejected)):
+    if isinstance(prompt, tuple) or not (isinstance(chosen, str) and isinstance(rejected, str)):
         conversations = _as_conversations(chosen, rejected, reading)
         fields, form = _read_conversations(entry, reading, prompt, *conversations)
     elif prompt is None:
-        fields, form = _read_transcripts(entry, reading, *cast(tuple[str, str], (chosen, rejected)))
+        fields, form = _read_transcripts(entry, reading, chosen, rejected)
     else:
-        texts = cast(tuple[str, str, str], (prompt, chosen, rejected))
-        fields, form = _read_texts(entry, reading, *texts)
+        fields, form = _read_texts(entry, reading, prompt, chosen, rejected)
     for name, text in zip(("prompt", "chosen", "rejected"), fields, strict=False):
         check_text(name, text)
     return fields, form
@@ -88,6 +85,8 @@ def _read_transcripts(
     entry: Entry, reading: Reading, chosen: str, rejected: str
 ) -> tuple[Fields, str]:
     """Texts that begin with the prompt."""
+    check_text("chosen", chosen)
+    check_text("rejected", rejected)
     _check_no_place_for(("system", "history"), reading, "texts that begin with their prompt")
     markers = reading.turn_markers
     if not markers and any(marker in text for marker in HH_MARKERS for text in (chosen, rejected)):
@@ -169,9 +168,7 @@ def _read_text_or_messages(
 def _read_answer(name: str, entry: Entry, columns: Mapped, reading: Reading) -> str | Messages:
     """Text, or messages of which the last is the assistant's."""
     value = _read_text_or_messages(name, entry, columns[name] or (name,), reading)
-    if isinstance(value, str):
-        check_text(name, value)
-    elif value[-1][0] != "assistant":
+    if not isinstance(value, str) and value[-1][0] != "assistant":
         got = repr(value[-1][0])
         raise BadColumn(name, f"must end with a message of 'assistant', got one of {got}")
     return value
