@@ -6,6 +6,7 @@ words of the prompt, or says which answer won.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -277,10 +278,16 @@ def _value(name: str, entry: Entry, column: str) -> object:
 
 
 def _label_text(label: object) -> str | None:
-    """A label as CSV writes it, None for what is no label: 1, 1.0, true and "1" are the same."""
-    if isinstance(label, bool) or (isinstance(label, float) and label.is_integer()):
-        label = int(label)
-    return str(label) if isinstance(label, str | int | float) else None
+    """A label in one spelling, None for what is no label: 1, 1.0, true and "1" are the same."""
+    if not isinstance(label, str | int | float):
+        return None
+    text = str(label).strip()
+    if text.lower() in ("true", "false"):
+        return str(int(text.lower() == "true"))
+    with suppress(ValueError):
+        number = float(text)
+        return str(int(number)) if number.is_integer() else text
+    return text
 
 
 # --- columns that nobody reads ---------------------------------------------------------------

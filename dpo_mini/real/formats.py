@@ -62,6 +62,8 @@ def read_hub(
 def _read_entries(
     source: str, entries: Entries, reading: Reading, left_out: list[str] | None
 ) -> Iterator[Fields]:
+    if left_out is not None and not isinstance(left_out, list):
+        raise TypeError(f"`left_out` must be a list, got {type(left_out).__name__}")
     ids: dict[str, str] = {}
     first_place = first_form = first_reason = ""
     try:
@@ -273,8 +275,9 @@ def _json(text: str, first_line: int) -> object:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        at = min(error.pos, len(text.rstrip("\r\n")))  # not behind the line break of a broken line
+        line, column = first_line + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
+        reason = f"{error.msg.removesuffix(' at')} at column {column}"
     except RecursionError:
         line, reason = first_line, "one nested too deeply"
     except ValueError:  # Python's limit on the digits of a number

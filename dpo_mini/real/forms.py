@@ -117,10 +117,8 @@ def _read_conversations(
     form, found_in = "messages that begin with the prompt", "messages"
     if prompt is None and not before:
         check_words_read(entry, reading, "", "beginning")
-        got = f"got answers without any among {', '.join(map(repr, entry))}"
-        raise BadColumn(
-            "prompt", f"must be one of the columns or the answers' earlier messages, {got}"
-        )
+        reason = "must be the answers' earlier messages or one of the columns"
+        raise BadColumn("prompt", f"{reason}, {columns_there(entry)}")
     if isinstance(prompt, tuple):
         _check_before_answers(before, prompt, reading)
         before, form, found_in = (*prompt, *before), "messages beside a prompt", "column"
@@ -134,13 +132,14 @@ def _read_conversations(
                 f'{cut(prompt)!r} (columns={{"prompt": ()}} takes the messages)',
             )
         form = "messages that repeat the prompt"
-    said = _read_said_before(entry, reading)
-    if said and before[0][0] == "system":
-        got = repr(cut(said[0][1]))
-        raise BadColumn("system", f"must be empty beside messages that begin with it, got {got}")
-    before = (*said, *before)
-    check_words_read(entry, reading, as_text(before), found_in)
-    return (as_text(before), answer, other, before), form
+    if said := _read_said_before(entry, reading):
+        if before[0][0] == "system":
+            got = repr(cut(said[0][1]))
+            raise BadColumn("system", f"must be empty beside a system message, got {got}")
+        before = (*said, *before)
+    text = as_text(before)
+    check_words_read(entry, reading, text, found_in)
+    return (text, answer, other, before), form
 
 
 def _check_before_answers(before: Messages, prompt: Messages, reading: Reading) -> None:

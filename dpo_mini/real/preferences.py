@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_mini._arguments import check_between, check_count, check_generator
+from dpo_mini._arguments import check_count, check_generator
 from dpo_mini._files import write_whole
 from dpo_mini.real.columns import A_ROLE, ROLES, Columns, cut, how_to_read, kind_of
 from dpo_mini.real.conversations import Messages, as_messages, as_text
@@ -227,11 +227,15 @@ def check_preferences(preferences: Sequence[Preference]) -> None:
 
 def _count_held_out(held_out: float, n_pairs: int) -> int:
     if isinstance(held_out, float):
-        check_between("held_out", held_out, 0, 1)
+        if not 0 < held_out < 1:
+            what = "a share in (0, 1) or a whole number of pairs"
+            raise ValueError(f"`held_out` must be {what}, got {held_out}")
         return min(max(round(held_out * n_pairs), 1), n_pairs - 1)
     check_count("held_out", held_out)
     if held_out >= n_pairs:
-        raise ValueError(f"`held_out` must be less than {n_pairs}, the pairs, got {held_out}")
+        raise ValueError(
+            f"`held_out` must be less than {n_pairs}, the number of pairs, got {held_out}"
+        )
     return held_out
 
 
