@@ -84,6 +84,7 @@ UNREAD = [
     # what the file has, what the user says, the column that nobody reads
     ({"question": "2 + 2?", **THOUGHT}, {}, "question"),
     ({"question": "2 + 2?", **ANSWERS}, {}, "question"),
+    ({"question": "2 + 2?", "chosen": "four", "rejected": "four"}, {}, "question"),
     ({"instruction": "Add.", "input": "2 + 2", **THOUGHT}, {}, "instruction"),
     ({"instruction": "Add.", "input": "2 + 2", **ANSWERS}, {"prompt": "instruction"}, "input"),
     ({"prompt": "2 + 2?", "context": "a sum", **ANSWERS}, {}, "context"),

@@ -853,7 +853,11 @@ def test_an_error_knows_its_column_whatever_the_value_says(tmp_path):
     for changes, columns, message in (
         ({"more": None}, both, r"1: `prompt` \(column 'more'\) must be text, got null"),
         ({"more": "", "prompt": 3}, both, "1: `prompt` must be text, got a number"),
-        ({"a": "", "b": "", "chosen": None}, {"chosen": ("a", "b")}, r"`chosen` \(column 'a', 'b'\) must have"),
+        (
+            {"a": "", "b": "", "chosen": None},
+            {"chosen": ("a", "b")},
+            r"`chosen` \(column 'a', 'b'\) must have",
+        ),
     ):
         path.write_bytes(as_jsonl([{**GOOD, **changes}]))
         with pytest.raises(ValueError, match=message):

@@ -160,11 +160,23 @@ def _joined(turns: Messages) -> str:
     return "".join(who + words for who, words in turns)
 
 
-def shared_beginning(chosen: str, rejected: str) -> int:
-    """How many letters of two texts are their prompt, where nothing marks its end.
+def shared_letters(ours: str, theirs: str) -> int:
+    """How many letters two texts begin with alike."""
+    low, high = 0, min(len(ours), len(theirs))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ours[low:middle] == theirs[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
-    It is the beginning that they share, without a word that goes on after it. The space before an
-    answer is the answer's. A text that is the beginning of the other keeps its last word.
+
+def end_of_prompt(chosen: str, rejected: str, at: int) -> int:
+    """How many letters of two texts that share so many are their prompt.
+
+    A word that goes on after them is not in it. The space before an answer is the answer's. A text
+    that is the beginning of the other keeps its last word.
     """
     ends = [len(text.rstrip()) for text in (chosen, rejected)]
     if chosen.rstrip() == rejected.rstrip():
@@ -173,7 +185,6 @@ def shared_beginning(chosen: str, rejected: str) -> int:
             "must differ from chosen where no prompt column says where the answers begin, got the "
             "same text",
         )
-    at = _n_shared(chosen, rejected)
     if at >= min(ends):
         at = min(ends)
         if chosen[:at].endswith(_ENDS_OF_A_MARKER):
@@ -186,17 +197,6 @@ def shared_beginning(chosen: str, rejected: str) -> int:
                 at = min(at, word.start())
                 break
     return at - chosen[:at].endswith(" ")
-
-
-def _n_shared(ours: str, theirs: str) -> int:
-    low, high = 0, min(len(ours), len(theirs))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if ours[low:middle] == theirs[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _start_of_run(text: str, at: int) -> int:

@@ -19,8 +19,9 @@ from dpo_mini.real.conversations import (
     HH_MARKERS,
     Messages,
     as_text,
+    end_of_prompt,
     read_messages,
-    shared_beginning,
+    shared_letters,
     split_answers,
     split_marked,
 )
@@ -95,9 +96,10 @@ def _read_transcripts(
         fields = split_marked(chosen, rejected, markers, reading.first_answers)
         check_words_read(entry, reading, fields[0], "turns")
         return (*fields, ()), "text with marked turns"
-    at = shared_beginning(chosen, rejected)
+    n_shared = shared_letters(chosen, rejected)
+    check_words_read(entry, reading, chosen[:n_shared], "beginning")
+    at = end_of_prompt(chosen, rejected, n_shared)
     prompt = chosen[:at]
-    check_words_read(entry, reading, prompt, "beginning")
     if not prompt.strip():
         reason = "must be how both answers begin or one of the columns"
         raise BadColumn("prompt", f"{reason}, {columns_there(entry)}")

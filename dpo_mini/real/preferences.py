@@ -175,8 +175,10 @@ def split_preferences(
     taken: set[int] = set()
     left: list[list[int]] = []
     for n in order:
-        fits = len(taken) + len(groups[n]) <= wanted
-        taken.update(groups[n]) if fits else left.append(groups[n])
+        if len(taken) + len(groups[n]) <= wanted:
+            taken.update(groups[n])
+        else:
+            left.append(groups[n])
     smallest = min(left, key=len)
     missing = wanted - len(taken)
     if len(left) > 1 and (not taken or len(smallest) - missing < missing):
