@@ -45,17 +45,21 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
         if accelerator.is_main_process:
             (output / "left_out.txt").write_text("".join(f"{row}\n" for row in left_out), "utf-8")
     template = real.CHAT if given.chat else real.TEMPLATE
-    counts = real.count_tokens(preferences, tokenizer, template=template, progress=bar)
-    pairs = real.encode(
-        preferences, tokenizer, max_tokens=max(counts), template=template, progress=bar
+    if given.chat is None:
+        template = real.default_template(preferences, tokenizer)
+    accelerator.print(f"template: {template!r}")
+    tokenised = dict(
+        template=template, boundary=given.boundary, chat_arguments=given.chat_arguments
     )
+    counts = real.count_tokens(preferences, tokenizer, **tokenised, progress=bar)
+    pairs = real.encode(preferences, tokenizer, max_tokens=max(counts), **tokenised, progress=bar)
     pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
     accelerator.print(f"{len(pairs[0])} pairs; {n_dropped} too long and left out")
 
     if given.lora_rank:
         model = real.add_lora(model, rank=given.lora_rank, generator=generator)
     # A chat template may go on after its end token, with a line break.
-    end_token = None if given.chat else tokenizer.eos_token_id
+    end_token = None if template == real.CHAT else tokenizer.eos_token_id
     policy = real.CausalLMPolicy(model.to(accelerator.device), end_token=end_token)
     # Before anything is trained the policy is its own reference, in the same precision.
     ref_logps = real.reference_logps(policy, pairs, precision=precision, progress=bar)
@@ -109,7 +113,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a folder, or a name of the hub")
     parser.add_argument("--pairs", required=True, help="a file, or a data set of the hub")
     parser.add_argument("--split", default="train", help="of a data set of the hub")
-    parser.add_argument("--chat", action="store_true", help="the tokenizer's chat template")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="the tokenizer's chat template; by default where the pairs have messages",
+    )
+    parser.add_argument("--chat-arguments", type=json.loads, help="JSON, as in real.encode")
+    parser.add_argument("--boundary", default="prompt", choices=["prompt", "common_prefix"])
     parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
     parser.add_argument(
         "--reading", type=json.loads, default={}, help='its other arguments: {"labels": [1, 0]}'

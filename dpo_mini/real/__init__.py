@@ -51,7 +51,16 @@ from dpo_mini.real.preferences import (
 )
 from dpo_mini.real.schedules import constant, warmup_then_cosine, warmup_then_linear
 from dpo_mini.real.scoring import bf16_autocast, full_precision, reference_logps
-from dpo_mini.real.tokens import CHAT, END, TEMPLATE, count_tokens, encode, train_tokenizer
+from dpo_mini.real.symptoms import Finding, diagnose
+from dpo_mini.real.tokens import (
+    CHAT,
+    END,
+    TEMPLATE,
+    count_tokens,
+    default_template,
+    encode,
+    train_tokenizer,
+)
 from dpo_mini.real.training import save_trained, train_preferences
 
 __all__ = [
@@ -60,6 +69,7 @@ __all__ = [
     "TEMPLATE",
     "CausalLMPolicy",
     "Checkpoint",
+    "Finding",
     "Preference",
     "adapter_off",
     "add_lora",
@@ -69,6 +79,8 @@ __all__ = [
     "count_tokens",
     "csv_log",
     "cut_long",
+    "default_template",
+    "diagnose",
     "download_model",
     "drop_long",
     "encode",

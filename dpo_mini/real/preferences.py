@@ -38,7 +38,7 @@ class Preference:
     def __post_init__(self) -> None:  # noqa: D105
         for name in ("prompt", "chosen", "rejected"):
             check_text(name, getattr(self, name))
-        _check_messages(self.messages)
+        check_messages("messages", self.messages)
         if self.messages and self.prompt != as_text(self.messages):
             want, got = cut(as_text(self.messages)), cut(self.prompt)
             raise ValueError(f"`prompt` must be the text of the messages, {want!r}, got {got!r}")
@@ -224,6 +224,22 @@ def check_preferences(preferences: Sequence[Preference]) -> None:
             raise TypeError(f"`preferences` must be of type Preference, got {kind} in row {row}")
 
 
+def check_messages(name: str, messages: Messages) -> None:
+    """Refuse what is not a conversation, by the name of its argument."""
+    if not isinstance(messages, tuple):
+        raise ValueError(f"`{name}` must be a tuple of (role, content), got {kind_of(messages)}")
+    for n, message in enumerate(messages, 1):
+        if not (
+            isinstance(message, tuple)
+            and len(message) == 2
+            and message[0] in ROLES
+            and isinstance(message[1], str)
+        ):
+            raise ValueError(
+                f"`{name}` must be pairs of {A_ROLE} and text, got {message!r} as message {n}"
+            )
+
+
 # --- private functions -----------------------------------------------------------------------
 
 
@@ -239,21 +255,6 @@ def _count_held_out(held_out: float, n_pairs: int) -> int:
             f"`held_out` must be less than {n_pairs}, the number of pairs, got {held_out}"
         )
     return held_out
-
-
-def _check_messages(messages: Messages) -> None:
-    if not isinstance(messages, tuple):
-        raise ValueError(f"`messages` must be a tuple of (role, content), got {kind_of(messages)}")
-    for n, message in enumerate(messages, 1):
-        if not (
-            isinstance(message, tuple)
-            and len(message) == 2
-            and message[0] in ROLES
-            and isinstance(message[1], str)
-        ):
-            raise ValueError(
-                f"`messages` must be pairs of {A_ROLE} and text, got {message!r} as message {n}"
-            )
 
 
 def _as_entry(pair: Preference) -> dict[str, object]:

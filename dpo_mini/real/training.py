@@ -143,7 +143,8 @@ def train_preferences(
         weights with the policy or has a log-probability above 0; an optimizer of other parameters;
         a batch that the processes do not divide; a precision that is not the accelerator's; a
         `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run;
-        a loss or gradient that is not finite, before its step is taken.
+        a loss or gradient that is not finite, before its step is taken; weights in float16; weights
+        that a step leaves not finite, before it is logged or saved.
     """
     accelerator = accelerator or OneProcess()
     reduce, precision = how_to_read(reference, reduce, precision)
@@ -176,6 +177,7 @@ def train_preferences(
         metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
         _check_finite(step, metrics)
         optimizer.step()
+        _check_weights(step, policy.model, accelerator, metrics["lr"])
         for name, value in metrics.items():
             history.setdefault(name, []).append(value)
         if accelerator.is_main_process:
@@ -243,6 +245,22 @@ def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         got = f"{loss} and a gradient of norm {norm} at step {step}"
         raise ValueError(f"`loss` must be finite, and its gradient too, got {got}")
+
+
+def _check_weights(
+    step: int, model: nn.Module, accelerator: "Accelerator | OneProcess", rate: float
+) -> None:
+    """Each process looks at what it holds, and all of them stop; one wait for the device."""
+    trained = _trained(model)
+    held = [getattr(weight, "to_local", weight.detach)() for weight in trained.values()]
+    broken = [(~weight.isfinite()).any().float().to(held[0].device) for weight in held]
+    counts = accelerator.reduce(torch.stack(broken), "sum").tolist()
+    for (name, weight), count in zip(trained.items(), counts, strict=True):
+        if count:
+            raise ValueError(
+                f"`optimizer` must leave the weights finite, got nan or inf in {name} ("
+                f"{weight.dtype}) after step {step}: lower its learning rate, {rate} in that step"
+            )
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -322,6 +340,12 @@ def _check_run(
         raise ValueError(
             "`reference` must be reference_logps, adapter_off(policy) or a copy (copy.deepcopy), "
             "got a model that shares weights with the policy"
+        )
+    halved = [name for name, w in policy.model.named_parameters() if w.dtype == torch.float16]
+    if halved:
+        raise ValueError(
+            "`policy` must have weights in float32 or bfloat16 (model.float()), since small "
+            f"gradients are 0 in float16, got float16 in {halved[0]}"
         )
     trained = {id(weight) for weight in policy.parameters() if weight.requires_grad}
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
