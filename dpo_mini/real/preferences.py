@@ -56,7 +56,7 @@ def load_preferences(
 ) -> list[Preference]:
     r"""Read pairs from a file: JSON (a list of objects), JSONL (one per line), CSV or Parquet.
 
-    A file has one of these forms, the same in every row. All but the last are those of `trl`.
+    A file has one of these forms, the same in every row. The first four are those of `trl`.
 
     - text beside a prompt: `prompt`, `chosen` and `rejected` are text;
     - text that begins with the prompt: there is no prompt column, and the prompt is the beginning
