@@ -4,7 +4,8 @@
     accelerate launch --config_file configs/ddp_8.yaml examples/train_dpo.py ...
 
 Stopped at any moment, the same command goes on from the last checkpoint, under `OUT/checkpoints`.
-It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`.
+It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`. The
+reference's log-probabilities stay in `OUT/reference.safetensors`: they are computed once.
 """
 
 import argparse
@@ -60,11 +61,30 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
         model = real.add_lora(model, rank=given.lora_rank, generator=generator)
     # A chat template may go on after its end token, with a line break.
     end_token = None if template == real.CHAT else tokenizer.eos_token_id
-    policy = real.CausalLMPolicy(model.to(accelerator.device), end_token=end_token)
-    # Before anything is trained the policy is its own reference, in the same precision.
-    ref_logps = real.reference_logps(policy, pairs, precision=precision, progress=bar)
+    sharded = accelerator.distributed_type == "FSDP"
+    policy = real.CausalLMPolicy(
+        model if sharded else model.to(accelerator.device), end_token=end_token
+    )
+    optimizer = torch.optim.AdamW(
+        [weight for weight in policy.parameters() if weight.requires_grad],
+        lr=given.learning_rate,
+        weight_decay=0.0,
+    )
+    if sharded:  # dealt out from the CPU before anything is read: no device ever holds all weights
+        policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     batches = real.shuffled_batches(
         len(pairs[0]), steps=given.steps, batch_size=given.batch_size, generator=generator
+    )
+    # Before anything is trained the policy is its own reference, in the same passes and precision.
+    ref_logps = real.reference_logps(
+        policy,
+        pairs,
+        batches=batches,
+        micro_batch_size=given.micro_batch_size,
+        precision=precision,
+        accelerator=accelerator,
+        cache=output / "reference.safetensors",
+        progress=bar,
     )
     with ExitStack() as stack:
         logs = [real.csv_log(output / "metrics.csv")]
@@ -77,12 +97,7 @@ def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[
             dpo_loss,
             beta=given.beta,
             batches=batches,
-            micro_batch_size=given.micro_batch_size,
-            optimizer=torch.optim.AdamW(
-                [weight for weight in policy.parameters() if weight.requires_grad],
-                lr=given.learning_rate,
-                weight_decay=0.0,
-            ),
+            optimizer=optimizer,
             schedule=real.warmup_then_linear(given.steps, warmup=given.steps // 10),
             max_grad_norm=given.max_grad_norm,
             accelerator=accelerator,

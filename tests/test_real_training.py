@@ -99,7 +99,7 @@ def adamw(policy, learning_rate=1e-3):
 
 
 def train(policy, reference, pairs, **changes):
-    settings = dict(beta=0.1, batches=in_order(12, 4), micro_batch_size=4)
+    settings = dict(beta=0.1, batches=in_order(12, 4))
     settings |= {"optimizer": adamw(policy)} | changes
     return train_preferences(policy, reference, pairs, dpo_loss, **settings)
 
@@ -186,8 +186,9 @@ def test_trl_computes_the_same_at_every_step(trl, tmp_path, max_grad_norm, capfd
     )  # fmt: skip
     policy, start = CausalLMPolicy(model, end_token=END), weights(SimpleNamespace(model=model))
     ours = train_preferences(
-        policy, real.reference_logps(policy, pairs), pairs, dpo_loss, beta=beta,
-        batches=in_order(n, batch_size), micro_batch_size=3, max_grad_norm=max_grad_norm,
+        policy,
+        real.reference_logps(policy, pairs, batches=in_order(n, batch_size), micro_batch_size=3),
+        pairs, dpo_loss, beta=beta, batches=in_order(n, batch_size), max_grad_norm=max_grad_norm,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01),
     )  # fmt: skip
     assert len(history) == n // batch_size
@@ -239,7 +240,6 @@ def test_losses_of_means_take_means(policy, pairs):
         dpo_mean_loss,
         beta=2.0,
         batches=batches,
-        micro_batch_size=4,
         optimizer=torch.optim.Adam(policy.parameters(), lr=1e-2, betas=(0.9, 0.99)),
         schedule=lambda n: (n + 1) / 20 * (1 + math.cos(math.pi * n / 4)) / 2,
     )
@@ -332,7 +332,7 @@ def test_scored_before_or_beside_the_bits_are_the_same(single, pairs, precision)
 def test_scored_in_the_passes_of_training_the_bits_are_the_same(single, pairs):
     scored = real.reference_logps(single, pairs, micro_batch_size=4)
     beside, before, reference = (copy.deepcopy(single) for _ in range(3))
-    assert train(beside, reference, pairs) == train(before, scored, pairs)
+    assert train(beside, reference, pairs, micro_batch_size=4) == train(before, scored, pairs)
     assert farthest(weights(beside), weights(before)) == 0
 
 
@@ -368,17 +368,19 @@ def test_how_the_reference_was_read_is_said_once(single, pairs):
     bare = tuple(scored)
     assert [len(bare), type(bare)] == [2, tuple]
     start = weights(single)
-    told = train(copy.deepcopy(single), bare, pairs, **how)
+    told = train(copy.deepcopy(single), bare, pairs, micro_batch_size=4, **how)
     for scores in (scored, copy.deepcopy(scored), pickle.loads(pickle.dumps(scored))):
         assert {"reduce": scores.reduce, "precision": scores.precision} == how
         assert all(map(torch.equal, scores, bare))
         assert train(copy.deepcopy(single), scores, pairs) == told
-    assert train(copy.deepcopy(single), scored, pairs, **how) == told  # the same, said twice
+    twice = {"micro_batch_size": 4, **how}
+    assert train(copy.deepcopy(single), scored, pairs, **twice) == told  # the same, said twice
     # The control: bare tensors do not know, and the defaults are others.
     assert train(copy.deepcopy(single), bare, pairs)["loss"] != told["loss"]
     for other, message in (
         ({"reduce": sum_over_tokens}, "`reduce` must be mean_over_tokens .*, got sum_over_tokens"),
         ({"precision": real.full_precision}, "`precision` must be bf16_autocast .*, got full_prec"),
+        ({"micro_batch_size": 2}, "`micro_batch_size` must be 4 like .*, or be left out, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             train(single, scored, pairs, **other)
@@ -535,10 +537,11 @@ def test_negative_log_likelihoods_are_refused(policy, pairs):
     class Likelihoods:
         """A user's reference that answers with cross-entropies."""
 
-        parameters = policy.parameters
+        copied = copy.deepcopy(policy)
+        parameters = copied.parameters
 
         def token_logps(self, prompts, completions):
-            return -policy.token_logps(prompts, completions)
+            return -self.copied.token_logps(prompts, completions)
 
     wrong, start = Likelihoods(), weights(policy)
     for name, call in (
@@ -599,9 +602,8 @@ def test_a_run_that_leaves_the_finite_numbers_stops_and_says_where(policy, pairs
         ValueError, match=rf"`loss` must be finite.*, got nan and a gradient of norm {norm} at"
     ):
         train_preferences(
-            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
-            optimizer=adamw(policy),
-        )  # fmt: skip
+            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), optimizer=adamw(policy)
+        )
     assert farthest(weights(policy), start) == 0
 
 
@@ -610,7 +612,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_step(
     policy, pairs, tmp_path, max_grad_norm
 ):
     """The square root of 0 is 0 and its slope infinite: a loss may look well and be useless."""
-    scored, met = real.reference_logps(policy, pairs), []
+    scored, met = real.reference_logps(policy, pairs, micro_batch_size=4), []
 
     def loss(chosen, rejected, *reference, beta):
         met.append(weights(policy))
@@ -620,7 +622,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_step(
         ValueError, match="`loss` must .*, got 0.0 and a gradient of norm nan at step 2"
     ):
         train_preferences(
-            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
+            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4),
             optimizer=adamw(policy), max_grad_norm=max_grad_norm, checkpoints=tmp_path / "run",
             checkpoint_every=1,
         )  # fmt: skip
@@ -1120,7 +1122,7 @@ def test_under_accelerates_half_precision_rewards_start_at_0(
     assert history["rewards/margins"][0] == history["rewards/chosen"][0] == 0.0
     assert history["rewards/margins"][1] != 0.0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "checkpoints", "metrics.csv", "model", "tensorboard",
+        "checkpoints", "metrics.csv", "model", "reference.safetensors", "tensorboard",
     }  # fmt: skip
     capfd.readouterr()
 
