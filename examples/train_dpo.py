@@ -14,6 +14,7 @@ import json
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +44,17 @@ def train(
     generator = torch.Generator().manual_seed(given.seed)
 
     model, tokenizer = load_model(given.model)
-    preferences = load_preferences(given.pairs, given.split, given.columns)
+    output = Path(given.output)
+    left_out: list[str] | None = [] if given.skip_bad_rows else None
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    preferences = load_preferences(
+        given.pairs, given.split, columns=given.columns, left_out=left_out, **given.reading
+    )
+    if left_out is not None:
+        accelerator.print(f"{len(left_out)} bad rows left out, see {output / 'left_out.txt'}")
+        if accelerator.is_main_process:
+            (output / "left_out.txt").write_text("".join(f"{row}\n" for row in left_out), "utf-8")
     template = real.CHAT if given.chat else real.TEMPLATE
     if given.chat is None:
         template = real.default_template(preferences, tokenizer)
@@ -74,7 +85,6 @@ def train(
     batches = real.shuffled_batches(
         len(pairs[0]), steps=given.steps, batch_size=given.batch_size, generator=generator
     )
-    output = Path(given.output)
     # Before anything is trained the policy is its own reference, in the same passes and precision.
     ref_logps = real.reference_logps(
         policy,
@@ -115,13 +125,11 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return real.load_model(name) if Path(name).is_dir() else real.download_model(name)
 
 
-def load_preferences(
-    name: str, split: str, columns: dict[str, str] | None
-) -> list[real.Preference]:
+def load_preferences(name: str, split: str, **reading: Any) -> list[real.Preference]:
     """From a file; what is no file is a name of the hub, and is downloaded."""
     if Path(name).is_file():
-        return real.load_preferences(name, columns=columns)
-    return real.load_hub_preferences(name, split=split, columns=columns)
+        return real.load_preferences(name, **reading)
+    return real.load_hub_preferences(name, split=split, **reading)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -138,6 +146,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chat-arguments", type=json.loads, help="JSON, as in real.encode")
     parser.add_argument("--boundary", default="prompt", choices=["prompt", "common_prefix"])
     parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
+    parser.add_argument(
+        "--reading", type=json.loads, default={}, help='its other arguments: {"labels": [1, 0]}'
+    )
+    parser.add_argument("--skip-bad-rows", action="store_true", help="list them in left_out.txt")
     parser.add_argument("--output", required=True, help="a folder of this run alone")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs a step, of all processes")

@@ -524,7 +524,7 @@ def test_a_bad_mapping_is_refused(tmp_path):
     path = write(tmp_path / "pairs.jsonl", ENTRY)
     load = partial(real.load_preferences, path)
     with pytest.raises(
-        ValueError, match="`columns` must name prompt, chosen, rejected or id, got 'prompts'"
+        ValueError, match="`columns` must name prompt, chosen, .* or ignored, got 'prompts'"
     ):
         load(columns={"prompts": "prompt"})
     with pytest.raises(

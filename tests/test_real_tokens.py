@@ -319,7 +319,7 @@ def of_chats(rows):
     """The rows of a file of messages as pairs."""
     return [
         Preference(
-            real.formats.as_text(messages),
+            real.conversations.as_text(messages),
             row["chosen"][0]["content"],
             row["rejected"][0]["content"],
             messages,

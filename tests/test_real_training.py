@@ -516,12 +516,12 @@ def test_long_pairs_are_dropped_and_counted():
 
 
 def test_long_answers_are_cut_and_counted():
-    cut, n_cut = real.cut_long(LONG, max_tokens=4)
-    assert n_cut == 2
-    assert lists(cut) == [[[1], [1, 2, 3], [1, 2]], [[5, 6, 0], [5], [5, 6]], [[5, 0], [5], [6, 0]]]
-    assert cut[1].shape == cut[2].shape == (3, 3)
-    whole, none = real.cut_long(LONG, max_tokens=6)
-    assert none == 0
+    cut, n_cut, n_dropped = real.cut_long(LONG, max_tokens=4)
+    assert (n_cut, n_dropped) == (1, 1)  # of row 1 both answers have become [5]
+    assert lists(cut) == [[[1], [1, 2]], [[5, 6, 0], [5, 6]], [[5, 0], [6, 0]]]
+    assert [tokens.shape for tokens in cut] == [(2, 2), (2, 3), (2, 3)]
+    whole, *none = real.cut_long(LONG, max_tokens=6)
+    assert none == [0, 0]
     assert all(map(torch.equal, whole, LONG))
     with pytest.raises(ValueError, match="`max_tokens` must be > 3, .* prompt in row 1, got 3"):
         real.cut_long(LONG, max_tokens=3)

@@ -48,6 +48,7 @@ from dpo_mini.real.preferences import (
     load_hub_preferences,
     load_preferences,
     save_preferences,
+    split_preferences,
 )
 from dpo_mini.real.schedules import constant, warmup_then_cosine, warmup_then_linear
 from dpo_mini.real.scoring import bf16_autocast, full_precision, reference_logps
@@ -103,6 +104,7 @@ __all__ = [
     "save_trained",
     "sharded_memory",
     "shuffled_batches",
+    "split_preferences",
     "tensorboard_log",
     "tiny_gpt2",
     "train_preferences",

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_mini._arguments import check_at_most_0, check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
-from dpo_mini.real.formats import Messages
+from dpo_mini.real.conversations import Messages
 from dpo_mini.real.models import CausalLMPolicy
 from dpo_mini.real.tokens import encode_prompt
 from dpo_mini.train import Pairs

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_mini._arguments import check_count
 from dpo_mini.logps import PAD
-from dpo_mini.real.formats import Messages, as_messages, as_text
+from dpo_mini.real.conversations import Messages, as_messages, as_text
 from dpo_mini.real.preferences import Preference, check_messages, check_preferences
 from dpo_mini.train import Pairs
 
