@@ -214,7 +214,8 @@ def _check_roles(roles: Mapping[str, str] | None) -> Mapping[str, str]:
 def read_column(name: str, entry: Entry, columns: tuple[str, ...]) -> object:
     """The value of a column, or the texts of several, joined."""
     if len(columns) == 1:
-        return _value(name, entry, columns[0])
+        column = columns[0]
+        return entry[column] if column in entry else _value(name, entry, column)
     values = [_value(name, entry, column) for column in columns]
     for column, value in zip(columns, values, strict=True):
         if not isinstance(value, str):

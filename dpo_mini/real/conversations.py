@@ -31,15 +31,15 @@ def read_messages(name: str, value: object, roles: Mapping[str, str]) -> Message
         and `value`.
       roles: from the file's names for who speaks to ours.
     """
-    if isinstance(value, Mapping) and _keys_of(value):
+    if not isinstance(value, list) and isinstance(value, Mapping) and _keys_of(value):
         value = [value]
     if not isinstance(value, list) or not value:
         raise BadColumn(name, f"must be text or a list of messages, got {kind_of(value)}")
-    return tuple(_read_message(name, message, n, roles) for n, message in enumerate(value, 1))
+    return tuple([_read_message(name, message, n, roles) for n, message in enumerate(value, 1)])
 
 
 def _read_message(name: str, message: object, n: int, roles: Mapping[str, str]) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not (keys := _keys_of(message)):
+    if not isinstance(message, (dict, Mapping)) or not (keys := _keys_of(message)):
         got = f"{kind_of(message)} as message {n}"
         raise BadColumn(name, f'must have messages with "role" and "content", got {got}')
     role, content = message[keys[0]], message[keys[1]]

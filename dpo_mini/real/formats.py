@@ -107,7 +107,7 @@ def _read_entry(
     """The fields of a pair, the form that it had, and what tells it from others."""
     if isinstance(entry, BadRow):
         raise entry
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, (dict, Mapping)):
         raise BadRow(f"{place} must be an object with each key once, got {kind_of(entry)}")
     columns = reading.columns
     try:
@@ -153,12 +153,12 @@ def _is_list(path: Path, file: BinaryIO) -> bool:
 def _list_entries(file: BinaryIO) -> Entries:
     """Each entry of a JSON list, without holding more of the file than a block or an entry."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    n, line, text, ended = 0, 1, "", False
+    n, line, at, text, ended = 0, 1, 0, "", False
     while not ended:
-        block = file.read(max(_BLOCK, len(text)))
+        block = file.read(max(_BLOCK, len(text) - at))
         ended = not block
         try:
-            text += utf8.decode(block, ended)
+            text = text[at:] + utf8.decode(block, ended)
         except UnicodeDecodeError:
             _refuse_list(file)
         at = counted = 0
@@ -174,8 +174,7 @@ def _list_entries(file: BinaryIO) -> Entries:
             line, counted = line + text.count("\n", counted, start), start
             yield f"line {line}, entry {n}", entry
         line += text.count("\n", counted, at)
-        text = text[at:]
-    if not (_END if n else _EMPTY).fullmatch(text):
+    if not (_END if n else _EMPTY).fullmatch(text, at):
         _refuse_list(file)
 
 

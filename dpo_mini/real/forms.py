@@ -46,9 +46,15 @@ def read_pair(entry: Entry, columns: Mapped, reading: Reading) -> tuple[Fields, 
         fields, form = _read_transcripts(entry, reading, chosen, rejected)
     else:
         fields, form = _read_texts(entry, reading, prompt, chosen, rejected)
-    for name, text in zip(("prompt", "chosen", "rejected"), fields, strict=False):
-        check_text(name, text)
+    check_texts(*fields[:3])
     return fields, form
+
+
+def check_texts(prompt: object, chosen: object, rejected: object) -> None:
+    """Refuse what is not text, and an answer without any."""
+    check_text("prompt", prompt)
+    check_text("chosen", chosen)
+    check_text("rejected", rejected)
 
 
 def check_text(name: str, text: object) -> None:
@@ -57,6 +63,8 @@ def check_text(name: str, text: object) -> None:
         raise BadColumn(name, f"must be text, got {kind_of(text)}")
     if name != "prompt" and not text.strip():
         raise BadColumn(name, "must have some text, got an empty answer")
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -70,7 +78,7 @@ def _read_texts(
     entry: Entry, reading: Reading, prompt: str, chosen: str, rejected: str
 ) -> tuple[Fields, str]:
     markers = reading.turn_markers or (HH_MARKERS if HH_MARKERS[1] in prompt else None)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)) if markers else ():
         if markers and markers[0] in answer:
             got = f"a person's, marked {markers[0]!r}"
             raise BadColumn(name, f"must be one turn, the assistant's, got {got}")
@@ -182,6 +190,8 @@ def _as_conversations(
     if isinstance(chosen, str) != isinstance(rejected, str) and not reading.columns["rejected"]:
         got, first = ("text", "messages") if isinstance(rejected, str) else ("messages", "text")
         raise BadColumn("rejected", f"must be {first} like chosen, got {got}")
+    if not isinstance(chosen, str) and not isinstance(rejected, str):
+        return chosen, rejected
     told = [answer for answer in (chosen, rejected) if not isinstance(answer, str)]
     before = told[0][:-1] if told else ()
     ours, theirs = (

@@ -13,7 +13,7 @@ from dpo_mini._files import write_whole
 from dpo_mini.real.columns import A_ROLE, ROLES, Columns, cut, how_to_read, kind_of
 from dpo_mini.real.conversations import Messages, as_messages, as_text
 from dpo_mini.real.formats import read_file, read_hub
-from dpo_mini.real.forms import check_text
+from dpo_mini.real.forms import check_texts
 
 AnyPath = str | os.PathLike[str]
 
@@ -36,8 +36,7 @@ class Preference:
     messages: Messages = ()
 
     def __post_init__(self) -> None:  # noqa: D105
-        for name in ("prompt", "chosen", "rejected"):
-            check_text(name, getattr(self, name))
+        check_texts(self.prompt, self.chosen, self.rejected)
         check_messages("messages", self.messages)
         if self.messages and self.prompt != as_text(self.messages):
             want, got = cut(as_text(self.messages)), cut(self.prompt)
