@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 Columns = Mapping[str, str | Sequence[str]]
@@ -108,6 +109,13 @@ class Reading:
     turn_markers: tuple[str, str] | None
     roles: Mapping[str, str]
     first_answers: bool
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether nobody said anything about columns and turns."""
+        return self.turn_markers is None and not any(
+            theirs is not None for theirs in self.columns.values()
+        )
 
 
 def how_to_read(

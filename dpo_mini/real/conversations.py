@@ -38,6 +38,19 @@ def read_messages(name: str, value: object, roles: Mapping[str, str]) -> Message
     return tuple([_read_message(name, message, n, roles) for n, message in enumerate(value, 1)])
 
 
+def plain_messages(value: object, roles: Mapping[str, str]) -> Messages:
+    """Messages of role and content alone, or none where `read_messages` has to look."""
+    messages = []
+    for message in value if isinstance(value, list) else ():
+        if not isinstance(message, dict) or len(message) != 2:
+            return ()
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in roles or not isinstance(content, str):
+            return ()
+        messages.append((roles[role], content))
+    return tuple(messages)
+
+
 def _read_message(name: str, message: object, n: int, roles: Mapping[str, str]) -> tuple[str, str]:
     if not isinstance(message, (dict, Mapping)) or not (keys := _keys_of(message)):
         got = f"{kind_of(message)} as message {n}"

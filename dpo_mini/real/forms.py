@@ -20,6 +20,7 @@ from dpo_mini.real.conversations import (
     Messages,
     as_text,
     end_of_prompt,
+    plain_messages,
     read_messages,
     shared_letters,
     split_answers,
@@ -32,6 +33,10 @@ Fields = tuple[str, str, str, Messages]
 
 def read_pair(entry: Entry, columns: Mapped, reading: Reading) -> tuple[Fields, str]:
     """The fields of a pair, and in words the form that it had."""
+    if len(entry) == 3 and reading.plain and columns is reading.columns:
+        plain = _read_plain(entry, reading)
+        if plain is not None:
+            return plain
     chosen = _read_answer("chosen", entry, columns, reading)
     rejected = _read_answer("rejected", entry, columns, reading)
     check_absent(entry, IMAGES)
@@ -72,6 +77,32 @@ def check_text(name: str, text: object) -> None:
 
 
 # --- the forms -------------------------------------------------------------------------------
+
+
+def _read_plain(entry: Entry, reading: Reading) -> tuple[Fields, str] | None:
+    """A pair of three columns, all text or all messages, which is how most files are.
+
+    None where it is another or may be at fault: what is not here is found below.
+    """
+    prompt, chosen, rejected = entry.get("prompt"), entry.get("chosen"), entry.get("rejected")
+    messages: Messages = ()
+    form = "text beside a prompt"
+    if isinstance(prompt, list):
+        messages = plain_messages(prompt, reading.roles)
+        ours = plain_messages(chosen, reading.roles)
+        theirs = plain_messages(rejected, reading.roles)
+        if not messages or len(ours) != 1 or len(theirs) != 1:
+            return None
+        (speaker, chosen), (other, rejected) = ours[0], theirs[0]
+        if speaker != "assistant" or other != "assistant":
+            return None
+        prompt, form = as_text(messages), "messages beside a prompt"
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return None
+    if not messages and HH_MARKERS[1] in prompt:
+        return None
+    check_texts(prompt, chosen, rejected)
+    return (prompt, chosen, rejected, messages), form
 
 
 def _read_texts(
