@@ -124,7 +124,11 @@ def encode(
         )
     prompts, chosen, rejected = zip(*rows, strict=True)
     width = max(map(len, (*chosen, *rejected)))
-    return _padded(prompts, max(map(len, prompts))), _padded(chosen, width), _padded(rejected, width)
+    return (
+        _padded(prompts, max(map(len, prompts))),
+        _padded(chosen, width),
+        _padded(rejected, width),
+    )
 
 
 def count_tokens(
