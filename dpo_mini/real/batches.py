@@ -1,12 +1,12 @@
 """Which rows are trained on, in which order: those of every step, and those that are long."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_mini._arguments import check_count, check_generator
 from dpo_mini.logps import PAD
+from dpo_mini.real.ratings import check_data, is_rated
 from dpo_mini.train import Pairs
-from dpo_mini.train.pair_losses import check_pairs
 
 
 def shuffled_batches(
