@@ -215,3 +215,286 @@ def test_a_log_that_begins_in_the_middle_takes_new_columns(tmp_path):
 # --- stopping and going on -----------------------------------------------------------------------
 
 
+# --- stopping and going on -----------------------------------------------------------------------
+
+
+def back_and_forth(step):
+    """The rate of a run that unlearns from step 3 on: its held-out loss is lowest there."""
+    return 1.0 if step < 3 else -1.0
+
+
+class Run:
+    """A run and its files, which may be killed and started again; it stops at step 5 of 8."""
+
+    def __init__(self, tokenizer, pairs, folder, rank=0):
+        self.tokenizer, self.pairs, self.folder, self.rank = tokenizer, pairs, folder, rank
+        self.seen = {}
+
+    def policy(self):
+        model = gpt2(self.tokenizer)
+        if self.rank:
+            model = real.add_lora(model, rank=self.rank, generator=torch.Generator().manual_seed(1))
+        return CausalLMPolicy(model, end_token=END)
+
+    def __call__(self, kill=None, patience=2, every=1, steps=8, **changes):
+        """`kill`: what raises, and at which step."""
+        policy, draws = self.policy(), torch.Generator().manual_seed(0)
+        part = tuple(side[:5] for side in self.pairs)
+
+        def report(step, metrics):
+            drawn = torch.rand(1, generator=draws).item()
+            self.seen[step] = drawn, weights(policy)
+            if kill == ("report", step):
+                raise Stopped
+
+        def log(step, metrics):
+            if kill == ("log", step):
+                raise Stopped
+
+        stop = kill[1] if kill and kill[0] == "progress" else None
+        settings = dict(
+            evaluation=Evaluation(
+                part, real.reference_logps(policy, part), every=every, patience=patience,
+                best=self.folder / "best", report=report,
+            ),
+            schedule=back_and_forth, checkpoints=self.folder / "checkpoints", checkpoint_every=2,
+            generator=draws, progress=stop_at(stop),
+            logs=[real.csv_log(self.folder / "metrics.csv"), log],
+        )  # fmt: skip
+        self.folder.mkdir(exist_ok=True)
+        reference = real.reference_logps(policy, self.pairs)
+        settings |= {"rate": 1e-3 if not self.rank else 1e-2, "steps": steps} | changes
+        history = train(policy, reference, self.pairs, **settings)
+        return policy, history
+
+    def best(self):
+        policy = self.policy()
+        return real.load_best(policy, self.folder / "best"), weights(policy)
+
+
+@pytest.fixture(params=[0, pytest.param(2, marks=needs_peft)], ids=["all weights", "adapter"])
+def run(request, tokenizer, pairs, tmp_path):
+    return Run(tokenizer, pairs, tmp_path / "run", request.param)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_run_stops_when_its_held_out_loss_no_longer_falls_and_keeps_the_best(run):
+    policy, history = run()
+    losses = history["eval_loss"]
+    assert history["eval_step"] == [0, 1, 2, 3, 4, 5]
+    assert losses.index(min(losses)) == 3
+    assert len(history["loss"]) == 5
+    assert [row["step"] for row in rows_of(run.folder / "metrics.csv")] == list("012345")
+    assert rows_of(run.folder / "metrics.csv")[-1]["loss"] == ""
+    found, best = run.best()
+    assert found == {"step": 3, "eval_loss": losses[3]}
+    assert same(best, run.seen[3][1])
+    assert not same(best, weights(policy))
+    assert os.listdir(run.folder / "best") == ["best.safetensors"]
+    # Into the policy that was trained, as a script does
+    assert real.load_best(policy, run.folder / "best") == found
+    assert same(weights(policy), best)
+
+
+def test_a_run_that_stopped_ends_at_once_and_goes_on_with_more_patience(run, monkeypatch):
+    policy, history = run()
+    files = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+    run.seen.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(real.training, "pair_logps", None)  # nothing is read
+        again, same_history = run()
+    assert same_history == history
+    assert same(weights(again), weights(policy))
+    assert run.seen == {}
+    assert files == {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+    longer, history = run(patience=None)
+    assert history["eval_step"] == [*range(9)]
+    whole = Run(run.tokenizer, run.pairs, run.folder.with_name("whole"), run.rank)
+    uninterrupted, true = whole(patience=None)
+    assert history == true
+    assert same(weights(longer), weights(uninterrupted))
+    paths = [folder / "metrics.csv" for folder in (run.folder, whole.folder)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+KILLS = [(what, step) for what in ("progress", "log", "report") for step in range(6)]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_killed_anywhere_and_continued_it_is_the_uninterrupted_run(
+    tokenizer, pairs, tmp_path, every
+):
+    whole = Run(tokenizer, pairs, tmp_path / "whole")
+    policy, history = whole(every=every, patience=2 // every)
+    stopped = history["eval_step"][-1]
+    assert stopped == {1: 5, 2: 4}[every]
+    drawn = {step: draw for step, (draw, _) in whole.seen.items()}
+    for what, step in KILLS:
+        if step > stopped - (what == "progress") or (what == "report" and step % every):
+            continue
+        run = Run(tokenizer, pairs, tmp_path / f"{what}-{step}")
+        with pytest.raises(Stopped):
+            run((what, step), every=every, patience=2 // every)
+        continued, again = run(every=every, patience=2 // every)
+        assert again == history, (what, step)
+        assert same(weights(continued), weights(policy))
+        assert run.best()[0] == whole.best()[0]
+        assert same(run.best()[1], whole.best()[1])
+        assert {step: draw for step, (draw, _) in run.seen.items()} == drawn
+        csvs = [(r.folder / "metrics.csv").read_bytes() for r in (run, whole)]
+        assert csvs[0] == csvs[1], (what, step)
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_evaluations(tokenizer, pairs, tmp_path):
+    run = Run(tokenizer, pairs, tmp_path / "run")
+    _, short = run(patience=None, every=2, steps=3)
+    assert short["eval_step"] == [0, 2, 3]
+    _, long = run(patience=None, every=2, steps=6)
+    assert long["eval_step"] == [0, 2, 3, 4, 6]
+    rows = rows_of(run.folder / "metrics.csv")
+    assert [row["step"] for row in rows] == list("0123456")
+    assert [n for n, row in enumerate(rows) if row["eval_loss"]] == [0, 2, 3, 4, 6]
+    assert [n for n, row in enumerate(rows) if not row["loss"]] == [6]
+
+
+def test_what_a_run_must_have_in_common_with_the_one_that_stopped(tokenizer, pairs, tmp_path):
+    run = Run(tokenizer, pairs, tmp_path / "run")
+    with pytest.raises(Stopped):
+        run(("progress", 3))
+
+    def evaluation(n=5, **changes):
+        policy, part = run.policy(), tuple(side[:n] for side in pairs)
+        return Evaluation(part, real.reference_logps(policy, part), **{"every": 1} | changes)
+
+    part = tuple(side[:5] for side in pairs)
+    scores = tuple(side - 1 for side in real.reference_logps(run.policy(), part))
+    for got, given in (
+        ("an evaluation \\(now none\\)", None),
+        ("other held-out pairs", evaluation(4)),
+        ("an evaluation every 1 steps \\(now 3\\)", evaluation(every=3)),
+        ("another reference of held-out pairs", Evaluation(part, scores, every=1)),
+    ):
+        with pytest.raises(ValueError, match=f"`checkpoints` must be .* a run with {got} \\(start"):
+            run(evaluation=given)
+    plain = Run(tokenizer, pairs, tmp_path / "plain")
+    with pytest.raises(Stopped):
+        plain(("progress", 3), evaluation=None)
+    with pytest.raises(ValueError, match=r"a run with no evaluation \(now one\) \(start"):
+        plain()
+
+
+# --- the best weights ----------------------------------------------------------------------------
+
+
+def test_weights_of_another_model_are_refused(tokenizer, pairs, tmp_path):
+    run = Run(tokenizer, pairs, tmp_path / "run")
+    run(steps=1)
+    folder = run.folder / "best"
+    small = real.tiny_gpt2(
+        tokenizer, n_positions=64, generator=torch.Generator(), n_heads=2, width=8
+    )
+    with pytest.raises(ValueError, match=r"`policy` must be .*, got .* of shape \[.*, 8\] where"):
+        real.load_best(CausalLMPolicy(small, end_token=END), folder)
+    with pytest.raises(ValueError, match="`folder` must have the weights .* missing"):
+        real.load_best(run.policy(), tmp_path / "none")
+    content = (folder / "best.safetensors").read_bytes()
+    for wrong in (content[:-1], content[:50], b""):
+        (folder / "best.safetensors").write_bytes(wrong)
+        with pytest.raises(ValueError, match="`folder` must have the weights .* cut off"):
+            real.load_best(run.policy(), folder)
+    (folder / "best.safetensors").unlink()
+    real.save_model(run.policy().model, tokenizer, folder)
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    with pytest.raises(ValueError, match="`folder` must have the weights .* another file"):
+        real.load_best(run.policy(), folder)
+
+
+@needs_peft
+def test_an_adapter_of_another_model_is_refused(tokenizer, pairs, tmp_path):
+    run = Run(tokenizer, pairs, tmp_path / "run", rank=2)
+    run(steps=1)
+    policy = run.policy()
+    assert run.best()[0]["step"] in (0, 1)
+    before = weights(policy)
+    with torch.no_grad():
+        next(w for w in policy.parameters() if not w.requires_grad).add_(1)
+    moved = weights(policy)
+    with pytest.raises(ValueError, match="`policy` must be .*, got other weights beside the"):
+        real.load_best(policy, run.folder / "best")
+    assert same(weights(policy), moved)
+    assert not same(before, moved)
+    whole = Run(tokenizer, pairs, tmp_path / "run")
+    with pytest.raises(ValueError, match="`policy` must be .*, got base_model.* of shape none"):
+        whole.best()
+
+
+def test_on_a_full_disk_the_best_before_stays(tokenizer, pairs, tmp_path, monkeypatch):
+    run = Run(tokenizer, pairs, tmp_path / "run")
+
+    def full(weights, path, metadata):
+        path.write_bytes(b"half")
+        if metadata["step"] == "2":
+            raise OSError(28, "No space left on device")
+        real.checkpoints.save_tensors(weights, path, metadata)
+
+    monkeypatch.setattr(real.evaluation, "save_tensors", full)
+    with pytest.raises(OSError, match=r"best.safetensors could not be written: .* No space left"):
+        run()
+    assert os.listdir(run.folder / "best") == ["best.safetensors"]
+    assert run.best()[0]["step"] == 1
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_bad_evaluations_are_refused(policy, pairs, held):
+    scored = real.reference_logps(policy, held)
+    for message, arguments in (
+        ("`every` must be a whole number >= 1, got 0", dict(every=0)),
+        ("`patience` must be a whole number >= 1, got 0", dict(patience=0)),
+        ("`reference` must be \\(chosen, rejected\\), got 3", dict(reference=(*scored, scored[0]))),
+        ("`reference` must have 5 rows like `pairs`, got 4", dict(reference=(scored[0][:4],) * 2)),
+        ("`reference` must be log-probabilities <= 0", dict(reference=tuple(-s for s in scored))),
+        ("`pairs` must be \\(prompts", dict(pairs=held[:2])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Evaluation(**{"pairs": held, "reference": scored} | arguments)
+
+
+def test_a_reference_that_is_read_otherwise_is_refused(policy, pairs, held):
+    reference = real.reference_logps(policy, pairs)
+    before = weights(policy)
+    means = real.reference_logps(policy, held, reduce=mean_over_tokens)
+    half = real.reference_logps(policy, held, precision=real.bf16_autocast)
+    batches = torch.tensor([[4, 2, 1]])
+    other = real.reference_logps(policy, held, batches=batches, micro_batch_size=3)
+    nan = tuple(torch.full((5,), torch.nan) for _ in range(2))
+    for message, given in (
+        ("`evaluation.reference` must be read with reduce sum_over_tokens .*, got mean_", means),
+        ("`evaluation.reference` must be read with precision full_precision .*, got bf16", half),
+        (r"`evaluation.reference` must be read in its order .*, got row 0 with none", other),
+        ("`evaluation.reference` must be .* copy .*, got a model that shares", policy),
+        ("`evaluation` must have a finite loss, got nan at step 0", nan),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(policy, reference, pairs, evaluation=Evaluation(held, given))
+    with pytest.raises(TypeError, match="`evaluation` must be an Evaluation, got a tuple"):
+        train(policy, reference, pairs, evaluation=(held, means))
+    assert same(weights(policy), before)
+
+
+def test_in_shards_best_weights_and_a_model_beside_the_policy_are_refused(policy, pairs, held):
+    class Shards(real.processes.OneProcess):
+        distributed_type = "FSDP"
+
+    reference, scored = (real.reference_logps(policy, rows) for rows in (pairs, held))
+    for message, evaluation in (
+        ("`evaluation.best` must be None under FSDP", Evaluation(held, scored, best="best")),
+        ("`evaluation.reference` must be what reference_logps gave under FSDP",
+         Evaluation(held, copy.deepcopy(policy))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train(policy, reference, pairs, evaluation=evaluation, accelerator=Shards())
