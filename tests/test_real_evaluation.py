@@ -10,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
+import test_real_doctor
 import torch
+from test_real_scoring import llama, sharding
 from test_real_training import (
     END,
     PAIRS,
@@ -19,17 +21,21 @@ from test_real_training import (
     adamw,
     gpt2,
     in_order,
+    needs_accelerate,
     needs_peft,
     needs_tensorboard,
     stop_at,
+    trl,
     weights,
 )
 from torch.testing import assert_close
 
 from dpo_mini import real
-from dpo_mini.logps import mean_over_tokens
+from dpo_mini.logps import PAD, mean_over_tokens
 from dpo_mini.losses import dpo_loss
 from dpo_mini.real import CausalLMPolicy, Evaluation, Preference, train_preferences
+
+__all__ = ["trl"]  # a fixture
 
 HELD_OUT = [
     Preference(f"a {n} was", "bad film " * (n % 3 + 1), "very " * (n % 4 + 1)) for n in range(5)
@@ -44,6 +50,13 @@ NAMES = [f"eval_{name}" for name in OF_PAIRS]
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [text for pair in PAIRS for text in (pair.prompt, pair.chosen, pair.rejected)]
+    return real.train_tokenizer(texts, vocab_size=290)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of_coins():
+    pairs = test_real_doctor.coin_pairs(0)
+    texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
     return real.train_tokenizer(texts, vocab_size=290)
 
 
@@ -70,10 +83,11 @@ def train(policy, reference, pairs, steps=6, rate=1e-2, **changes):
 
 def logps_by_hand(policy, pairs):
     """Chosen and rejected, each row in a pass of its own."""
+    prompts = pairs[0][:, None]
     with torch.no_grad():
         return [
-            torch.cat([policy.token_logps(p[None], a[None]).sum(1) for p, a in zip(pairs[0], side)])
-            for side in pairs[1:]
+            torch.cat([policy.token_logps(*row).sum(1) for row in zip(prompts, side, strict=True)])
+            for side in (side[:, None] for side in pairs[1:])
         ]
 
 
@@ -254,7 +268,8 @@ class Run:
         stop = kill[1] if kill and kill[0] == "progress" else None
         settings = dict(
             evaluation=Evaluation(
-                part, real.reference_logps(policy, part), every=every, patience=patience,
+                part, real.reference_logps(policy, part, micro_batch_size=5),
+                every=every, patience=patience,
                 best=self.folder / "best", report=report,
             ),
             schedule=back_and_forth, checkpoints=self.folder / "checkpoints", checkpoint_every=2,
@@ -262,8 +277,11 @@ class Run:
             logs=[real.csv_log(self.folder / "metrics.csv"), log],
         )  # fmt: skip
         self.folder.mkdir(exist_ok=True)
-        reference = real.reference_logps(policy, self.pairs)
-        settings |= {"rate": 1e-3 if not self.rank else 1e-2, "steps": steps} | changes
+        reference = real.reference_logps(
+            policy, self.pairs, batches=in_order(12, 4), micro_batch_size=4
+        )
+        settings |= {"rate": 1e-2 if self.rank else 1e-3, "micro_batch_size": 4, "steps": steps}
+        settings |= changes
         history = train(policy, reference, self.pairs, **settings)
         return policy, history
 
@@ -396,7 +414,7 @@ def test_weights_of_another_model_are_refused(tokenizer, pairs, tmp_path):
     small = real.tiny_gpt2(
         tokenizer, n_positions=64, generator=torch.Generator(), n_heads=2, width=8
     )
-    with pytest.raises(ValueError, match=r"`policy` must be .*, got .* of shape \[.*, 8\] where"):
+    with pytest.raises(ValueError, match=r"`policy` must be .*, got .* of shape \[24\] where .*48"):
         real.load_best(CausalLMPolicy(small, end_token=END), folder)
     with pytest.raises(ValueError, match="`folder` must have the weights .* missing"):
         real.load_best(run.policy(), tmp_path / "none")
@@ -464,6 +482,10 @@ def test_bad_evaluations_are_refused(policy, pairs, held):
             Evaluation(**{"pairs": held, "reference": scored} | arguments)
 
 
+def infinite(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return chosen - rejected + math.inf
+
+
 def test_a_reference_that_is_read_otherwise_is_refused(policy, pairs, held):
     reference = real.reference_logps(policy, pairs)
     before = weights(policy)
@@ -471,16 +493,20 @@ def test_a_reference_that_is_read_otherwise_is_refused(policy, pairs, held):
     half = real.reference_logps(policy, held, precision=real.bf16_autocast)
     batches = torch.tensor([[4, 2, 1]])
     other = real.reference_logps(policy, held, batches=batches, micro_batch_size=3)
-    nan = tuple(torch.full((5,), torch.nan) for _ in range(2))
     for message, given in (
         ("`evaluation.reference` must be read with reduce sum_over_tokens .*, got mean_", means),
         ("`evaluation.reference` must be read with precision full_precision .*, got bf16", half),
         (r"`evaluation.reference` must be read in its order .*, got row 0 with none", other),
         ("`evaluation.reference` must be .* copy .*, got a model that shares", policy),
-        ("`evaluation` must have a finite loss, got nan at step 0", nan),
     ):
         with pytest.raises(ValueError, match=message):
             train(policy, reference, pairs, evaluation=Evaluation(held, given))
+    with pytest.raises(ValueError, match="`evaluation` must have a finite loss, got inf at step 0"):
+        train_preferences(
+            policy, reference, pairs, infinite, beta=0.1, batches=in_order(12, 4),
+            optimizer=adamw(policy),
+            evaluation=Evaluation(held, real.reference_logps(policy, held)),
+        )  # fmt: skip
     with pytest.raises(TypeError, match="`evaluation` must be an Evaluation, got a tuple"):
         train(policy, reference, pairs, evaluation=(held, means))
     assert same(weights(policy), before)
@@ -498,3 +524,191 @@ def test_in_shards_best_weights_and_a_model_beside_the_policy_are_refused(policy
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train(policy, reference, pairs, evaluation=evaluation, accelerator=Shards())
+
+
+# --- beside trl ----------------------------------------------------------------------------------
+
+
+def test_trl_finds_the_same_under_the_same_names(trl, policy, tokenizer, pairs, held, tmp_path):
+    from datasets import Dataset
+
+    class AsGiven(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *arguments):
+            return dataset
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {name: tokens[tokens != PAD].tolist() for name, tokens in zip(columns, row, strict=True)}
+        for row in zip(*held, strict=True)
+    ]
+    start = copy.deepcopy(policy)
+    history = train(
+        policy, real.reference_logps(policy, pairs), pairs, steps=3, rate=1e-3,
+        evaluation=Evaluation(held, real.reference_logps(start, held)),
+    )  # fmt: skip
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        max_length=None, pad_to_multiple_of=None, per_device_eval_batch_size=5,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = AsGiven(
+        model=copy.deepcopy(policy.model), ref_model=copy.deepcopy(start.model), args=arguments,
+        train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer),
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert_close({name: history[name][-1] for name in NAMES}, {name: found[name] for name in NAMES},
+                 atol=1e-5, rtol=1e-6)  # fmt: skip
+    assert abs(history["eval_rewards/margins"][-1]) > 1e-3
+
+
+# --- the doctor ----------------------------------------------------------------------------------
+
+
+def with_held_out(tokenizer, folder, preferences, seed, **changes):
+    """A run of test_real_doctor.py that looks at 64 other pairs of the same coin."""
+    held = real.encode(test_real_doctor.coin_pairs(seed + 50, n=64), tokenizer, max_tokens=32)
+    start = test_real_doctor.tiny(tokenizer, seed)
+    scored = real.reference_logps(start, held, micro_batch_size=64)
+    evaluation = Evaluation(held, scored, every=10)
+    return test_real_doctor.run(
+        tokenizer, folder, preferences, seed=seed, evaluation=evaluation, **changes
+    )
+
+
+def test_the_doctor_sees_held_out_pairs_become_worse(tokenizer_of_coins, tmp_path):
+    few = test_real_doctor.coin_pairs(3, n=8)
+    path = with_held_out(tokenizer_of_coins, tmp_path, few, 0, lr=0.02, steps=80, beta=0.5)
+    found = [finding for finding in real.diagnose(path) if finding.question == 10]
+    assert [finding.symptom.startswith("The loss of held-out pairs was") for finding in found] == [
+        True
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_doctor_is_silent_on_healthy_runs_with_held_out_pairs(
+    tokenizer_of_coins, tmp_path, seed
+):
+    path = with_held_out(tokenizer_of_coins, tmp_path, None, seed)
+    assert rows_of(path)[-1]["eval_loss"] < rows_of(path)[0]["eval_loss"]
+    assert real.diagnose(path) == []
+
+
+# --- two processes -------------------------------------------------------------------------------
+
+TOGETHER = '''
+"""One of two processes: a run with whole weights, and one in shards."""
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from dpo_mini import real
+
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_real_evaluation import one_of_the_processes
+
+folder = Path(sys.argv[2])
+found = {"whole": one_of_the_processes(folder, Accelerator(), "whole")}
+os.environ.update(json.loads(sys.argv[3]))
+AcceleratorState._reset_state(True)
+PartialState(cpu=True)
+# accelerate deals out weights on GPUs alone; gloo's processes do for one
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+found["shards"] = one_of_the_processes(folder, Accelerator(), "shards")
+torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
+torch.distributed.destroy_process_group()
+'''
+
+
+def one_of_the_processes(folder, accelerator, name):
+    """What it saw of a run that stops at step 5, in the folder of all."""
+    model, tokenizer = real.load_model(folder / "start")
+    policy = CausalLMPolicy(model, end_token=END)
+    pairs, held = (
+        real.encode(rows, tokenizer, max_tokens=64) for rows in (PAIRS, [*PAIRS[:3], *HELD_OUT[:2]])
+    )
+    in_shards = accelerator.distributed_type == "FSDP"
+    optimizer, batches = adamw(policy, 1e-2), in_order(12, 4).repeat(3, 1)
+    if in_shards:
+        policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
+    settings = dict(micro_batch_size=2, accelerator=accelerator)
+    reported, answers, n_passes, read = [], [], [], policy.token_logps
+
+    def count(*rows):
+        n_passes.append(len(rows[0]) // 2)
+        return read(*rows)
+
+    def report(step, metrics):  # the main process alone reads the policy
+        if not in_shards:
+            answers.append(real.greedy_answer(policy, tokenizer, "film 1 was", max_tokens=9))
+        reported.append(step)
+
+    scored = real.reference_logps(policy, held, **settings)
+    evaluation = Evaluation(
+        held, scored, every=1, patience=2, report=report,
+        best=None if in_shards else folder / f"best of {accelerator.num_processes}",
+    )  # fmt: skip
+    reference = real.reference_logps(policy, pairs, batches=batches, **settings)
+    policy.token_logps = count
+    history = train_preferences(
+        policy, reference, pairs, dpo_loss, beta=0.1, batches=batches, optimizer=optimizer,
+        schedule=back_and_forth, evaluation=evaluation, accelerator=accelerator,
+    )  # fmt: skip
+    seen = {"history": history, "reported": reported, "answers": answers, "passes": n_passes}
+    if not in_shards:
+        seen["best"] = real.load_best(policy, folder / f"best of {accelerator.num_processes}")
+        unwrapped = accelerator.unwrap_model(policy.model)
+        seen["weights"] = {n: w.detach().clone() for n, w in unwrapped.named_parameters()}
+    return seen
+
+
+@needs_accelerate
+def test_two_processes_share_the_held_out_pairs_and_stop_together(tokenizer, tmp_path):
+    real.save_model(llama(len(tokenizer)), tokenizer, tmp_path / "start")
+    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "together.py"), str(ROOT / "tests"), str(tmp_path)]
+    command += [json.dumps(sharding())]
+    for _ in range(3):  # another program may have taken the port
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        shared |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"WORLD_SIZE": "2"}
+        both = [
+            subprocess.Popen(
+                command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )
+            for rank in "01"
+        ]  # fmt: skip
+        said = "".join(process.communicate(timeout=300)[1] for process in both)
+        if "EADDRINUSE" not in said:
+            break
+    assert [process.returncode for process in both] == [0, 0], said[-3000:]
+    first, second = (torch.load(tmp_path / f"found-{rank}.pt") for rank in "01")
+    alone = one_of_the_processes(tmp_path, real.processes.OneProcess(), "alone")
+    assert alone["history"]["eval_step"] == [0, 1, 2, 3, 4, 5]
+    assert alone["best"]["step"] == 3
+    for kind in ("whole", "shards"):
+        main, other = first[kind], second[kind]
+        assert main["history"] == other["history"]
+        assert main["history"]["eval_loss"][0] == torch.tensor(2.0).log().item()
+        assert main["history"]["eval_rewards/margins"][0] == 0.0
+        for name, values in alone["history"].items():
+            assert_close(main["history"][name], values, atol=1e-4, rtol=1e-4)
+        assert main["reported"] == alone["history"]["eval_step"]
+        assert other["reported"] == []
+    assert [len(process["whole"]["passes"]) for process in (first, second)] == [17, 17]
+    assert first["whole"]["passes"][:2] + second["whole"]["passes"][:2] == [2, 1, 2, 1]
+    assert first["whole"]["best"] == second["whole"]["best"]
+    assert same(first["whole"]["weights"], second["whole"]["weights"])
+    assert first["whole"]["best"]["step"] == 3
+    assert first["whole"]["answers"] == alone["answers"]
