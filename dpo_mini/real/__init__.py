@@ -25,7 +25,7 @@ with warnings.catch_warnings():
         raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from None
 
 from dpo_mini.real.adapters import adapter_off, add_lora
-from dpo_mini.real.batches import cut_long, drop_long, shuffled_batches
+from dpo_mini.real.batches import cut_long, drop_long, pair_lengths, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
@@ -82,6 +82,7 @@ __all__ = [
     "load_model",
     "load_preferences",
     "lora_memory",
+    "pair_lengths",
     "preference_accuracy",
     "preference_margins",
     "reference_logps",
