@@ -39,9 +39,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write in, which is at `path` with all that is in it when the block ends, or not.
 
-    It is made beside `path` under a name that begins with a dot and ends in `.part`. A process that
-    is killed leaves it under that name; the next call for a path in the same folder removes it, so
-    no two processes may write there at a time.
+    It is made beside `path` as `.NAME.XXXXXXXX.part`, with eight letters of `tempfile`. A process
+    that is killed leaves it there: only the caller knows which of those are its own to remove.
 
     Raises:
       OSError: `path` is there, its folder is absent or not writable, or the disk is full.
@@ -49,9 +48,6 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).resolve()
     if path.exists():
         raise FileExistsError(f"`path` must be a new folder, got {path}, which is there")
-    for left in path.parent.glob(".*.part"):
-        if left.is_dir():
-            shutil.rmtree(left)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
         yield partial
@@ -61,7 +57,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(partial, 0o755)
         os.rename(partial, path)
     except BaseException:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -145,6 +145,7 @@ def test_rows_do_not_disturb_each_other(pairs):
 def test_the_model_reads_no_further_than_the_longest_row(pairs):
     lengths = []
     policy = CausalLMPolicy(gpt2(), end_token=0)
+    policy.token_logps(pairs[0], pairs[1])  # the first text is a test of the model, too
     policy.model.register_forward_pre_hook(
         lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
@@ -312,7 +313,7 @@ def test_bad_encoding_is_refused(tokenizer):
         encode([], tokenizer)
     with pytest.raises(TypeError, match="`preferences` must be .* Preference, got tuple in row 0"):
         encode([("a", "b", "c")], tokenizer)
-    for template in ("no prompt", "{prompt}{prompt}", None):
+    for template in ("no prompt", "{prompt}{prompt}", 3):
         with pytest.raises(
             ValueError, match="`template` must be text with {prompt} once in it, or CHAT, got"
         ):
@@ -523,7 +524,7 @@ def test_a_bad_mapping_is_refused(tmp_path):
     path = write(tmp_path / "pairs.jsonl", ENTRY)
     load = partial(real.load_preferences, path)
     with pytest.raises(
-        ValueError, match="`columns` must name prompt, chosen, rejected or id, got 'prompts'"
+        ValueError, match="`columns` must name prompt, chosen, .* or ignored, got 'prompts'"
     ):
         load(columns={"prompts": "prompt"})
     with pytest.raises(
@@ -767,7 +768,9 @@ def test_progress_sees_every_pair_and_changes_nothing(tokenizer, pairs):
 
 def always(tokens, vocab_size=290):
     """A GPT-2 whose next token depends on the last one alone: `tokens[i]` then `tokens[i + 1]`."""
-    model = gpt2(n_embd=vocab_size, n_head=1, n_layer=1, tie_word_embeddings=False)
+    model = gpt2(
+        vocab_size=vocab_size, n_embd=vocab_size, n_head=1, n_layer=1, tie_word_embeddings=False
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

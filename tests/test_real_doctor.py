@@ -52,12 +52,15 @@ def run(tokenizer, folder, preferences=None, *, seed=0, loss=dpo_loss, lr=3e-3, 
     """A run of `train_preferences`: the path of its log. `how`: reference, optimizer, beta."""
     pairs = real.encode(preferences or coin_pairs(seed), tokenizer, max_tokens=32)
     policy = tiny(tokenizer, seed)
-    make = how.pop("reference", lambda policy, pairs: real.reference_logps(policy, pairs))
-    reference = make(policy, pairs)
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
     batches = real.shuffled_batches(
         len(pairs[0]), steps=steps, batch_size=8, generator=torch.Generator().manual_seed(seed)
     )
+
+    def scored(policy, pairs):
+        return real.reference_logps(policy, pairs, batches=batches, micro_batch_size=8)
+
+    reference = how.pop("reference", scored)(policy, pairs)
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
     path = folder / "metrics.csv"
     real.train_preferences(
         policy, reference, pairs, loss, beta=how.pop("beta", BETA), batches=batches,

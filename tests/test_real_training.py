@@ -99,7 +99,7 @@ def adamw(policy, learning_rate=1e-3):
 
 
 def train(policy, reference, pairs, **changes):
-    settings = dict(beta=0.1, batches=in_order(12, 4), micro_batch_size=4)
+    settings = dict(beta=0.1, batches=in_order(12, 4))
     settings |= {"optimizer": adamw(policy)} | changes
     return train_preferences(policy, reference, pairs, dpo_loss, **settings)
 
@@ -186,8 +186,9 @@ def test_trl_computes_the_same_at_every_step(trl, tmp_path, max_grad_norm, capfd
     )  # fmt: skip
     policy, start = CausalLMPolicy(model, end_token=END), weights(SimpleNamespace(model=model))
     ours = train_preferences(
-        policy, real.reference_logps(policy, pairs), pairs, dpo_loss, beta=beta,
-        batches=in_order(n, batch_size), micro_batch_size=3, max_grad_norm=max_grad_norm,
+        policy,
+        real.reference_logps(policy, pairs, batches=in_order(n, batch_size), micro_batch_size=3),
+        pairs, dpo_loss, beta=beta, batches=in_order(n, batch_size), max_grad_norm=max_grad_norm,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01),
     )  # fmt: skip
     assert len(history) == n // batch_size
@@ -239,7 +240,6 @@ def test_losses_of_means_take_means(policy, pairs):
         dpo_mean_loss,
         beta=2.0,
         batches=batches,
-        micro_batch_size=4,
         optimizer=torch.optim.Adam(policy.parameters(), lr=1e-2, betas=(0.9, 0.99)),
         schedule=lambda n: (n + 1) / 20 * (1 + math.cos(math.pi * n / 4)) / 2,
     )
@@ -332,7 +332,7 @@ def test_scored_before_or_beside_the_bits_are_the_same(single, pairs, precision)
 def test_scored_in_the_passes_of_training_the_bits_are_the_same(single, pairs):
     scored = real.reference_logps(single, pairs, micro_batch_size=4)
     beside, before, reference = (copy.deepcopy(single) for _ in range(3))
-    assert train(beside, reference, pairs) == train(before, scored, pairs)
+    assert train(beside, reference, pairs, micro_batch_size=4) == train(before, scored, pairs)
     assert farthest(weights(beside), weights(before)) == 0
 
 
@@ -368,17 +368,19 @@ def test_how_the_reference_was_read_is_said_once(single, pairs):
     bare = tuple(scored)
     assert [len(bare), type(bare)] == [2, tuple]
     start = weights(single)
-    told = train(copy.deepcopy(single), bare, pairs, **how)
+    told = train(copy.deepcopy(single), bare, pairs, micro_batch_size=4, **how)
     for scores in (scored, copy.deepcopy(scored), pickle.loads(pickle.dumps(scored))):
         assert {"reduce": scores.reduce, "precision": scores.precision} == how
         assert all(map(torch.equal, scores, bare))
         assert train(copy.deepcopy(single), scores, pairs) == told
-    assert train(copy.deepcopy(single), scored, pairs, **how) == told  # the same, said twice
+    twice = {"micro_batch_size": 4, **how}
+    assert train(copy.deepcopy(single), scored, pairs, **twice) == told  # the same, said twice
     # The control: bare tensors do not know, and the defaults are others.
     assert train(copy.deepcopy(single), bare, pairs)["loss"] != told["loss"]
     for other, message in (
         ({"reduce": sum_over_tokens}, "`reduce` must be mean_over_tokens .*, got sum_over_tokens"),
         ({"precision": real.full_precision}, "`precision` must be bf16_autocast .*, got full_prec"),
+        ({"micro_batch_size": 2}, "`micro_batch_size` must be 4 like .*, or be left out, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             train(single, scored, pairs, **other)
@@ -547,12 +549,12 @@ def test_long_pairs_are_dropped_and_counted():
 
 
 def test_long_answers_are_cut_and_counted():
-    cut, n_cut = real.cut_long(LONG, max_tokens=4)
-    assert n_cut == 2
-    assert lists(cut) == [[[1], [1, 2, 3], [1, 2]], [[5, 6, 0], [5], [5, 6]], [[5, 0], [5], [6, 0]]]
-    assert cut[1].shape == cut[2].shape == (3, 3)
-    whole, none = real.cut_long(LONG, max_tokens=6)
-    assert none == 0
+    cut, n_cut, n_dropped = real.cut_long(LONG, max_tokens=4)
+    assert (n_cut, n_dropped) == (1, 1)  # of row 1 both answers have become [5]
+    assert lists(cut) == [[[1], [1, 2]], [[5, 6, 0], [5, 6]], [[5, 0], [6, 0]]]
+    assert [tokens.shape for tokens in cut] == [(2, 2), (2, 3), (2, 3)]
+    whole, *none = real.cut_long(LONG, max_tokens=6)
+    assert none == [0, 0]
     assert all(map(torch.equal, whole, LONG))
     with pytest.raises(ValueError, match="`max_tokens` must be > 3, .* prompt in row 1, got 3"):
         real.cut_long(LONG, max_tokens=3)
@@ -568,10 +570,11 @@ def test_negative_log_likelihoods_are_refused(policy, pairs):
     class Likelihoods:
         """A user's reference that answers with cross-entropies."""
 
-        parameters = policy.parameters
+        copied = copy.deepcopy(policy)
+        parameters = copied.parameters
 
         def token_logps(self, prompts, completions):
-            return -policy.token_logps(prompts, completions)
+            return -self.copied.token_logps(prompts, completions)
 
     wrong, start = Likelihoods(), weights(policy)
     for name, call in (
@@ -632,9 +635,8 @@ def test_a_run_that_leaves_the_finite_numbers_stops_and_says_where(policy, pairs
         ValueError, match=rf"`loss` must be finite.*, got nan and a gradient of norm {norm} at"
     ):
         train_preferences(
-            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
-            optimizer=adamw(policy),
-        )  # fmt: skip
+            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), optimizer=adamw(policy)
+        )
     assert farthest(weights(policy), start) == 0
 
 
@@ -643,7 +645,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_step(
     policy, pairs, tmp_path, max_grad_norm
 ):
     """The square root of 0 is 0 and its slope infinite: a loss may look well and be useless."""
-    scored, met = real.reference_logps(policy, pairs), []
+    scored, met = real.reference_logps(policy, pairs, micro_batch_size=4), []
 
     def loss(chosen, rejected, *reference, beta):
         met.append(weights(policy))
@@ -653,7 +655,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_step(
         ValueError, match="`loss` must .*, got 0.0 and a gradient of norm nan at step 2"
     ):
         train_preferences(
-            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4), micro_batch_size=4,
+            policy, scored, pairs, loss, beta=0.1, batches=in_order(12, 4),
             optimizer=adamw(policy), max_grad_norm=max_grad_norm, checkpoints=tmp_path / "run",
             checkpoint_every=1,
         )  # fmt: skip
@@ -930,8 +932,8 @@ def progress(steps):
         yield step
 
 
-def half(tensors, path):
-    content = save(tensors)
+def half(tensors, path, metadata):
+    content = save(tensors, metadata)
     with open(path, "wb") as file:
         file.write(content[: len(content) // 2])
         file.flush()
@@ -970,19 +972,23 @@ def run_until(script, folder, moment):
     assert (process.returncode == 0) == (not moment), error
 
 
+def written_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 def test_a_run_that_is_killed_goes_on_to_the_last_bit(single, pairs, tmp_path):
     script, folder = tmp_path / "killed.py", tmp_path / "killed"
     script.write_text(KILLED, encoding="utf-8")
     run_until(script, folder, "step 2")  # before there is a checkpoint
-    assert not folder.exists()
+    assert written_in(folder) == []
     run_until(script, folder, "half of step-00000006/optimizer")  # in the middle of writing one
-    left = sorted(path.name for path in folder.iterdir())
+    left = written_in(folder)
     assert left[-1] == "step-00000003"
     assert [name[:14] for name in left[:-1]] == [".step-00000006"]
     run_until(script, folder, "step 8")  # between two
-    assert [path.name for path in folder.iterdir()] == ["step-00000006"]
+    assert written_in(folder) == ["step-00000006"]
     run_until(script, folder, "")
-    assert [path.name for path in folder.iterdir()] == [f"step-{STEPS:08d}"]
+    assert written_in(folder) == [f"step-{STEPS:08d}"]
     uninterrupted = tmp_path / "whole"
     whole_run(single, real.reference_logps(single, pairs), pairs, uninterrupted)
     for path in (uninterrupted / f"step-{STEPS:08d}").iterdir():
@@ -1003,29 +1009,20 @@ def test_a_run_goes_on_only_from_its_own_checkpoints(single, pairs, tmp_path, to
         with pytest.raises(ValueError, match=message):
             whole_run(policy, reference, pairs, folder, **changes)
 
-    again("`checkpoints` must .*, got those of other batches", batches=in_order(12, 4))
-    again("`checkpoints` must be .*, got those of a run with .*'beta': 0.1", beta=0.2)
-    again(
-        "`checkpoints` must .*, got those of a run with .*'max_grad_norm': 0.5",
-        max_grad_norm=math.inf,
-    )
-    with pytest.raises(ValueError, match="`checkpoints` .* got those of a run with .*'pairs'"):
+    refused = "`checkpoints` must be this run's or none, got those of a run with {} \\(start it"
+    again(refused.format(r"10 steps \(now 3\) and other batches"), batches=in_order(12, 4))
+    again(refused.format(r"beta 0.1 \(now 0.2\)"), beta=0.2)
+    again(refused.format(r"max_grad_norm 0.5 \(now inf\)"), max_grad_norm=math.inf)
+    with pytest.raises(ValueError, match=refused.format("other data")):
         whole_run(copy.deepcopy(start), reference, (pairs[0], *reversed(pairs[1:])), folder)
     other = copy.deepcopy(start)
-    again(
-        "`checkpoints` must .*'lr': 0.01.* or none, got .*'lr': 0.001",
-        other,
-        optimizer=adamw(other, 1e-2),
-    )
+    again(refused.format(r"lr 0.001 \(now 0.01\)"), other, optimizer=adamw(other, 1e-2))
     other = copy.deepcopy(start)
-    again(
-        "`checkpoints` must be .*'Adam'.*, got .*'AdamW'",
-        other,
-        optimizer=torch.optim.Adam(other.parameters(), lr=1e-3),
-    )
-    again("`generator` must be given as in the run that .*, got none", generator=None)
+    adam = torch.optim.Adam(other.parameters(), lr=1e-3, weight_decay=0.01)
+    again(refused.format(r"optimizer AdamW \(now Adam\).*"), other, optimizer=adam)
+    again(refused.format(r"generator one \(now none\)"), generator=None)
     wider = real.tiny_gpt2(tokenizer, n_positions=64, generator=seeded(), n_heads=2, width=32)
-    again("`checkpoints` must .*, got another model's", CausalLMPolicy(wider, end_token=END))
+    again(refused.format("another model"), CausalLMPolicy(wider, end_token=END))
 
 
 def test_checkpoints_come_back_as_they_were_and_replace_the_older(tmp_path):
@@ -1152,8 +1149,8 @@ def test_under_accelerates_half_precision_rewards_start_at_0(
     _, history = example().main([str(argument) for argument in arguments])
     assert history["rewards/margins"][0] == history["rewards/chosen"][0] == 0.0
     assert history["rewards/margins"][1] != 0.0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "checkpoints", "metrics.csv", "model", "tensorboard",
+    assert set(written_in(tmp_path / "run")) == {
+        "checkpoints", "metrics.csv", "model", "reference.safetensors", "tensorboard",
     }  # fmt: skip
     capfd.readouterr()
 

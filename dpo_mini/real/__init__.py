@@ -27,6 +27,7 @@ with warnings.catch_warnings():
 from dpo_mini.real.adapters import adapter_off, add_lora
 from dpo_mini.real.batches import cut_long, drop_long, pair_lengths, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.locks import lock_folder
 from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
     greedy_answer,
@@ -47,11 +48,20 @@ from dpo_mini.real.preferences import (
     load_hub_preferences,
     load_preferences,
     save_preferences,
+    split_preferences,
 )
 from dpo_mini.real.schedules import constant, warmup_then_cosine, warmup_then_linear
 from dpo_mini.real.scoring import bf16_autocast, full_precision, reference_logps
 from dpo_mini.real.symptoms import Finding, diagnose
-from dpo_mini.real.tokens import CHAT, END, TEMPLATE, count_tokens, encode, train_tokenizer
+from dpo_mini.real.tokens import (
+    CHAT,
+    END,
+    TEMPLATE,
+    count_tokens,
+    default_template,
+    encode,
+    train_tokenizer,
+)
 from dpo_mini.real.training import save_trained, train_preferences
 
 __all__ = [
@@ -70,6 +80,7 @@ __all__ = [
     "count_tokens",
     "csv_log",
     "cut_long",
+    "default_template",
     "diagnose",
     "download_model",
     "drop_long",
@@ -81,6 +92,7 @@ __all__ = [
     "load_hub_preferences",
     "load_model",
     "load_preferences",
+    "lock_folder",
     "lora_memory",
     "pair_lengths",
     "preference_accuracy",
@@ -93,6 +105,7 @@ __all__ = [
     "save_trained",
     "sharded_memory",
     "shuffled_batches",
+    "split_preferences",
     "tensorboard_log",
     "tiny_gpt2",
     "train_preferences",

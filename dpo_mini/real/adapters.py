@@ -68,6 +68,9 @@ def add_lora(
 class adapter_off:
     """The reference of a policy with an adapter: the same weights read without it, no second copy.
 
+    It stays as it is while the adapter alone is trained. Where more is (peft's `bias="all"`), score
+    it before, by `reference_logps`; `train_preferences` refuses it and names the weight.
+
     Args:
       policy: its model is what `add_lora` gave, or any `peft.PeftModel`.
     """

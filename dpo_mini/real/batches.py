@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from dpo_mini._arguments import check_count, check_generator
 from dpo_mini.logps import PAD
@@ -88,18 +87,21 @@ def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
     return fitting, int((~kept).sum())
 
 
-def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
-    """The pairs with the ends of long answers cut off, and how many pairs lost some.
+def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int, int]:
+    """The pairs with the ends of long answers cut off, without those that became alike by it.
 
     A cut answer has lost its end token too, so it does not teach the policy to stop there. Prompts
-    are never cut: without its beginning, or its end, one is another question.
+    are never cut: without its beginning, or its end, one is another question. Two answers that
+    begin with the same tokens may be the same after the cut. Nothing is left to prefer then, so
+    the pair is dropped; answers that were the same before are the file's, and stay.
 
     Args:
       pairs, max_tokens: as in `drop_long`.
     Returns:
-      As many pairs, without columns of padding alone; the number of those that were cut.
+      The pairs that are left in their order, without columns of padding alone; how many of them
+      were cut; how many were dropped.
     Raises:
-      ValueError: a prompt leaves no room for an answer.
+      ValueError: a prompt leaves no room for an answer, or no pair is left.
     """
     prompt, chosen, rejected = _lengths(pairs, max_tokens)
     room = max_tokens - prompt
@@ -109,19 +111,27 @@ def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
             f"`max_tokens` must be > {int(prompt[row])}, the length of the prompt in row {row}, "
             f"got {max_tokens}"
         )
-    answers = [
-        pad_sequence(
-            [row[: min(n, r)] for row, n, r in zip(tokens, counts, room, strict=True)],
-            batch_first=True,
-            padding_value=PAD,
-        )
-        for tokens, counts in ((pairs[1], chosen), (pairs[2], rejected))
-    ]
-    width = max(tokens.shape[1] for tokens in answers)
+    width = max(pairs[1].shape[1], pairs[2].shape[1])
+    whole = [nn.functional.pad(p, (0, width - p.shape[1]), value=PAD) for p in pairs[1:]]
+    places = torch.arange(width, device=room.device)
     chosen_cut, rejected_cut = (
-        nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=PAD) for tokens in answers
+        tokens.masked_fill(places >= room[:, None], PAD) for tokens in whole
     )
-    return (pairs[0], chosen_cut, rejected_cut), int((torch.maximum(chosen, rejected) > room).sum())
+    became_alike = (chosen_cut == rejected_cut).all(1) & (whole[0] != whole[1]).any(1)
+    kept = ~became_alike
+    if not kept.any():
+        raise ValueError(
+            f"`max_tokens` must be large enough for two answers to differ, got {max_tokens}, which "
+            "makes the answers of every pair the same"
+        )
+    n_cut = int((torch.maximum(chosen, rejected) > room)[kept].sum())
+    lengths = torch.minimum(torch.maximum(chosen, rejected), room)[kept]
+    height, width = int(prompt[kept].max()), int(lengths.max())
+    prompts, chosen_tokens, rejected_tokens = (
+        tokens[kept] for tokens in (pairs[0], chosen_cut, rejected_cut)
+    )
+    left = (prompts[:, :height], chosen_tokens[:, :width], rejected_tokens[:, :width])
+    return left, n_cut, int(became_alike.sum())
 
 
 # --- private functions -----------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_mini._files import write_whole
 from dpo_mini.real.preferences import AnyPath
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -16,16 +16,17 @@ Log = Callable[[int, Mapping[str, float]], None]
 def csv_log(path: AnyPath) -> Log:
     """A log that adds one line per step to a CSV file: `step`, then the numbers to the last digit.
 
-    A run that goes on from step s keeps the lines before s and drops the others, whole or broken:
-    a run that was killed after its last checkpoint wrote lines that are now written again.
+    A run that goes on from step s keeps the lines before s and cuts off the others, whole or
+    broken: a run that was killed after its last checkpoint wrote lines that are now written again.
+    A line that cannot be written whole, as on a full disk, is taken back.
 
     Args:
       path: the file, whose folder is there.
     Returns:
       What `train_preferences` takes among its `logs`.
     Raises, when it is called:
-      ValueError: the file has other columns.
-      OSError: the file cannot be written.
+      ValueError: the file has other columns, or a line that no log wrote.
+      OSError: the file cannot be written, or the disk is full.
     """
     path = Path(path)
     begun = False
@@ -34,12 +35,9 @@ def csv_log(path: AnyPath) -> Log:
         nonlocal begun
         names = ["step", *metrics]
         if not begun:
-            earlier = _rows_before(path, step, names)
-            write_whole(path, _lines([names, *earlier]).encode())
+            _cut_to_lines_before(step, path, names)
             begun = True
-        line = _lines([[step, *(repr(float(value)) for value in metrics.values())]])
-        with open(path, "a", encoding="utf-8", newline="") as file:
-            file.write(line)
+        _append(path, _line([step, *(repr(float(value)) for value in metrics.values())]))
 
     return log
 
@@ -74,17 +72,48 @@ def tensorboard_log(folder: AnyPath) -> Iterator[Log]:
 # --- private functions -----------------------------------------------------------------------
 
 
-def _lines(rows: Iterable[Iterable[object]]) -> str:
+def _line(fields: Iterable[object]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\n").writerow(fields)
+    return text.getvalue().encode()
 
 
-def _rows_before(path: Path, step: int, names: list[str]) -> list[list[str]]:
-    if not path.exists() or not path.read_text(encoding="utf-8"):
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run's last line is not
-    first, *rows = csv.reader(whole.split("\n"))
-    if first != names:
-        raise ValueError(f"`path` must have the columns {names} or be new, got {first} in {path}")
-    return [row for row in rows if int(row[0]) < step]
+def _append(path: Path, line: bytes) -> None:
+    """Adds a whole line, or leaves the file as it was."""
+    with open(path, "ab", buffering=0) as file:
+        length = file.seek(0, os.SEEK_END)
+        try:
+            rest = line
+            while rest:  # a disk that becomes full takes a part, and nothing the next time
+                rest = rest[file.write(rest) :]
+        except BaseException as error:
+            file.truncate(length)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
+
+
+def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> None:
+    """Leaves the first line and those of earlier steps. The file is cut off in its place."""
+    content, header = path.read_bytes() if path.exists() else b"", _line(names)
+    if len(content) < len(header) and header.startswith(content):  # new, or killed in its header
+        if content:
+            os.truncate(path, 0)
+        _append(path, header)
+        return
+    first, *lines = content.splitlines(keepends=True)
+    if first.rstrip() != header.rstrip():
+        got = next(csv.reader([first.decode(errors="replace")]))
+        raise ValueError(f"`path` must have the columns {names} or be new, got {got} in {path}")
+    kept = len(first)
+    for number, line in enumerate(lines, start=2):
+        try:
+            if not line.endswith(b"\n") or int(line.partition(b",")[0]) >= step:
+                break
+        except ValueError:
+            raise ValueError(
+                f"`path` must have lines that begin with a step, got {line!r} in line {number} of "
+                f"{path} (give the log a file of its own)"
+            ) from None
+        kept += len(line)
+    os.truncate(path, kept)

@@ -1,6 +1,7 @@
 """What training did: margins, accuracy, and answers in words."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo_mini._arguments import check_at_most_0, check_count, check_generator, check_rows
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
+from dpo_mini.real.conversations import Messages
 from dpo_mini.real.models import CausalLMPolicy
-from dpo_mini.real.tokens import TEMPLATE, check_template, encode_prompt, end_token
+from dpo_mini.real.tokens import encode_prompt
 from dpo_mini.train import Pairs
 
 
@@ -82,49 +84,56 @@ def preference_accuracy(
 def greedy_answer(
     policy: CausalLMPolicy,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Messages,
     *,
     max_tokens: int,
-    template: str = TEMPLATE,
+    template: str | None = None,
+    chat_arguments: Mapping[str, object] | None = None,
 ) -> str:
     """The answer made of the most probable token each time; one that did not end closes in ….
 
     Args:
       policy, tokenizer: a model and what it was trained with.
-      prompt: the question, without template.
+      prompt: the question, without template: text, or messages as a tuple of `(role, content)`.
       max_tokens: the most tokens of prompt and answer together, at most the model's context.
-      template: the one that the model was trained with, as in `encode`.
+      template, chat_arguments: those that the model was trained with, as in `encode`. By default
+        text is read with `TEMPLATE`, and messages with the tokenizer's chat template.
     Returns:
-      The answer without its end token.
+      The answer, up to the end token, or to the special token that the chat template writes after
+      an answer.
     Raises:
-      ValueError: a `max_tokens` above the context, or a prompt that leaves no room.
+      ValueError: a `max_tokens` above the context, or a prompt that leaves no room or
+        that `encode` refuses.
     """
+    read = encode_prompt(tokenizer, prompt, template, chat_arguments)
 
     def most_probable(logps: Tensor) -> Tensor:
         return logps.argmax()
 
-    return _answer(policy, tokenizer, prompt, max_tokens, template, most_probable)
+    return _answer(policy, tokenizer, *read, max_tokens, most_probable)
 
 
 def sample_answer(
     policy: CausalLMPolicy,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Messages,
     *,
     max_tokens: int,
     generator: torch.Generator,
-    template: str = TEMPLATE,
+    template: str | None = None,
+    chat_arguments: Mapping[str, object] | None = None,
 ) -> str:
     """An answer drawn from the policy as it is, temperature 1, by `generator`.
 
     The other args, the result and the errors are those of `greedy_answer`.
     """
     check_generator(generator)
+    read = encode_prompt(tokenizer, prompt, template, chat_arguments)
 
     def draw(logps: Tensor) -> Tensor:
         return torch.multinomial(logps.exp(), 1, generator=generator).squeeze(0)
 
-    return _answer(policy, tokenizer, prompt, max_tokens, template, draw)
+    return _answer(policy, tokenizer, *read, max_tokens, draw)
 
 
 # --- private functions -----------------------------------------------------------------------
@@ -133,32 +142,37 @@ def sample_answer(
 def _answer(
     policy: CausalLMPolicy,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    tokens: list[int],
+    ends: set[int],
     max_tokens: int,
-    template: str,
     draw: Callable[[Tensor], Tensor],
 ) -> str:
     """Tokens chosen by `draw` from log-probabilities `[V]`, one after another, as text."""
     check_count("max_tokens", max_tokens)
-    check_template(template)
     if policy.context is not None and max_tokens > policy.context:
         raise ValueError(
             f"`max_tokens` must be at most {policy.context}, the model's context, got {max_tokens}"
         )
-    end, tokens = end_token(tokenizer), encode_prompt(tokenizer, prompt, template)
     if len(tokens) >= max_tokens:
         raise ValueError(f"`prompt` must have less than {max_tokens} tokens, got {len(tokens)}")
+    if max(tokens) >= policy.vocab_size:
+        raise ValueError(
+            f"`tokenizer` must be that of the model, whose tokens are 0..{policy.vocab_size - 1}, "
+            f"got one with a token {max(tokens)}"
+        )
     device = next(policy.parameters()).device
-    unread, path, n_prompt = tokens, None, len(tokens)
+    n_prompt, cache = len(tokens), None
+    # A layer that recomputes its activations keeps no keys and values.
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
     with torch.no_grad():
-        while len(tokens) < max_tokens and (len(tokens) == n_prompt or tokens[-1] != end):
+        while len(tokens) < max_tokens and (len(tokens) == n_prompt or tokens[-1] not in ends):
+            unread = tokens if cache is None else tokens[-1:]
+            given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
             read = policy.model(
-                input_ids=torch.tensor([unread], device=device),
-                past_key_values=path,
-                use_cache=True,
+                input_ids=torch.tensor([unread], device=device), use_cache=not recomputes, **given
             )
-            path = read.past_key_values
-            unread = [int(draw(read.logits[0, -1].double().log_softmax(-1)))]
-            tokens = tokens + unread
+            # Without keys and values, as in state space models, all is read again each time.
+            cache = read.get("past_key_values")
+            tokens = [*tokens, int(draw(read.logits[0, -1].double().log_softmax(-1)))]
     text = tokenizer.decode(tokens[n_prompt:], skip_special_tokens=True)
-    return text if tokens[-1] == end else text + "…"
+    return text if tokens[-1] in ends else text + "…"

@@ -3,13 +3,14 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -25,24 +26,36 @@ from dpo_mini.real.preferences import AnyPath
 
 
 class CausalLMPolicy(nn.Module):
-    """Any causal language model of `transformers` as a policy.
+    """Any causal language model of `transformers` as a policy, without dropout.
 
-    The model is held in evaluation mode, also by `train()`: dropout is off. A preference loss takes
-    the difference of a policy's log-probability and a reference's. With dropout each would carry
-    its own noise, summed over the tokens, and at the first step, where the two models are the same,
-    the margins would be noise instead of 0.
+    A preference loss takes the difference of a policy's log-probability and a reference's. With
+    dropout each would carry its own noise, summed over the tokens, and at the first step, where the
+    two models are the same, the margins would be noise instead of 0. So only the parts that can
+    recompute their activations are held in training mode, which `gradient_checkpointing_enable`
+    needs, with their own dropout at 0. All others are held in evaluation mode: dropout layers, and
+    routers that draw. `train()` and `eval()` change nothing of that; `model.config` is left alone.
+
+    The first text that is scored is a test: a model that is not causal, or that draws, is refused.
 
     Args:
       model: causal, so that no token reads what comes after it; kept, not copied.
       end_token: the token that ends a completion, or None.
+    Raises:
+      ValueError: an encoder-decoder, or an end token outside the vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, *, end_token: int | None) -> None:  # noqa: D107
         super().__init__()
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                "`model` must be a decoder alone, which reads a prompt and its answer as one text "
+                f"(AutoModelForCausalLM), got an encoder-decoder, {type(model).__name__}"
+            )
         self.model = model
         self.end_token = end_token
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
-        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.context = _context(model)
+        self._is_checked = False
         if end_token is not None and not 0 <= end_token < self.vocab_size:
             last = self.vocab_size - 1
             raise ValueError(f"`end_token` must be None or in 0..{last}, got {end_token}")
@@ -54,9 +67,9 @@ class CausalLMPolicy(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def train(self, mode: bool = True) -> "CausalLMPolicy":
-        """As in `nn.Module`, but for the model: it stays in evaluation mode."""
+        """As in `nn.Module`, but for the model, which reads the same in either mode."""
         super().train(mode)
-        self.model.eval()
+        _train_without_dropout(self.model)
         return self
 
     def token_logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -70,7 +83,7 @@ class CausalLMPolicy(nn.Module):
         Raises:
           ValueError: a prompt or completion is empty, goes on after padding, has a token outside
             the vocabulary, or together they are longer than the model's context; a completion goes
-            on after its end token.
+            on after its end token; the model is not causal, draws, or has no logit for a token.
         """
         check_integers("prompts", prompts, "[B, P]")
         _check_prompts(prompts)
@@ -94,9 +107,17 @@ class CausalLMPolicy(nn.Module):
         # Prompt and completion next to each other: the padding between them goes to the end.
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
         tokens, real = padded.gather(1, order), real.gather(1, order)
+        if not self._is_checked:
+            self._check_reading(tokens[0][real[0]])
+            self._is_checked = True
         # No attention mask: in a causal model no token reads the padding that comes after it.
         read = self.model(input_ids=tokens[:, :-1].clamp(min=0), use_cache=False)
         logits = read.logits  # [B, L - 1, V]
+        if logits.shape[-1] < self.vocab_size and logits.shape[-1] <= tokens.max():
+            raise ValueError(
+                f"`model` must have a logit for each of its {self.vocab_size} tokens, got "
+                f"{logits.shape[-1]} logits (model.resize_token_embeddings makes them alike)"
+            )
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         scored = token_logps(logits, tokens, real & (order >= n_prompt))  # [B, L - 1]
@@ -106,6 +127,45 @@ class CausalLMPolicy(nn.Module):
     def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """log pi(y|x), `[B]` nats, summed over tokens; arguments as in `token_logps`."""
         return sum_over_tokens(self.token_logps(prompts, completions), completions != PAD)
+
+    def _check_reading(self, tokens: Tensor) -> None:
+        """Reads a few tokens twice, with another second half: the first must not notice."""
+        text = tokens[: min(8, self.context or 8)]
+        half = len(text) // 2
+        if half == 0:
+            return
+        other = torch.cat([text[:half], (text[half:] + 1) % self.vocab_size])
+        if self._read_alike(text, other, half):
+            return
+        name = type(self.model).__name__
+        if not self._read_alike(text, text, half):
+            raise ValueError(
+                "`model` must read the same text alike each time, got one that draws while it "
+                f"trains, {name} (set the dropouts of `model.config` to 0, if it has any)"
+            )
+        raise ValueError(
+            "`model` must be causal, so that no token reads what comes after it, got one whose "
+            f"tokens do, {name} (models like BERT need `is_decoder=True` in their config, and "
+            "weights that were trained with it)"
+        )
+
+    @torch.no_grad()
+    def _read_alike(self, first: Tensor, second: Tensor, n_tokens: int) -> bool:
+        """Whether the logits at the first tokens of two texts are the same, but for rounding.
+
+        In a dense causal model no bit differs. Where tokens are dealt out to experts, sums may run
+        in another order: 1e-6 of the largest logit in float32, a hundredth in bfloat16. BERT is a
+        thousandth off when untrained, a twentieth with weights as large as trained ones.
+        """
+        logits = self.model(input_ids=torch.stack([first, second]), use_cache=False).logits
+        torch.clear_autocast_cache()  # of weights that would take no gradient
+        dtypes = {weight.dtype for weight in self.model.parameters() if weight.is_floating_point()}
+        if torch.is_autocast_enabled(logits.device.type):
+            dtypes.add(torch.get_autocast_dtype(logits.device.type))
+        # 6e-6 in float32, 0.026 in bfloat16
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.75
+        one, two = logits[:, :n_tokens]
+        return not bool((one - two).abs().max() > rounding * one.abs().max())
 
 
 def tiny_gpt2(
@@ -160,14 +220,15 @@ def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
     Raises:
       OSError: no such folder, or no safetensors in it.
-      ValueError: the model needs code of its own.
+      ValueError: the model needs code of its own, or is an encoder-decoder; the weights lack a
+        tensor of the model, have one too many, or one of another shape.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
             f"`folder` must be a folder on this machine, got {str(folder)!r}: download_model "
             "fetches a model of the hub by its name"
         )
-    return _from_pretrained(str(folder), local_files_only=True)
+    return _from_pretrained("folder", str(folder), local_files_only=True)
 
 
 def download_model(
@@ -181,7 +242,7 @@ def download_model(
     Returns:
       `(model, tokenizer)`, as `load_model`.
     """
-    return _from_pretrained(name, revision=revision)
+    return _from_pretrained("name", name, revision=revision)
 
 
 def save_model(
@@ -226,6 +287,33 @@ def save_model(
 # --- private functions -----------------------------------------------------------------------
 
 
+def _context(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model reads, under the name that its config has for it, or None."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    names = ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"]
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        # Beyond this a row would change how the shorter rows beside it are read.
+        names.insert(0, "original_max_position_embeddings")
+    found = [rope.get(name) or getattr(config, name, None) for name in names]
+    return next((context for context in found if isinstance(context, int) and context > 0), None)
+
+
+def _train_without_dropout(model: nn.Module) -> None:
+    """Training mode for what can recompute its activations, evaluation mode for all the rest.
+
+    Every dropout at 0 would not be enough in training mode: some attention reads its dropout from
+    the config, which is saved with the model, and some routers draw without any.
+    """
+    model.eval()
+    for part in model.modules():
+        if part is model or hasattr(part, "gradient_checkpointing"):
+            part.training = True
+            for name, value in vars(part).items():
+                if "drop" in name and isinstance(value, float):  # such as activation_dropout
+                    setattr(part, name, 0.0)
+
+
 def _check_prompts(prompts: Tensor) -> None:
     real = prompts != PAD
     if not real[:, 0].all():
@@ -262,12 +350,43 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _some(names: Sequence[str]) -> str:
+    """At most three of them, and how many there are."""
+    more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def _from_pretrained(
-    name: str, **options: str | bool
+    argument: str, name: str, **options: str | bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _without_bars():
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"`{argument}` must have a causal language model (a decoder alone), got "
+                f"{config.model_type}, an encoder-decoder, in {name}"
+            )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True, **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **options,
+        )
+    shapes = {key: (list(got), list(want)) for key, got, want in found["mismatched_keys"]}
+    faults = {
+        "none for": sorted(found["missing_keys"]),
+        "one too many for": sorted(found["unexpected_keys"]),
+        "another shape for": [
+            f"{key} ({got}, not {want})" for key, (got, want) in sorted(shapes.items())
+        ],
+    }
+    if any(faults.values()):
+        got = "; ".join(f"{fault} {_some(keys)}" for fault, keys in faults.items() if keys)
+        raise ValueError(
+            f"`{argument}` must have one tensor for each weight of its {type(model).__name__} "
+            f"(save or download it again), got {got} in {name}"
         )
     return model.to(torch.get_default_dtype()).eval(), tokenizer

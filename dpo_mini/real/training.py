@@ -3,11 +3,9 @@
 `train_preferences` is `train.fit_preferences` for models that do not fit in one pass.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,21 +21,23 @@ from dpo_mini._arguments import (
     check_rows,
 )
 from dpo_mini.policies import Scorer
-from dpo_mini.policies.base import shares_storage
-from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.adapters import adapter_off
+from dpo_mini.real.checkpoints import RunCheckpoints, run_settings
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
+from dpo_mini.real.processes import OneProcess, check_divides
 from dpo_mini.real.schedules import Schedule, constant
 from dpo_mini.real.scoring import (
     Precision,
     Reduce,
+    ScoreReader,
     Scores,
     bf16_autocast,
+    check_passes,
     function_name,
     how_to_read,
     pair_logps,
-    score_reader,
 )
 from dpo_mini.train import History, Pairs
 from dpo_mini.train.pair_losses import check_pair_loss, check_pairs
@@ -46,37 +46,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-
-
-class OneProcess:
-    """What `train_preferences` asks of an `accelerate.Accelerator`, answered for one process."""
-
-    num_processes, process_index, is_main_process = 1, 0, True
-    distributed_type, mixed_precision, gradient_accumulation_steps = "NO", "no", 1
-
-    def prepare(self, *parts: Any) -> tuple[Any, ...]:  # noqa: D102
-        return parts
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: D102
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:  # noqa: D102
-        loss.backward()
-
-    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:  # noqa: D102
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:  # noqa: D102
-        return tensor
-
-    def wait_for_everyone(self) -> None:  # noqa: D102
-        pass
-
-    def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
-        return model.state_dict()
-
-    def unwrap_model(self, model: nn.Module) -> nn.Module:  # noqa: D102
-        return model
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -90,7 +59,7 @@ def train_preferences(
     *,
     beta: float,
     batches: Tensor,
-    micro_batch_size: int,
+    micro_batch_size: int | None = None,
     optimizer: Optimizer,
     schedule: Schedule = constant,
     max_grad_norm: float = math.inf,
@@ -107,16 +76,17 @@ def train_preferences(
 
     Args:
       policy: what is trained; with an accelerator `policy.model` becomes what it prepared.
-      reference: frozen. What `reference_logps` gave, which also says how the policy is to be read;
-        or a model that is read beside the policy, a copy or `adapter_off(policy)`; or scores of
-        your own, chosen and rejected `[n]`.
+      reference: frozen. What `reference_logps` gave for the same batches, which also says how the
+        policy is to be read; or a model that is read beside the policy, a copy or
+        `adapter_off(policy)`; or scores of your own, chosen and rejected `[n]`.
       pairs: `(prompts [n], chosen [n, T], rejected [n, T])` as `encode` gives them.
       loss: such as `dpo_loss`, or `partial(cdpo_loss, label_smoothing=0.1)`; called with `beta`.
         One without a reference (SimPO, CPO, ORPO) in `train.without_reference`.
       beta: > 0, of the loss and of the rewards that are reported.
       batches: `[steps, B]`, the rows of each step, as `shuffled_batches` gives them.
       micro_batch_size: pairs that go through the model at once, in each process. The gradient is
-        that of the mean over the whole batch, whatever this is.
+        that of the mean over the whole batch, whatever this is. By default the one that
+        `reference_logps` had, and else 1.
       optimizer: over the parameters of the policy that are trained, such as `torch.optim.AdamW`.
       schedule: multiplies the optimizer's learning rates: `constant`, `warmup_then_cosine(...)`.
       max_grad_norm: > 0; a longer gradient is shortened to it.
@@ -125,10 +95,19 @@ def train_preferences(
       precision: `full_precision` or `bf16_autocast`. By default the one that `reference_logps` had,
         and else `full_precision`.
       accelerator: an `accelerate.Accelerator` where the run has several processes; every one of
-        them makes this call and reads its share of each batch, B / processes pairs.
-      checkpoints: a folder of this run alone. A run that finds a checkpoint there goes on from it
-        and ends with the weights, to the last bit on a CPU, of a run that was never stopped. Pairs,
-        batches, optimizer, beta and clipping are compared; loss and schedule cannot be.
+        them makes this call and reads its share of each batch, B / processes pairs. Where it deals
+        out the weights (FSDP), it may have prepared policy and optimizer before, for
+        `reference_logps`: then no device ever holds all weights.
+      checkpoints: a folder of this run alone: one that another run is at work in is refused, and a
+        checkpoint that is not whole. A run that finds a checkpoint there goes on from it and ends
+        with the weights, to the last bit on a CPU, of a run that was never stopped. It is compared
+        first, to the last bit (a second or so per GB of weights): the policy as it is given, so
+        before training; the reference's weights, or scores of your own; pairs, batches, optimizer,
+        rates, beta, clipping, `reduce`, `precision`, and a loss by its name and what `partial` gave
+        it. `micro_batch_size` and the number of processes may change: they change no more than
+        rounding. A run that is finished may go on with more steps, if its batches are the first of
+        the new ones. From there on it has the new schedule: one that depends on the number of
+        steps, such as `warmup_then_linear`, then begins again above 0.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
@@ -139,24 +118,64 @@ def train_preferences(
       "grad_norm", "lr"}`, each `[steps]`, of the batch before its step is taken. A reward is
       beta log(pi / pi_ref); an accuracy counts a margin above 0; the norm is that before clipping.
     Raises:
-      ValueError: a setting out of range; rows that differ in number; a reference that shares
-        weights with the policy or has a log-probability above 0; an optimizer of other parameters;
-        a batch that the processes do not divide; a precision that is not the accelerator's; a
-        `reduce` or `precision` that is not that of `reference_logps`; a checkpoint of another run;
-        a loss or gradient that is not finite, before its step is taken.
+      ValueError: a setting out of range; rows that differ in number; a reference that reads weights
+        which are trained, that moved in the first step, or that has a log-probability above 0; an
+        optimizer of other parameters; a batch that the processes do not divide; a precision that is
+        not the accelerator's; a `reduce`, `precision`, `micro_batch_size` or pass that is not that
+        of `reference_logps`; a checkpoint of another run; a loss or gradient that is not finite,
+        before its step is taken; weights in float16; weights that a step leaves not finite, before
+        it is logged or saved.
     """
     accelerator = accelerator or OneProcess()
-    reduce, precision = how_to_read(reference, reduce, precision)
+    how = how_to_read(reference, reduce, precision, micro_batch_size)
+    reduce, precision, micro_batch_size = how
     _check_run(policy, reference, pairs, batches, optimizer)
-    _check_accelerator(accelerator, policy, batches, precision, checkpoints)
+    _check_accelerator(accelerator, policy, reference, batches, precision, checkpoints)
+    check_passes(reference, batches, len(pairs[0]), accelerator.num_processes)
     _check_settings(loss, beta, micro_batch_size, checkpoint_every, max_grad_norm)
-    settings = _settings(optimizer, pairs, beta=beta, max_grad_norm=max_grad_norm)
+    settings: dict[str, object] = {}
+    if checkpoints is not None:
+        settings = run_settings(
+            policy.model, reference, pairs, loss, optimizer, schedule, len(batches), reduce,
+            precision, beta=beta, max_grad_norm=max_grad_norm,
+        )  # fmt: skip
+    trained = _trained(policy.model)
+    kept = RunCheckpoints(checkpoints, checkpoint_every, trained, settings, batches, generator)
+    with kept.locked(accelerator.is_main_process):
+        return _train(
+            policy, reference, pairs, loss, beta, batches, micro_batch_size, optimizer, schedule,
+            max_grad_norm, reduce, precision, accelerator, kept, logs, progress,
+        )  # fmt: skip
+
+
+def _train(
+    policy: CausalLMPolicy,
+    reference: Scores | Scorer,
+    pairs: Pairs,
+    loss: Callable[..., Tensor],
+    beta: float,
+    batches: Tensor,
+    micro_batch_size: int,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    max_grad_norm: float,
+    reduce: Reduce,
+    precision: Precision,
+    accelerator: "Accelerator | OneProcess",
+    kept: RunCheckpoints,
+    logs: Sequence[Log],
+    progress: Callable[[range], Iterable[int]],
+) -> History:
+    """The steps of `train_preferences`, whose arguments are checked and whose folder is locked."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    kept = _Checkpoints(checkpoints, checkpoint_every, policy.model, settings, batches, generator)
-    done, history = kept.go_on(optimizer, accelerator)
+    done, history = kept.go_on(optimizer)
+    accelerator.wait_for_everyone()  # all have read before one writes the next
+    if accelerator.is_main_process:
+        kept.remove_older(done)
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.train()
-    score_reference = score_reader(reference, pairs, reduce, precision)
+    trained = _trained(accelerator.unwrap_model(policy.model))
+    score_reference = ScoreReader(reference, pairs, reduce, precision, trained)
     for step in progress(range(done, len(batches))):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step)
@@ -176,6 +195,9 @@ def train_preferences(
         metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
         _check_finite(step, metrics)
         optimizer.step()
+        _check_weights(step, policy.model, accelerator, metrics["lr"])
+        if any(group["lr"] for group in optimizer.param_groups):  # else nothing moved
+            score_reference.check_still()
         for name, value in metrics.items():
             history.setdefault(name, []).append(value)
         if accelerator.is_main_process:
@@ -208,6 +230,12 @@ def save_trained(
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
         weights = None
+    else:  # what is tied was gathered once under each of its names
+        names: dict[int, str] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            first = names.setdefault(id(weight), name)
+            if name in weights:
+                weights[name] = weights[first]
     if accelerator.is_main_process:
         save_model(model, tokenizer, folder, weights=weights)
     accelerator.wait_for_everyone()
@@ -221,8 +249,11 @@ def _micro_batches(
 ) -> Iterator[Tensor]:
     """The rows of a batch that this process reads, `size` at a time."""
     *others, last = rows.chunk(accelerator.num_processes)[accelerator.process_index].split(size)
+    sharded = accelerator.distributed_type == "FSDP"
     for part in others:
-        with accelerator.no_sync(model):  # processes add up their gradients once, in the last pass
+        # Processes add up their gradients once, in the last pass. In shards they do it in each: a
+        # gradient that waits is as large as all weights.
+        with nullcontext() if sharded else accelerator.no_sync(model):
             yield part
     yield last
 
@@ -245,60 +276,25 @@ def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
         raise ValueError(f"`loss` must be finite, and its gradient too, got {got}")
 
 
+def _check_weights(
+    step: int, model: nn.Module, accelerator: "Accelerator | OneProcess", rate: float
+) -> None:
+    """Each process looks at what it holds, and all of them stop; one wait for the device."""
+    trained = _trained(model)
+    held = [getattr(weight, "to_local", weight.detach)() for weight in trained.values()]
+    broken = [(~weight.isfinite()).any().float().to(held[0].device) for weight in held]
+    counts = accelerator.reduce(torch.stack(broken), "sum").tolist()
+    for (name, weight), count in zip(trained.items(), counts, strict=True):
+        if count:
+            raise ValueError(
+                f"`optimizer` must leave the weights finite, got nan or inf in {name} ("
+                f"{weight.dtype}) after step {step}: lower its learning rate, {rate} in that step"
+            )
+
+
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What training changes, each tied weight once."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _settings(optimizer: Optimizer, pairs: Pairs, **others: float) -> dict[str, object]:
-    """What a run that goes on must have in common with the one that stopped."""
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    digest = hashlib.sha256()
-    for tokens in pairs:
-        digest.update(tokens.cpu().contiguous().numpy().data)
-    named = {"optimizer": type(optimizer).__name__, "groups": groups, **others}
-    return {**named, "pairs": digest.hexdigest()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Checkpoints:
-    """The checkpoints of one run; none where `folder` is None."""
-
-    folder: AnyPath | None
-    every: int
-    model: nn.Module
-    settings: dict[str, object]
-    batches: Tensor
-    generator: torch.Generator | None
-
-    def go_on(
-        self, optimizer: Optimizer, accelerator: "Accelerator | OneProcess"
-    ) -> tuple[int, History]:
-        """Puts the newest into model, optimizer and generator: steps done, and their history."""
-        saved = None if self.folder is None else load_checkpoint(self.folder)
-        accelerator.wait_for_everyone()  # all have read before one writes the next
-        if saved is None:
-            return 0, {}
-        saved.check_same_run(_trained(self.model), self.settings, self.batches, self.generator)
-        with torch.no_grad():
-            for name, weight in _trained(self.model).items():
-                weight.copy_(saved.weights[name])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
-        if self.generator is not None and saved.generator_state is not None:  # both or none
-            self.generator.set_state(saved.generator_state)
-        return saved.step, saved.history
-
-    def save(self, done: int, optimizer: Optimizer, history: History) -> None:
-        """Writes one where it is time for it: after every so many steps, and after the last."""
-        if self.folder is None or (done % self.every and done != len(self.batches)):
-            return
-        state = None if self.generator is None else self.generator.get_state()
-        weights, moments = _trained(self.model), optimizer.state_dict()["state"]
-        save_checkpoint(
-            self.folder,
-            Checkpoint(done, weights, moments, self.settings, self.batches, state, history),
-        )
 
 
 def _check_run(
@@ -318,17 +314,27 @@ def _check_run(
         check_rows("pairs", pairs[0], reference=reference[0], rejected=reference[1])
         for scores in reference:
             check_at_most_0("reference", scores, n_tokens=pairs[1].shape[1])
-    elif isinstance(reference, nn.Module) and shares_storage(policy, reference):
+    elif not isinstance(reference, adapter_off):
+        held = {weight.untyped_storage().data_ptr() for weight in reference.parameters()}
+        for name, weight in _trained(policy).items():
+            if weight.untyped_storage().data_ptr() in held:
+                raise ValueError(
+                    "`reference` must be reference_logps, adapter_off(policy) or a copy "
+                    "(copy.deepcopy), got a model that shares weights with the policy, which "
+                    f"trains {name}"
+                )
+    halved = [name for name, w in policy.model.named_parameters() if w.dtype == torch.float16]
+    if halved:
         raise ValueError(
-            "`reference` must be reference_logps, adapter_off(policy) or a copy (copy.deepcopy), "
-            "got a model that shares weights with the policy"
+            "`policy` must have weights in float32 or bfloat16 (model.float()), since small "
+            f"gradients are 0 in float16, got float16 in {halved[0]}"
         )
-    trained = {id(weight) for weight in policy.parameters() if weight.requires_grad}
-    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    if held != trained:
+    weights = {id(weight) for weight in policy.parameters() if weight.requires_grad}
+    given = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    if given != weights:
         raise ValueError(
-            f"`optimizer` must have the policy's {len(trained)} trained parameters, got "
-            f"{len(held & trained)} of them and {len(held - trained)} others"
+            f"`optimizer` must have the policy's {len(weights)} trained parameters, got "
+            f"{len(given & weights)} of them and {len(given - weights)} others"
         )
 
 
@@ -350,16 +356,13 @@ def _check_settings(
 def _check_accelerator(
     accelerator: "Accelerator | OneProcess",
     policy: CausalLMPolicy,
+    reference: Scores | Scorer,
     batches: Tensor,
     precision: Precision,
     checkpoints: AnyPath | None,
 ) -> None:
-    n, mixed = accelerator.num_processes, accelerator.mixed_precision
-    if batches.shape[1] % n:
-        got = batches.shape[1]
-        raise ValueError(
-            f"`batches` must have a multiple of {n} rows per step for {n} processes, got {got}"
-        )
+    mixed = accelerator.mixed_precision
+    check_divides(accelerator, batches)
     if mixed == "bf16" and precision is not bf16_autocast:
         raise ValueError(
             "`precision` must be bf16_autocast like the accelerator's, got "
@@ -379,3 +382,8 @@ def _check_accelerator(
             )
         if hasattr(policy.model, "merge_and_unload"):
             raise ValueError("`policy` must be a model without adapter under FSDP, got one with it")
+        if not isinstance(reference, tuple):
+            raise ValueError(
+                "`reference` must be what reference_logps gave under FSDP, since a model would lie "
+                f"whole on every device, got a {type(reference).__name__}"
+            )
