@@ -38,6 +38,7 @@ from dpo_mini.real.scoring import (
     function_name,
     how_to_read,
     pair_logps,
+    reads_in_one_row,
 )
 from dpo_mini.train import History, Pairs
 from dpo_mini.train.pair_losses import check_pair_loss, check_pairs
@@ -175,14 +176,15 @@ def _train(
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.train()
     trained = _trained(accelerator.unwrap_model(policy.model))
-    score_reference = ScoreReader(reference, pairs, reduce, precision, trained)
+    in_one_row = reads_in_one_row(policy, reference)
+    score_reference = ScoreReader(reference, pairs, reduce, precision, in_one_row, trained)
     for step in progress(range(done, len(batches))):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step)
         optimizer.zero_grad()
         sums = []
         for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
-            scores = pair_logps(policy, pairs, rows, reduce, precision)
+            scores = pair_logps(policy, pairs, rows, reduce, precision, in_one_row)
             ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
             losses = loss(*scores, *ref_scores, beta=beta)
             # A sum over the batch's size, and no mean of means: passes may differ in size.
