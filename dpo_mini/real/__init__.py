@@ -26,7 +26,7 @@ with warnings.catch_warnings():
         raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from None
 
 from dpo_mini.real.adapters import adapter_off, add_lora
-from dpo_mini.real.batches import cut_long, drop_long, shuffled_batches
+from dpo_mini.real.batches import cut_long, drop_long, pair_lengths, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.evaluation import Evaluation, load_best
 from dpo_mini.real.locks import lock_folder
@@ -104,6 +104,7 @@ __all__ = [
     "load_ratings",
     "lock_folder",
     "lora_memory",
+    "pair_lengths",
     "preference_accuracy",
     "preference_margins",
     "reference_logps",

@@ -10,29 +10,57 @@ from dpo_mini.train import Pairs
 
 
 def shuffled_batches(
-    n_rows: int, *, steps: int, batch_size: int, generator: torch.Generator
+    n_rows: int,
+    *,
+    steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+    lengths: Tensor | None = None,
+    window: int = 1,
 ) -> Tensor:
     """The rows of every step, drawn before the first: a run that is stopped knows how it goes on.
 
     Every row is seen once before any is seen again. All batches are full: one that reaches the end
     of the rows goes on at the beginning of their next order.
 
+    A pass is as wide as its longest pair, so pairs of like length should meet. With `lengths` the
+    rows of a batch are sorted, which changes no gradient but the width of its micro-batches. With a
+    `window` above 1 the rows of so many batches are sorted together, dealt out in that order, and
+    the batches shuffled: then a batch holds pairs of like length, and a row may come again a window
+    early.
+
     Args:
       n_rows: how many there are to draw from.
       steps, batch_size: the shape of the result.
       generator: shuffles.
+      lengths: `[n_rows]`, such as `pair_lengths(pairs)`, or None for an order by chance alone.
+      window: batches that are sorted together; used with `lengths` only.
     Returns:
       `[steps, batch_size]` int64.
     Raises:
-      ValueError: a number below 1.
+      ValueError: a number below 1, or lengths of another number of rows.
     """
-    for name, count in {"n_rows": n_rows, "steps": steps, "batch_size": batch_size}.items():
+    counts = {"n_rows": n_rows, "steps": steps, "batch_size": batch_size, "window": window}
+    for name, count in counts.items():
         check_count(name, count)
     check_generator(generator)
+    if lengths is not None and lengths.shape != (n_rows,):
+        raise ValueError(f"`lengths` must have shape [{n_rows}], got {list(lengths.shape)}")
     rounds = -(-steps * batch_size // n_rows)
     device = generator.device
     orders = [torch.randperm(n_rows, generator=generator, device=device) for _ in range(rounds)]
-    return torch.cat(orders)[: steps * batch_size].view(steps, batch_size).cpu()
+    batches = torch.cat(orders)[: steps * batch_size].view(steps, batch_size).cpu()
+    return batches if lengths is None else _alike(batches, lengths.cpu(), window, generator)
+
+
+def pair_lengths(pairs: Pairs) -> Tensor:
+    """How many tokens each pair has, `[n]` int64: its prompt and both answers.
+
+    Args:
+      pairs: as `encode` gives pairs, or ratings, which have one answer.
+    """
+    check_data(pairs)
+    return torch.stack([(tokens != PAD).sum(1) for tokens in pairs if tokens.dim() > 1]).sum(0)
 
 
 def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
@@ -104,6 +132,17 @@ def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int, int]:
 
 
 # --- private functions -----------------------------------------------------------------------
+
+
+def _alike(batches: Tensor, lengths: Tensor, window: int, generator: torch.Generator) -> Tensor:
+    """Batches `[steps, B]` whose rows are sorted by length, within windows of so many of them."""
+    sorted_windows: list[Tensor] = []
+    for part in batches.split(window):
+        rows = part.flatten()
+        dealt = rows[lengths[rows].argsort(stable=True)].view_as(part)
+        order = torch.randperm(len(part), generator=generator, device=generator.device).cpu()
+        sorted_windows.append(dealt[order])
+    return torch.cat(sorted_windows)
 
 
 def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ from dpo_mini.real.scoring import (
     function_name,
     how_to_read,
     pair_logps,
+    reads_in_one_row,
     reshard,
 )
 from dpo_mini.train import History, Pairs
@@ -124,8 +125,8 @@ def train_preferences(
         the new ones. From there on it has the new schedule: one that depends on the number of
         steps, such as `warmup_then_linear`, then begins again above 0.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
-      generator: one that `logs` draw from while training runs, if any: its state is saved too.
-        Nothing else draws: the batches are given and dropout is off.
+      generator: one that `logs`, or the `report` of `evaluation`, draw from while training runs, if
+        any: its state is saved too. Nothing else draws: the batches are given and dropout is off.
       evaluation: held-out pairs to look at before, while and after the policy is trained. A run
         that goes on must have the same ones, their reference and `every`; `patience` may change: a
         run that it stopped goes on with a larger one.
@@ -315,7 +316,8 @@ def _train(
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.train()
     trained = _trained(accelerator.unwrap_model(policy.model))
-    score_reference = ScoreReader(reference, data, reduce, precision, trained)
+    in_one_row = reads_in_one_row(policy, reference)
+    score_reference = ScoreReader(reference, data, reduce, precision, in_one_row, trained)
     read = _reader(policy, data, score_reference, loss, beta)
     evaluator = Evaluator(
         evaluation,
@@ -472,6 +474,7 @@ class _RatingReader:
     ) -> None:
         self.policy, self.data, self.score_reference = policy, data, score_reference
         self.loss, self.beta = loss, beta
+        self.how = score_reference.how[:2]  # single answers have rows of their own
 
     def begin(
         self, batch: Tensor, passes: Iterable[Tensor], accelerator: "Accelerator | OneProcess"
@@ -483,7 +486,7 @@ class _RatingReader:
             # A model in shards is read by all processes at once: one without rows reads along.
             some = rows if len(rows) else batch[:1]
             with torch.no_grad():
-                other = self.data.other(self.policy, some, *self.score_reference.how)
+                other = self.data.other(self.policy, some, *self.how)
             ref_own, ref_other = (score.to(other) for score in self.score_reference(some))
             read.append(torch.stack([other, ref_other, ref_own])[:, : len(rows)])
         reshard(self.policy)
@@ -495,7 +498,7 @@ class _RatingReader:
         self.ref_own = scores[2]
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        logps = self.data.own(self.policy, rows, *self.score_reference.how)
+        logps = self.data.own(self.policy, rows, *self.how)
         ref_logps = self.ref_own[(rows - self.first).to(logps.device)]
         liked = self.data.labels(rows).to(logps.device)
         losses = self.loss(logps, ref_logps, liked, beta=self.beta, reference_point=self.point)
@@ -532,8 +535,12 @@ def _held_out(
     trained: Mapping[str, nn.Parameter],
 ) -> _PairReader | _RatingReader:
     """Reads held-out rows as those of training are read."""
-    how, data = read.score_reference.how, evaluation.data()
-    score_reference = ScoreReader(evaluation.reference, data, *how, trained)
+    data = evaluation.data()
+    reduce, precision, _ = read.score_reference.how
+    in_one_row = reads_in_one_row(read.policy, evaluation.reference)
+    score_reference = ScoreReader(
+        evaluation.reference, data, reduce, precision, in_one_row, trained
+    )
     return _reader(read.policy, data, score_reference, read.loss, read.beta)
 
 
