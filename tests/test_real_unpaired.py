@@ -21,7 +21,7 @@ pytest.importorskip("datasets", reason="the extra 'real' is not installed")
 
 import datasets
 from test_real_evaluation import sharding
-from test_real_preferences import import_trl, said, unpadded
+from test_real_preferences import import_trl, said
 from test_real_tokens import gemma, llama_2, llama_3, qwen
 from test_real_training import (
     END,
@@ -68,6 +68,12 @@ def as_rating(row):
 
 def chat_rating(row):
     return Rating(row["prompt"], row["completion"], row["label"], (("user", row["prompt"]),))
+
+
+def texts_of(*tensors):
+    """The tokens of each row, of each tensor."""
+    lists = ([row[row != PAD].tolist() for row in tensor] for tensor in tensors)
+    return list(zip(*lists, strict=True))
 
 
 def write(path, rows):
@@ -179,7 +185,7 @@ def test_a_rating_without_a_prompt_column_is_refused(tmp_path):
     said_twice = {"prompt": said("user: hi"), "label": 1}
     said_twice["completion"] = said("user: a", "assistant: b")
     path = write(tmp_path / "twice.jsonl", [said_twice])
-    with pytest.raises(ValueError, match="must be one message, .* of messages, got 2$"):
+    with pytest.raises(ValueError, match="must be one message, .* of messages, got 2; left"):
         real.load_ratings(path)
 
 
@@ -189,13 +195,9 @@ def test_pairs_and_ratings_in_the_place_of_each_other_name_the_function_for_them
     ratings = write(tmp_path / f"ratings.{kind}", TEXTS)
     pairs = write(tmp_path / f"pairs.{kind}", pairs)
     for left_out in (None, []):
-        with pytest.raises(
-            ValueError, match=r"`completion` .* got 'chosen' and .*load_preferences"
-        ):
+        with pytest.raises(ValueError, match=r"`completion` .* got 'chosen' .*load_preferences"):
             real.load_ratings(pairs, left_out=left_out)
-        with pytest.raises(
-            ValueError, match=r"`chosen` .* got 'completion' and .*load_ratings read"
-        ):
+        with pytest.raises(ValueError, match=r"`chosen` .* got 'completion' .*load_ratings read"):
             real.load_preferences(ratings, left_out=left_out)
     # Beside its own columns it may have those of the other.
     both = write(
@@ -274,7 +276,7 @@ def test_the_tokens_are_those_of_trl_and_of_a_pair_with_that_answer(make, chat):
     settings = dict(template=CHAT if chat else "{prompt}", max_tokens=200)
     prompts, completions, labels = real.encode(ratings, tokenizer, **settings)
     assert labels.tolist() == [True, False, True]
-    mine = unpadded((prompts, completions, completions.roll(1, 0)))
+    mine = texts_of(prompts, completions, completions.roll(1, 0))
     if chat:
         rows = [
             {**row, "prompt": said(f"user: {row['prompt']}")}
@@ -284,9 +286,9 @@ def test_the_tokens_are_those_of_trl_and_of_a_pair_with_that_answer(make, chat):
     assert [[*p, -1, *own, -1, *other] for p, own, other in mine] == trl_rows(rows, tokenizer)
     pairs = [Preference(r.prompt, r.completion, "bad, 12 no", r.messages) for r in ratings]
     wide = real.encode(pairs, tokenizer, **settings)
-    assert unpadded(wide[:2]) == unpadded((prompts, completions))
+    assert texts_of(*wide[:2]) == texts_of(prompts, completions)
     counts = real.count_tokens(ratings, tokenizer, template=settings["template"])
-    assert counts == [len(p) + len(c) for p, c in unpadded((prompts, completions))]
+    assert counts == [len(p) + len(c) for p, c in texts_of(prompts, completions)]
 
 
 def test_letters_across_the_boundary_are_tokenised_as_in_a_pair(tokenizer):
@@ -363,7 +365,7 @@ def row_logp(model, prompt, answer):
 
 def by_hand(policy, reference, ratings, rows, beta, weights_of):
     """Loss and metrics of a batch, one row after another."""
-    texts = unpadded(ratings[:2])
+    texts = texts_of(*ratings[:2])
     logps, ref_logps, above = [], [], []
     for place, row in enumerate(rows):
         prompt, other = texts[row][0], texts[rows[place - 1]][1]
@@ -415,7 +417,7 @@ KL_IS_POSITIVE = 1e-2
 
 @pytest.mark.parametrize("live", [False, True], ids=["scored before", "scored beside"])
 def test_passes_of_any_size_have_z_0_and_gradient_of_the_whole_batch(policy, ratings, live):
-    reference, batches = moved(policy), in_order(12, 6)[:1]
+    reference, batches = moved(policy, 3e-2), in_order(12, 6)[:1]
     found = []
     for size in (6, 4, 3, 1):
         copied = copy.deepcopy(policy)
@@ -424,7 +426,7 @@ def test_passes_of_any_size_have_z_0_and_gradient_of_the_whole_batch(policy, rat
             scored = real.reference_logps(
                 reference, ratings, batches=batches, micro_batch_size=size
             )
-        history = train(copied, scored, ratings, batches=batches, micro_batch_size=size)
+        history = train(copied, scored, ratings, batches=batches, micro_batch_size=size, beta=1.0)
         found.append((history["kl"][0], history["loss"][0], gradients(copied)))
     assert found[0][0] > 1e-3
     for kl, loss, gradient in found[1:]:
@@ -435,7 +437,7 @@ def test_passes_of_any_size_have_z_0_and_gradient_of_the_whole_batch(policy, rat
     halves = []
     for part in batches.view(2, 3):
         copied = copy.deepcopy(policy)
-        train(copied, reference, ratings, batches=part[None])
+        train(copied, reference, ratings, batches=part[None], beta=1.0)
         halves.append(gradients(copied))
     mixed = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
     assert farthest(mixed, found[0][2]) > 1e-6
@@ -486,7 +488,7 @@ def test_trl_computes_the_same_at_every_step(tokenizer, tmp_path, capfd):
     ]
     rated = [as_rating(row) for row in rows]
     data = real.encode(rated, tokenizer, max_tokens=64, template="{prompt}")
-    model = gpt2(tokenizer)
+    model = gpt2(tokenizer, torch.float64)
     theirs, reference = copy.deepcopy(model), copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs
@@ -500,24 +502,23 @@ def test_trl_computes_the_same_at_every_step(tokenizer, tmp_path, capfd):
             model=theirs, ref_model=reference, args=arguments,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=copy.deepcopy(tokenizer),
-            optimizers=(torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.01), None),
+            optimizers=(torch.optim.AdamW(theirs.parameters(), lr=1e-3), None),
         )  # fmt: skip
         trainer.train()
     capfd.readouterr()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    policy = CausalLMPolicy(model, end_token=END)
+    policy, batches = CausalLMPolicy(model, end_token=END), in_order(n, batch_size)
     ours = train(
-        policy, real.reference_logps(policy, data, batches=in_order(n, batch_size)), data, beta=0.3,
-        batches=in_order(n, batch_size), optimizer=adamw(policy, 1e-2), max_grad_norm=1.0, **weighed,
+        policy, real.reference_logps(policy, data, batches=batches), data, beta=0.3,
+        batches=batches, max_grad_norm=1.0, **weighed,
     )  # fmt: skip
     assert ours.pop("lr") == [entry["learning_rate"] for entry in history]
     assert set(ours) == {*real.training.RATING_METRICS, "grad_norm"}
     for name, values in ours.items():
         found = torch.tensor([entry.get(name, math.nan) for entry in history])
-        assert_close(torch.tensor(values), found, atol=2e-4, rtol=1e-4, equal_nan=True)
-    assert max(ours["kl"]) > 0.1
-    trained = dict(theirs.named_parameters())
-    assert farthest(weights(policy), trained) < 1e-3
+        assert_close(torch.tensor(values), found, atol=1e-5, rtol=1e-6, equal_nan=True)
+    assert max(ours["kl"]) > 0.01
+    assert farthest(weights(policy), dict(theirs.named_parameters())) < 1e-4
 
 
 def test_a_batch_of_one_kind_alone_has_no_number_of_the_other(single, ratings, tmp_path):
@@ -639,8 +640,7 @@ def test_scores_on_disk_are_those_of_their_batches(single, ratings, tmp_path):
     first = real.reference_logps(single, ratings, batches=in_order(12, 4), cache=tmp_path / "ref")
     assert [len(scores) for scores in first] == [12, 12]
     passes = []
-    read = single.token_logps
-    single.token_logps = lambda *rows: passes.append(1) or read(*rows)
+    single.model.transformer.register_forward_hook(lambda *given: passes.append(1))
     again = partial(real.reference_logps, single, ratings, cache=tmp_path / "ref")
     assert all(map(torch.equal, again(batches=in_order(12, 4)), first))
     assert passes == []
