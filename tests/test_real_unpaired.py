@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -358,7 +359,7 @@ def moved(policy, scale=1e-2):
 def row_logp(model, prompt, answer):
     """log pi(answer|prompt) of token lists, from the model's logits alone."""
     tokens = torch.tensor([[*prompt, *answer]])
-    logps = model(input_ids=tokens).logits[0].log_softmax(-1)
+    logps = model(input_ids=tokens[:, :-1]).logits[0].log_softmax(-1)
     at = torch.arange(len(prompt), tokens.shape[1])
     return logps[at - 1, tokens[0, at]].sum()
 
@@ -413,6 +414,26 @@ def test_loss_gradient_and_metrics_by_hand(policy, ratings, scale):
 
 
 KL_IS_POSITIVE = 1e-2
+
+
+def test_another_rows_answer_is_cut_where_it_would_not_fit(tokenizer):
+    """A model that can read the longest rating, and no more."""
+    rated = [Rating("film " * 9, "good", True), Rating("film", "very good " * 6, False)]
+    data = real.encode(rated, tokenizer, max_tokens=64)
+    longest = max(len(p) + len(c) for p, c in texts_of(*data[:2]))
+    model = real.tiny_gpt2(tokenizer, n_positions=longest - 1, generator=seeded(), width=16)
+    policy = CausalLMPolicy(model.double(), end_token=END)
+    reference = moved(policy, 0.1)
+    (first, short), (second, long) = texts_of(*data[:2])
+    above = []
+    for prompt, other in ((first, long[: longest - len(first)]), (second, short)):
+        with torch.no_grad():
+            ours, theirs = (row_logp(m.model, prompt, other) for m in (policy, reference))
+        above.append((ours - theirs).item())
+    assert len(first) + len(long) > longest
+    history = train(policy, reference, data, batches=torch.tensor([[0, 1]]))
+    assert history["kl"] == [pytest.approx(max(0.0, sum(above) / 2), abs=1e-9)]
+    assert sum(above) > 0
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["scored before", "scored beside"])
@@ -488,13 +509,14 @@ def test_trl_computes_the_same_at_every_step(tokenizer, tmp_path, capfd):
     ]
     rated = [as_rating(row) for row in rows]
     data = real.encode(rated, tokenizer, max_tokens=64, template="{prompt}")
+    longest = max(len(p) + len(c) for p, c in texts_of(*data[:2]))
     model = gpt2(tokenizer, torch.float64)
     theirs, reference = copy.deepcopy(model), copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs
         arguments = trl.KTOConfig(
             output_dir=str(tmp_path), report_to="none", use_cpu=True, save_strategy="no",
-            bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=None,
+            bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=longest,
             logging_steps=1, lr_scheduler_type="constant", beta=0.3, max_grad_norm=1.0,
             per_device_train_batch_size=batch_size, max_steps=n // batch_size, **weighed,
         )  # fmt: skip
@@ -724,3 +746,38 @@ def test_two_processes_have_one_z_0(tmp_path):
         assert first[kind]["loss"][0] == first[kind]["eval_loss"][0] == 0.5
         for name, values in alone.items():
             assert_close(first[kind][name], values, atol=1e-4, rtol=1e-4)
+
+
+def example():
+    path = ROOT / "examples" / "train_kto.py"
+    spec = importlib.util.spec_from_file_location("train_kto", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_accelerate
+def test_the_example_trains_evaluates_and_goes_on(single, tokenizer, tmp_path, capfd, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    real.save_model(single.model, tokenizer, tmp_path / "start")
+    rows = [
+        {"prompt": r.prompt, "completion": r.completion, "thumb": "up" if r.label else "down"}
+        for r in RATINGS
+    ]
+    arguments = ["--model", tmp_path / "start", "--ratings", write(tmp_path / "r.csv", rows)]
+    arguments += ["--output", tmp_path / "run", "--batch-size", 4, "--held-out", 0.25]
+    arguments += ["--columns", '{"label": "thumb"}', "--labels", '["up", "down"]']
+    arguments += ["--learning-rate", 1e-2, "--micro-batch-size", 2, "--eval-every", 2, "--steps", 3]
+    run = partial(example().main, [str(argument) for argument in arguments])
+    history = run()
+    assert history["loss"][0] == history["eval_loss"][0] == 0.5
+    assert history["eval_step"] == [0, 2, 3]
+    assert history["rewards/margins"][-1] != 0.0
+    assert str(run()) == str(history)  # nothing is left to do
+    AcceleratorState._reset_state(True)
+    trained, _ = real.load_model(tmp_path / "run" / "model")
+    assert farthest(dict(trained.named_parameters()), weights(single)) > 1e-3
+    capfd.readouterr()

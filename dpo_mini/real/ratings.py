@@ -88,8 +88,17 @@ class RatedBatches:
     def other(
         self, model: Scorer, rows: Tensor, reduce: "Reduce", precision: "Precision"
     ) -> Tensor:
-        """Of the answer of the row before in the batch, for the first the last; `[B]`, one pass."""
+        """Of the answer of the row before in the batch, for the first the last; `[B]`, one pass.
+
+        It is cut off where prompt and answer would be longer than the longest of the ratings.
+        """
         return self._logps(model, rows, self.rows[1], reduce, precision)
+
+    @cached_property
+    def _longest(self) -> int:
+        """The most tokens of a prompt and its own answer."""
+        prompts, completions, _ = self.ratings
+        return int(((prompts != PAD).sum(1) + (completions != PAD).sum(1)).max())
 
     def _logps(
         self,
@@ -99,12 +108,13 @@ class RatedBatches:
         reduce: "Reduce",
         precision: "Precision",
     ) -> Tensor:
-        prompts, completions, _ = self.ratings
+        prompts, answers = self.ratings[0][self.rows[0][rows]], self.ratings[1][answered[rows]]
+        room = self._longest - (prompts != PAD).sum(1, keepdim=True)
+        answers = answers.masked_fill(torch.arange(answers.shape[1]) >= room, PAD)
         device = next(iter(model.parameters())).device
-        answers = completions[answered[rows]].to(device)
         with precision(device.type):
-            scored = model.token_logps(prompts[self.rows[0][rows]].to(device), answers)
-        return reduce(scored, answers != PAD)
+            scored = model.token_logps(prompts.to(device), answers.to(device))
+        return reduce(scored, (answers != PAD).to(device))
 
 
 Reduce: TypeAlias = Callable[[Tensor, Tensor], Tensor]

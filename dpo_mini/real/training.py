@@ -190,9 +190,10 @@ def train_ratings(
 
     A step estimates z_0 first, by `kto_reference_point`: each prompt of the batch is read with the
     answer of the row before it, the first with that of the last, as in `trl`. That row may have the
-    same prompt. The whole batch has one z_0, whatever the passes and processes; `trl` pairs the
-    rows of one device and pass, and with gradient accumulation has a z_0 for each. So a pass may be
-    of one row here, and a batch may not.
+    same prompt; its answer is cut off where the two would be longer than the longest of the
+    ratings. The whole batch has one z_0, whatever the passes and processes; `trl` pairs the rows of
+    one device and pass, and with gradient accumulation has a z_0 for each. So a pass may be of one
+    row here, and a batch may not.
 
     Args:
       policy: as in `train_preferences`.
