@@ -3,6 +3,7 @@
 import copy
 import csv
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -673,53 +674,62 @@ def test_scores_on_disk_are_those_of_their_batches(single, ratings, tmp_path):
 
 TOGETHER = """
 import json, os, sys
-from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from test_real_unpaired import one_of_the_processes
-
-folder = Path(sys.argv[2])
-found = {"whole": one_of_the_processes(folder, Accelerator())}
-os.environ.update(json.loads(sys.argv[3]))
+found = {"whole": one_of_the_processes(Accelerator())}
+os.environ.update(json.loads(sys.argv[1]))
 AcceleratorState._reset_state(True)
 PartialState(cpu=True)
 # accelerate deals out weights on GPUs alone; gloo's processes do for one
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-found["shards"] = one_of_the_processes(folder, Accelerator())
-torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
+found["shards"] = one_of_the_processes(Accelerator())
+torch.save(found, sys.argv[2] + os.environ["RANK"])
 torch.distributed.destroy_process_group()
 """
 
 
-def one_of_the_processes(folder, accelerator):
-    from test_real_evaluation import llama
+def one_of_the_processes(accelerator):
+    """Its history; by itself, as a process reads it before it has imported anything."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = real.train_tokenizer([r.prompt + r.completion for r in RATINGS], vocab_size=290)
-    policy = CausalLMPolicy(llama(len(tokenizer)), end_token=END)
-    data = real.encode(RATINGS, tokenizer, max_tokens=64)
-    held = real.encode(RATINGS[:5], tokenizer, max_tokens=64)
-    optimizer = adamw(policy, 1e-2)
+    from dpo_mini import real
+
+    ratings = [
+        real.Rating(f"film {n} was", "very good " * (n % 4) + "bad", n % 3 > 0) for n in range(12)
+    ]
+    tokenizer = real.train_tokenizer([r.prompt + r.completion for r in ratings], vocab_size=290)
+    data, held = (real.encode(rows, tokenizer, max_tokens=64) for rows in (ratings, ratings[:5]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+            initializer_range=0.3,
+        )  # fmt: skip
+        policy = real.CausalLMPolicy(LlamaForCausalLM(config), end_token=0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     if accelerator.distributed_type == "FSDP":
         policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
-    batches, settings = in_order(12, 6), dict(micro_batch_size=2, accelerator=accelerator)
+    batches, settings = torch.arange(12).view(2, 6), {"accelerator": accelerator}
+    settings["micro_batch_size"] = 2
     reference = real.reference_logps(policy, data, batches=batches, **settings)
     evaluation = real.Evaluation(held, real.reference_logps(policy, held, **settings), every=1)
-    return train(
-        policy, reference, data, batches=batches, optimizer=optimizer, accelerator=accelerator,
-        evaluation=evaluation,
+    return real.train_ratings(
+        policy, reference, data, beta=0.1, batches=batches, optimizer=optimizer,
+        accelerator=accelerator, evaluation=evaluation,
     )  # fmt: skip
 
 
 @needs_accelerate
 def test_two_processes_have_one_z_0(tmp_path):
-    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
-    command = [sys.executable, str(tmp_path / "together.py"), str(ROOT / "tests"), str(tmp_path)]
-    command += [json.dumps(sharding())]
+    script = tmp_path / "together.py"
+    script.write_text(inspect.getsource(one_of_the_processes) + TOGETHER, encoding="utf-8")
+    command = [sys.executable, str(script), json.dumps(sharding()), str(tmp_path / "found")]
     for _ in range(3):  # another program may have taken the port
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -738,8 +748,8 @@ def test_two_processes_have_one_z_0(tmp_path):
         if "EADDRINUSE" not in told:
             break
     assert [process.returncode for process in both] == [0, 0], told[-3000:]
-    first, second = (torch.load(tmp_path / f"found-{rank}.pt") for rank in "01")
-    alone = one_of_the_processes(tmp_path, real.processes.OneProcess())
+    first, second = (torch.load(tmp_path / f"found{rank}") for rank in "01")
+    alone = one_of_the_processes(real.processes.OneProcess())
     assert alone["kl"][1] > 1e-4
     for kind in ("whole", "shards"):
         assert first[kind] == second[kind]

@@ -54,10 +54,12 @@ def shuffled_batches(
 
 
 def pair_lengths(pairs: Pairs) -> Tensor:
-    """How many tokens each pair has, `[n]` int64: its prompt and both answers.
+    """How many tokens each pair has: its prompt and both answers.
 
     Args:
       pairs: as `encode` gives pairs, or ratings, which have one answer.
+    Returns:
+      `[n]` int64, which `shuffled_batches` takes as `lengths`.
     """
     check_data(pairs)
     return torch.stack([(tokens != PAD).sum(1) for tokens in pairs if tokens.dim() > 1]).sum(0)
