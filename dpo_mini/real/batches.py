@@ -58,6 +58,10 @@ def pair_lengths(pairs: Pairs) -> Tensor:
 
     Args:
       pairs: as `encode` gives them.
+    Returns:
+      `[n]` int64.
+    Raises:
+      ValueError: no pairs, or rows that differ in number.
     """
     check_pairs(pairs)
     return torch.stack([(tokens != PAD).sum(1) for tokens in pairs]).sum(0)

@@ -92,25 +92,7 @@ class CausalLMPolicy(nn.Module):
             the vocabulary, or together they are longer than the model's context; a completion goes
             on after its end token; the model is not causal, draws, or has no logit for a token.
         """
-        self._check_tokens(prompts, completions)
-        n_prompt = prompts.shape[1]
-        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
-        real = padded != PAD
-        length = int(real.sum(1).max())  # L, of the longest row
-        # Prompt and completion next to each other: the padding between them goes to the end.
-        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
-        tokens, real = padded.gather(1, order), real.gather(1, order)
-        if not self._is_checked:
-            self._check_reading(tokens[0][real[0]])
-            self._is_checked = True
-        # No attention mask: in a causal model no token reads the padding that comes after it.
-        counted = (real & (order >= n_prompt))[:, 1:]  # [B, L - 1]
-        rows, columns = counted.nonzero(as_tuple=True)
-        inputs = tokens[:, :-1].clamp(min=0)
-        scored = logps_of(self.model, rows, columns, tokens[:, 1:][counted], input_ids=inputs)
-        in_order = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
-        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], in_order)
-        return placed[:, n_prompt:]
+        return self._read_rows(prompts, completions, only_answers=False)
 
     def pair_token_logps(
         self, prompts: Tensor, chosen: Tensor, rejected: Tensor
@@ -135,14 +117,47 @@ class CausalLMPolicy(nn.Module):
         if self._in_one_row and may_read_in_one_row(self.model, int(lengths.max())):
             self._check_tokens(prompts, chosen)
             self._check_tokens(prompts, rejected)
-            return pair_token_logps(self.model, prompts, chosen, rejected)
-        apart = self.token_logps(prompts.repeat(2, 1), torch.cat([chosen, rejected]))
-        first, second = apart.chunk(2)
-        return first, second
+            first, second = pair_token_logps(self.model, prompts, chosen, rejected)
+        else:
+            answers = torch.cat([chosen, rejected])
+            apart = self._read_rows(prompts.repeat(2, 1), answers, only_answers=True)
+            first, second = apart.chunk(2)
+        # Read at two places, the same answer would differ by rounding, and one of a tie win.
+        same = (chosen == rejected).all(1, keepdim=True)
+        return first, torch.where(same, first, second)
 
     def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """log pi(y|x), `[B]` nats, summed over tokens; arguments as in `token_logps`."""
         return sum_over_tokens(self.token_logps(prompts, completions), completions != PAD)
+
+    def _read_rows(self, prompts: Tensor, completions: Tensor, *, only_answers: bool) -> Tensor:
+        """`token_logps`, with logits for all positions, or for those that predict an answer.
+
+        Only where all rows have logits at the same places do rows with the same tokens get the same
+        bits.
+        """
+        self._check_tokens(prompts, completions)
+        n_prompt = prompts.shape[1]
+        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
+        real = padded != PAD
+        length = int(real.sum(1).max())  # L, of the longest row
+        # Prompt and completion next to each other: the padding between them goes to the end.
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
+        tokens, real = padded.gather(1, order), real.gather(1, order)
+        if not self._is_checked:
+            self._check_reading(tokens[0][real[0]])
+            self._is_checked = True
+        # No attention mask: in a causal model no token reads the padding that comes after it.
+        counted = (real & (order >= n_prompt))[:, 1:]  # [B, L - 1]
+        inputs = tokens[:, :-1].clamp(min=0)
+        rows, columns = counted.nonzero(as_tuple=True)
+        scored = logps_of(
+            self.model, rows, columns, tokens[:, 1:][counted], everywhere=not only_answers,
+            input_ids=inputs,
+        )  # fmt: skip
+        in_order = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
+        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], in_order)
+        return placed[:, n_prompt:]
 
     def _check_tokens(self, prompts: Tensor, completions: Tensor) -> None:
         check_integers("prompts", prompts, "[B, P]")
