@@ -7,10 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_mini._arguments import check_count
 from dpo_mini.real.preferences import AnyPath
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Called with a step, 0 the first, and its numbers by name, always the same names."""
+
+MAIN_METRICS = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "grad_norm": "grad norm",
+    "lr": "lr",
+}
+"""What a line on the console has, and how it calls it."""
 
 
 def csv_log(path: AnyPath) -> Log:
@@ -38,6 +48,29 @@ def csv_log(path: AnyPath) -> Log:
             _cut_to_lines_before(step, path, names)
             begun = True
         _append(path, _line([step, *(repr(float(value)) for value in metrics.values())]))
+
+    return log
+
+
+def console_log(
+    every: int, *, steps: int | None = None, write: Callable[[str], object] = print
+) -> Log:
+    """A log that writes a line of the main numbers every so many steps, and at evaluations.
+
+    Args:
+      every: steps from one line to the next; the first step has a line too.
+      steps: of the whole run, if it is to stand in the line.
+      write: writes it, such as `tqdm.write` beside a progress bar.
+    Returns:
+      What `train_preferences` takes among its `logs`.
+    """
+    check_count("every", every)
+    of = "" if steps is None else f"/{steps}"
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        done = step + 1
+        if step == 0 or done % every == 0 or done == steps:
+            write(f"step {done}{of}: {_in_words(metrics, '', MAIN_METRICS)}")
 
     return log
 
@@ -70,6 +103,12 @@ def tensorboard_log(folder: AnyPath) -> Iterator[Log]:
 
 
 # --- private functions -----------------------------------------------------------------------
+
+
+def _in_words(metrics: Mapping[str, float], prefix: str, names: Mapping[str, str]) -> str:
+    """`loss 0.6931, margin 0.0012`, of those that are there."""
+    found = {words: metrics.get(prefix + name) for name, words in names.items()}
+    return ", ".join(f"{words} {value:.4g}" for words, value in found.items() if value is not None)
 
 
 def _line(fields: Iterable[object]) -> bytes:

@@ -35,12 +35,20 @@ def without_reference(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
       A loss of four, which does not use the reference's two. Keyword arguments are passed on.
     """
 
-    def of_four(
-        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **named: Any
-    ) -> Tensor:
-        return loss(chosen, rejected, **named)
+    return WithoutReference(loss)
 
-    return of_four
+
+class WithoutReference:
+    """What `without_reference` gives; `loss` is what it was given."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        self.loss = loss
+
+    def __call__(
+        self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+        **named: Any,
+    ) -> Tensor:  # fmt: skip
+        return self.loss(chosen, rejected, **named)
 
 
 def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
