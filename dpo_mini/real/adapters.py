@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+ALL = "all-linear"
+"""As peft says it."""
+
+
 def add_lora(
     model: PreTrainedModel,
     *,
     rank: int,
     generator: torch.Generator,
     alpha: float | None = None,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Sequence[str] = ALL,
     dropout: float = 0.0,
 ) -> "PeftModel":
     """The model with a trained adapter, W + (alpha / rank) B A, on every linear layer but the last.
@@ -45,7 +49,8 @@ def add_lora(
     Returns:
       A `peft.PeftModel`; `merge_and_unload()` gives a model without adapters to save.
     Raises:
-      ValueError: `rank < 1`, `alpha <= 0`, `dropout` outside [0, 1], or a target that is no linear layer.
+      ValueError: `rank < 1`, `alpha <= 0`, `dropout` outside [0, 1], or a target that is no linear
+        layer.
     Source: Hu et al. 2021, arXiv:2106.09685; all linear layers: Dettmers et al. 2023,
       arXiv:2305.14314.
     """
@@ -56,14 +61,14 @@ def add_lora(
     check_fraction("dropout", dropout)
     alpha = 2 * rank if alpha is None else alpha
     check_positive("alpha", alpha)
-    if targets != "all-linear":
-        targets = [targets] if isinstance(targets, str) else [*targets]
-        _check_targets(model, targets)
+    names = [targets] if isinstance(targets, str) else [*targets]
+    if names != [ALL]:
+        _check_targets(model, names)
     config = LoraConfig(
         r=rank,
         lora_alpha=cast(int, alpha),  # peft says int and divides it by the rank
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=ALL if names == [ALL] else names,
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),  # GPT-2
     )

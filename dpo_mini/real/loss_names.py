@@ -29,7 +29,9 @@ def loss_names() -> list[str]:
     return list(_of_pairs())
 
 
-def loss_by_name(name: str, arguments: Mapping[str, object]) -> tuple[Callable[..., Tensor], Reduce]:
+def loss_by_name(
+    name: str, arguments: Mapping[str, object]
+) -> tuple[Callable[..., Tensor], Reduce]:
     """A loss for `train_preferences`, and how it reads a completion.
 
     Args:
@@ -81,16 +83,12 @@ def _check_arguments(
     name: str, loss: Callable[..., Tensor], arguments: Mapping[str, object]
 ) -> None:
     parameters = inspect.signature(loss).parameters.values()
-    own = [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "beta"]
-    names = [each.name for each in own]
-    missing = [each.name for each in own if each.default is each.empty and each.name not in arguments]
-    unknown = [each for each in arguments if each not in names]
-    if not (missing or unknown):
-        return
-    optional = [f"{each.name} = {each.default}" for each in own if each.default is not each.empty]
-    needed = [each.name for each in own if each.default is each.empty]
-    takes = ", ".join([*needed, *optional]) or "none"
-    faults = [f"no {each}" for each in missing] + [f"an unknown {each}" for each in unknown]
-    raise ValueError(
-        f"`loss_arguments` must be those of {name} ({takes}), got {' and '.join(faults)}"
-    )
+    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta"}
+    needed = [each for each, default in own.items() if default is inspect.Parameter.empty]
+    faults = [f"no {each}" for each in needed if each not in arguments]
+    faults += [f"an unknown {each}" for each in arguments if each not in own]
+    if faults:
+        optional = [f"{each} = {own[each]}" for each in own if each not in needed]
+        takes = ", ".join([*needed, *optional]) or "none"
+        got = " and ".join(faults)
+        raise ValueError(f"`loss_arguments` must be those of {name} ({takes}), got {got}")

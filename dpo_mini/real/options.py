@@ -8,16 +8,17 @@ import argparse
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from dpo_mini._files import write_whole
+from dpo_mini.real.logs import Log
 from dpo_mini.real.loss_names import TRL_NAMES, loss_names
 from dpo_mini.real.preferences import AnyPath
 
-RATES = {"all weights": 1e-6, "adapter": 1e-5}
+RATES = {"all weights": 1e-6, "an adapter": 1e-5}
 """Learning rates by what is trained. Those of `trl`'s own example are ten times apart too."""
 EITHER_OR = (("steps", "epochs"), ("eval_pairs", "eval_share"))
 """Options of which a run has one: on the command line it takes the place of the other in a file."""
@@ -62,7 +63,7 @@ NAMES_ELSEWHERE = {
     "logging_steps": "log_every",
     "report_to": "tensorboard",
 }
-"""What `trl`, axolotl and LLaMA-Factory call an option of ours, for who looks for it by that name."""
+"""What `trl`, axolotl and LLaMA-Factory call an option: it is refused, and ours is named."""
 
 
 # --- the options -----------------------------------------------------------------------------
@@ -76,9 +77,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="a YAML file of options; by default none")
     _add_data(parser.add_argument_group("data"))
     _add_training(parser.add_argument_group("training"))
-    _add_evaluation(
-        parser.add_argument_group("evaluation", "on pairs that are not trained on, if there are any")
-    )
+    _add_evaluation(parser.add_argument_group("evaluation", "on pairs that are not trained on"))
     _add_adapter(parser.add_argument_group("adapter"))
     _add_memory(parser.add_argument_group("precision and memory"))
     _add_output(parser.add_argument_group("output"))
@@ -265,7 +264,7 @@ def parse_options(
     given.config = file.config
     _check(parser, given)
     if given.learning_rate is None:
-        given.learning_rate = RATES["adapter" if given.lora_rank else "all weights"]
+        given.learning_rate = RATES["an adapter" if given.lora_rank else "all weights"]
     return given
 
 
@@ -279,9 +278,22 @@ def save_options(path: AnyPath, given: argparse.Namespace) -> None:
     write_whole(path, text.encode())
 
 
+def options_log(path: AnyPath, given: argparse.Namespace) -> Log:
+    """A log that calls `save_options` at the first step: a run that is refused leaves it alone."""
+    kept = False
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        nonlocal kept
+        if not kept:
+            save_options(path, given)
+            kept = True
+
+    return log
+
+
 def rate_warning(given: argparse.Namespace) -> str | None:
     """What to say of a learning rate that is far too small for an adapter, or None."""
-    least = RATES["adapter"] / 4
+    least = RATES["an adapter"] / 4
     if not given.lora_rank or given.learning_rate > least:
         return None
     return (
@@ -317,9 +329,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _words_of_file(
-    parser: argparse.ArgumentParser, path: Path, words: Sequence[str]
-) -> list[str]:
+def _words_of_file(parser: argparse.ArgumentParser, path: Path, words: Sequence[str]) -> list[str]:
     """The options of a file as a command line, without those that the command line replaces."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -357,6 +367,8 @@ def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: obje
         return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     if action.nargs == "+":
         return [name, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    if value is False and (action.type is _precision or "no" in (action.choices or ())):
+        value = "no"  # which YAML reads as false
     if isinstance(value, bool | list | dict):
         parser.error(f"`{action.dest}` must be one number or text, got {value!r}")
     return [f"{name}={value}"]
@@ -414,7 +426,6 @@ def _weights(text: str) -> str:
 
 
 def _one_of(text: str, names: tuple[str, str]) -> str:
-    text = "no" if text == "False" else text  # as YAML reads it without quotes
     if text in names:
         return text
     why = FP16 if text in ("fp16", "float16", "half") else ""

@@ -41,13 +41,17 @@ def without_reference(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
 class WithoutReference:
     """What `without_reference` gives; `loss` is what it was given."""
 
-    def __init__(self, loss: Callable[..., Tensor]) -> None:
+    def __init__(self, loss: Callable[..., Tensor]) -> None:  # noqa: D107
         self.loss = loss
 
-    def __call__(
-        self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+    def __call__(  # noqa: D102
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
         **named: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return self.loss(chosen, rejected, **named)
 
 
