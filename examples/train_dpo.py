@@ -227,8 +227,9 @@ def make_policy(
 ) -> real.CausalLMPolicy:
     """The model on its device, with an adapter where one is asked for."""
     if given.recompute_activations:
-        # The other kind takes no gradient from a model whose embeddings are frozen.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        older = "gradient_checkpointing_enable"  # its name in transformers 4
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
+        enable({"use_reentrant": False})  # which takes frozen embeddings, as under an adapter
     if given.lora_rank:
         model = real.add_lora(
             model,

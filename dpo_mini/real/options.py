@@ -18,8 +18,8 @@ from dpo_mini.real.logs import Log
 from dpo_mini.real.loss_names import TRL_NAMES, loss_names
 from dpo_mini.real.preferences import AnyPath
 
-RATES = {"all weights": 1e-6, "an adapter": 1e-5}
-"""Learning rates by what is trained. Those of `trl`'s own example are ten times apart too."""
+FULL_RATE, ADAPTER_RATE = 1e-6, 1e-5
+"""Learning rates of all weights and of an adapter: ten times apart, as in `trl`'s own example."""
 EITHER_OR = (("steps", "epochs"), ("eval_pairs", "eval_share"))
 """Options of which a run has one: on the command line it takes the place of the other in a file."""
 NAMES_ELSEWHERE = {
@@ -147,8 +147,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add(
         "--learning-rate",
         type=float,
-        help="of AdamW; by default "
-        + ", ".join(f"{rate:g} for {what}" for what, rate in RATES.items()),
+        help=f"of AdamW; by default {FULL_RATE:g}, and {ADAPTER_RATE:g} of an adapter",
     )
     add(
         "--schedule",
@@ -264,7 +263,7 @@ def parse_options(
     given.config = file.config
     _check(parser, given)
     if given.learning_rate is None:
-        given.learning_rate = RATES["an adapter" if given.lora_rank else "all weights"]
+        given.learning_rate = ADAPTER_RATE if given.lora_rank else FULL_RATE
     return given
 
 
@@ -293,12 +292,11 @@ def options_log(path: AnyPath, given: argparse.Namespace) -> Log:
 
 def rate_warning(given: argparse.Namespace) -> str | None:
     """What to say of a learning rate that is far too small for an adapter, or None."""
-    least = RATES["an adapter"] / 4
-    if not given.lora_rank or given.learning_rate > least:
+    if not given.lora_rank or given.learning_rate > ADAPTER_RATE / 4:
         return None
     return (
-        f"`learning_rate` should be {RATES['adapter']:g} to 1e-4 for an adapter, whose B begins at "
-        f"0, got {given.learning_rate:g}: it may learn next to nothing"
+        f"`learning_rate` should be {ADAPTER_RATE:g} to 1e-4 for an adapter, whose B begins at 0, "
+        f"got {given.learning_rate:g}: it may learn next to nothing"
     )
 
 
