@@ -26,7 +26,6 @@ from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.schedules import Schedule
 from dpo_mini.real.scoring import Precision, Reduce, Scores, function_name
 from dpo_mini.train import History, Pairs
-from dpo_mini.train.pair_losses import WithoutReference
 
 TENSORS = ("weights", "optimizer", "data")
 FILES = {"run.json", *(f"{name}.safetensors" for name in TENSORS)}
@@ -363,8 +362,8 @@ def _differences_of_batches(old: Tensor, new: Tensor, extended: bool) -> list[st
 
 def _name_of_loss(loss: Callable[..., Tensor]) -> str:
     """`cdpo_loss(label_smoothing=0.1)`: all of a loss that can be compared."""
-    if isinstance(loss, WithoutReference):
-        return f"without_reference({_name_of_loss(loss.loss)})"
+    if hasattr(loss, "without_reference"):
+        return f"without_reference({_name_of_loss(loss.without_reference)})"
     if isinstance(loss, partial):
         given = [*map(repr, loss.args), *(f"{k}={v!r}" for k, v in sorted(loss.keywords.items()))]
         return re.sub(" at 0x[0-9a-f]+", "", f"{_name_of_loss(loss.func)}({', '.join(given)})")

@@ -35,24 +35,7 @@ def without_reference(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
       A loss of four, which does not use the reference's two. Keyword arguments are passed on.
     """
 
-    return WithoutReference(loss)
-
-
-class WithoutReference:
-    """What `without_reference` gives; `loss` is what it was given."""
-
-    def __init__(self, loss: Callable[..., Tensor]) -> None:  # noqa: D107
-        self.loss = loss
-
-    def __call__(  # noqa: D102
-        self,
-        chosen: Tensor,
-        rejected: Tensor,
-        ref_chosen: Tensor,
-        ref_rejected: Tensor,
-        **named: Any,
-    ) -> Tensor:
-        return self.loss(chosen, rejected, **named)
+    return _WithoutReference(loss)
 
 
 def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
@@ -81,6 +64,21 @@ def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
     cure = f"write train.without_reference({name}){means}"
     what = f"got {name}, which takes no reference: {cure}"
     raise ValueError(f"`loss` must take pairs with a reference, {what}")
+
+
+class _WithoutReference:
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        self.without_reference = loss  # a checkpoint has its name
+
+    def __call__(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
+        **named: Any,
+    ) -> Tensor:
+        return self.without_reference(chosen, rejected, **named)
 
 
 def _fails_to_bind(signature: inspect.Signature, n: int, given: dict[str, object]) -> str:
