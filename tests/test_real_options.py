@@ -1,12 +1,15 @@
 """The options of `examples/train_dpo.py`: losses, adapters, evaluation, a file, and the help."""
 
+import ast
 import importlib.util
 import inspect
 import json
 import math
 import os
+import re
 import warnings
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -726,3 +729,47 @@ def test_a_run_on_real_pairs_with_a_file_an_adapter_and_evaluation(tmp_path):
     assert history["eval_loss"][-1] < history["eval_loss"][0]
     made = {path.name for path in output.iterdir()}
     assert {"model", "adapter", "best", "run.yaml", "metrics.csv", "answers.jsonl"} < made
+
+
+# --- README --------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## A model and pairs of yours\n")[2].partition("\n## ")[0]
+
+
+def test_the_file_in_readme_is_one_that_the_script_takes(tmp_path):
+    block = re.search(r"```yaml\n(.*?)```", SECTION, re.S).group(1)
+    path = tmp_path / "run.yaml"
+    path.write_text(block, encoding="utf-8")
+    given = parse("--config", str(path), "--epochs", "3")
+    assert (given.epochs, given.loss, given.lora_rank) == (3.0, "cdpo", 16)
+    real.loss_by_name(given.loss, given.loss_arguments)
+    assert f"# {len(real.loss_names())} losses of pairs" in block
+    for option in re.findall(r"`--([a-z-]+)", SECTION):
+        assert option in ("help", *(name.replace("_", "-") for name in vars(given))), option
+
+
+def test_the_lines_of_trl_in_readme_name_what_trl_has():
+    try:
+        version("trl")
+    except PackageNotFoundError:
+        pytest.skip("trl is not installed (it needs Python 3.11)")
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    block = re.search(r"```python\n(.*?)```", SECTION, re.S).group(1)
+    assert len([line for line in block.splitlines() if line]) <= 11
+    calls = {
+        node.func.id: [each.arg for each in node.keywords]
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    for known in (DPOConfig, LoraConfig, DPOTrainer):
+        taken = inspect.signature(known).parameters
+        assert set(calls.pop(known.__name__)) <= set(taken)
+    assert set(calls) == {"load_dataset", "BitsAndBytesConfig"}
+    named = ["padding_free", "push_to_hub", "hub_model_id", "report_to", "loss_type"]
+    named += ["use_weighting", "ld_alpha", "sync_ref_model", "model_init_kwargs"]
+    for name in named:
+        assert name in SECTION
+        assert name in inspect.signature(DPOConfig).parameters
