@@ -59,6 +59,7 @@ def train(
     model, tokenizer = load_model(given)
     data = read_data(given, tokenizer, accelerator, bar)
     steps = options.count_steps(given, len(data.pairs[0]))
+    schedule = SCHEDULES[given.schedule](steps, warmup=options.count_warmup(given, steps))
     accelerator.print(f"{steps} steps of {given.batch_size} pairs")
 
     policy = make_policy(given, model, tokenizer, data, accelerator, generator)
@@ -129,7 +130,7 @@ def train(
             beta=given.beta,
             batches=batches,
             optimizer=optimizer,
-            schedule=SCHEDULES[given.schedule](steps, warmup=options.count_warmup(given, steps)),
+            schedule=schedule,
             max_grad_norm=given.max_grad_norm,
             accelerator=accelerator,
             checkpoints=output / "checkpoints" if given.checkpoints else None,

@@ -15,7 +15,7 @@ import yaml
 
 from dpo_mini._files import write_whole
 from dpo_mini.real.logs import Log
-from dpo_mini.real.loss_names import TRL_NAMES, loss_names
+from dpo_mini.real.loss_names import TRL_NAMES, loss_by_name, loss_names
 from dpo_mini.real.preferences import AnyPath
 
 FULL_RATE, ADAPTER_RATE = 1e-6, 1e-5
@@ -120,7 +120,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help='other arguments of real.load_preferences, such as {"labels": [1, 0]}',
     )
     _add_flag(group, "--skip-bad-rows", False, "leave bad rows out, and list them in left_out.txt")
-    add("--max-tokens", type=int, default=1024, help="pairs that are longer are left out")
+    add("--max-tokens", type=_count, default=1024, help="pairs that are longer are left out")
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
@@ -140,10 +140,10 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help='of the loss, without beta, such as {"label_smoothing": 0.1}',
     )
     add("--beta", type=float, default=0.1, help="of the loss and of the rewards that are shown")
-    add("--steps", type=int, help="of the run; by default what --epochs makes")
+    add("--steps", type=_count, help="of the run; by default what --epochs makes")
     add("--epochs", type=float, help="passes over the pairs, or a part of one; by default 1")
-    add("--batch-size", type=int, default=64, help="pairs a step, of all processes together")
-    add("--micro-batch-size", type=int, default=1, help="pairs a pass, in each process")
+    add("--batch-size", type=_count, default=64, help="pairs a step, of all processes together")
+    add("--micro-batch-size", type=_count, default=1, help="pairs a pass, in each process")
     add(
         "--learning-rate",
         type=float,
@@ -160,7 +160,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--max-grad-norm", type=float, default=1.0, help="a longer gradient is shortened to it")
     add(
         "--length-window",
-        type=int,
+        type=_count,
         default=1,
         metavar="BATCHES",
         help="sort pairs by length within so many batches; 1 changes no gradient",
@@ -172,16 +172,21 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--eval-pairs", help="a file, or a data set of the hub (its split test); by default none")
     add("--eval-share", type=float, help="of the pairs, to hold out by prompts; by default none")
-    add("--eval-every", type=int, default=100, help="steps from one evaluation to the next")
-    add("--patience", type=int, help="stop after so many without a lower loss; by default never")
+    add("--eval-every", type=_count, default=100, help="steps from one evaluation to the next")
+    add("--patience", type=_count, help="stop after so many without a lower loss; by default never")
     _add_flag(group, "--keep-best", False, "save the model of the lowest loss, not the last one")
-    add("--sample-answers", type=int, default=3, help="at each evaluation, into answers.jsonl")
-    add("--answer-tokens", type=int, default=128, help="the most tokens of a sampled answer")
+    add(
+        "--sample-answers",
+        type=_count_or_0,
+        default=3,
+        help="at each evaluation, into answers.jsonl",
+    )
+    add("--answer-tokens", type=_count, default=128, help="the most tokens of a sampled answer")
 
 
 def _add_adapter(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--lora-rank", type=int, default=0, help="0 trains all weights")
+    add("--lora-rank", type=_count_or_0, default=0, help="0 trains all weights")
     add("--lora-alpha", type=float, help="its scale is alpha / rank; by default alpha is 2 rank")
     add(
         "--lora-targets",
@@ -228,8 +233,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output", required=True, metavar="OUT", help="a folder of this run alone")
     _add_flag(group, "--checkpoints", True, "to go on from; FSDP needs --no-checkpoints")
-    add("--checkpoint-every", type=int, default=100, help="steps from one to the next")
-    add("--log-every", type=int, default=10, help="steps from one line on the console to the next")
+    add("--checkpoint-every", type=_count, default=100, help="steps from one to the next")
+    add(
+        "--log-every",
+        type=_count,
+        default=10,
+        help="steps from one line on the console to the next",
+    )
     _add_flag(group, "--tensorboard", False, "curves in OUT/tensorboard")
 
 
@@ -381,6 +391,10 @@ def _unknown(parser: argparse.ArgumentParser, got: str) -> str:
 
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    try:
+        loss_by_name(given.loss, given.loss_arguments)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     for one, other in EITHER_OR:
         if None not in (getattr(given, one), getattr(given, other)):
             parser.error(f"`{one}` must be left out where there is `{other}`, got both")
@@ -403,6 +417,16 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
             "away in bfloat16, got bfloat16 (--precision bf16 has the products alone in it, and "
             "--lora-rank trains an adapter of float32)"
         )
+
+
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    return int(text)
+
+
+def _count_or_0(text: str) -> int:
+    return _count(text, least=0)
 
 
 def _json_object(text: str) -> dict[str, object]:
