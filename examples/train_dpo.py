@@ -141,7 +141,7 @@ def train(
         )
     if given.keep_best:
         best = real.load_best(policy, output / "best")
-        accelerator.print(f"of step {best['step']}: held-out loss {best['eval_loss']:.4g}")
+        accelerator.print(f"kept: step {best['step']}, held-out loss {best['eval_loss']:.4g}")
     save(given, policy, tokenizer, output, accelerator)
     return policy, history
 
@@ -214,8 +214,11 @@ def read_data(
 
     pairs, _ = encode(preferences, "pairs")
     eval_pairs, prompts = encode(held_out, "pairs held out") if held_out else (None, [])
-    sharded = accelerator.distributed_type == "FSDP"  # where one process cannot read alone
-    return Data(pairs, eval_pairs, [] if sharded else prompts[: given.sample_answers], template)
+    asked = prompts[: given.sample_answers]
+    if asked and accelerator.distributed_type == "FSDP":
+        accelerator.print("no sampled answers: one process cannot read weights in shards")
+        asked = []
+    return Data(pairs, eval_pairs, asked, template)
 
 
 def make_policy(
@@ -256,7 +259,7 @@ def choose_precision(given: argparse.Namespace, accelerator: Accelerator) -> Any
     return known[named]
 
 
-# --- after it --------------------------------------------------------------
+# --- after it --------------------------------------------------------------------------------
 
 
 def save(

@@ -72,7 +72,10 @@ NAMES_ELSEWHERE = {
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The parser of a run's options, in groups, each with a text and its default."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=_Formatter, allow_abbrev=False
+        usage="%(prog)s --model MODEL --pairs PAIRS --output OUT [options, see --help]",
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="a YAML file of options; by default none")
     _add_data(parser.add_argument_group("data"))
