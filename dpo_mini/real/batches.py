@@ -54,7 +54,7 @@ def shuffled_batches(
 
 
 def pair_lengths(pairs: Pairs) -> Tensor:
-    """How many tokens each pair has, `[n]` int64: its prompt and both answers.
+    """How many tokens each pair has: its prompt and both answers.
 
     Args:
       pairs: as `encode` gives them.

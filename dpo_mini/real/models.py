@@ -261,12 +261,20 @@ def tiny_gpt2(
         return GPT2LMHeadModel(config).eval()
 
 
-def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    folder: AnyPath, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder on this machine; nothing is downloaded.
 
     The weights come as safetensors and in the default dtype: half precision is for running a model,
     and too coarse for the small steps of training one.
 
+    Args:
+      folder: holds weights, configuration and tokenizer.
+      dtype: of the weights, where another is wanted: `torch.bfloat16` for weights that `add_lora`
+        freezes. Buffers, such as the frequencies of positions, stay as they are.
+    Returns:
+      `(model, tokenizer)`, the model in evaluation mode.
     Raises:
       OSError: no such folder, or no safetensors in it.
       ValueError: the model needs code of its own, or is an encoder-decoder; the weights lack a
@@ -277,21 +285,22 @@ def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             f"`folder` must be a folder on this machine, got {str(folder)!r}: download_model "
             "fetches a model of the hub by its name"
         )
-    return _from_pretrained("folder", str(folder), local_files_only=True)
+    return _from_pretrained("folder", str(folder), dtype, local_files_only=True)
 
 
 def download_model(
-    name: str, *, revision: str = "main"
+    name: str, *, revision: str = "main", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_model`, of the Hugging Face hub: `download_model("HuggingFaceTB/SmolLM2-135M")`.
 
     Args:
       name: the model's name on the hub; a folder of this name on this machine is read instead.
       revision: its branch, tag or commit; a commit is the only one that cannot change.
+      dtype: as in `load_model`.
     Returns:
       `(model, tokenizer)`, as `load_model`.
     """
-    return _from_pretrained("name", name, revision=revision)
+    return _from_pretrained("name", name, dtype, revision=revision)
 
 
 def save_model(
@@ -313,17 +322,30 @@ def save_model(
     Raises:
       ValueError: `folder` holds files that are no part of what is written: they would be lost.
     """
+    with replaced_folder(folder, "a saved model") as new:
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+
+
+@contextmanager
+def replaced_folder(folder: AnyPath, what: str) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` when the block ends, or does not.
+
+    Args:
+      folder: new, empty, or one that holds no other files than the new one.
+      what: a folder of this kind holds, for the refusal of another.
+    """
     folder = Path(folder).resolve()
     with _staging(folder) as staging, _without_bars():
         new, old = staging / "new", staging / "old"
-        model.save_pretrained(new, state_dict=weights)
-        tokenizer.save_pretrained(new)
+        new.mkdir()
+        yield new
         try:
             if folder.exists():
                 foreign = {file.name for file in folder.iterdir()} - set(os.listdir(new))
                 if foreign:
                     raise ValueError(
-                        "`folder` must be new or empty, or hold a saved model alone, got "
+                        f"`folder` must be new or empty, or hold {what} alone, got "
                         f"{folder}, which holds {', '.join(sorted(foreign))}"
                     )
                 os.rename(folder, old)
@@ -406,7 +428,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _from_pretrained(
-    argument: str, name: str, **options: str | bool
+    argument: str, name: str, dtype: torch.dtype | None, **options: str | bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _without_bars():
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
@@ -438,4 +460,8 @@ def _from_pretrained(
             f"`{argument}` must have one tensor for each weight of its {type(model).__name__} "
             f"(save or download it again), got {got} in {name}"
         )
-    return model.to(torch.get_default_dtype()).eval(), tokenizer
+    if dtype is None:
+        return model.to(torch.get_default_dtype()).eval(), tokenizer
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model.eval(), tokenizer
