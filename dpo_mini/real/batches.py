@@ -59,7 +59,9 @@ def pair_lengths(pairs: Pairs) -> Tensor:
     Args:
       pairs: as `encode` gives pairs, or ratings, which have one answer.
     Returns:
-      `[n]` int64, which `shuffled_batches` takes as `lengths`.
+      `[n]` int64.
+    Raises:
+      ValueError: no pairs, or rows that differ in number.
     """
     check_data(pairs)
     return torch.stack([(tokens != PAD).sum(1) for tokens in pairs if tokens.dim() > 1]).sum(0)
