@@ -27,6 +27,7 @@ with warnings.catch_warnings():
 from dpo_mini.real.adapters import adapter_off, add_lora
 from dpo_mini.real.batches import cut_long, drop_long, pair_lengths, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dpo_mini.real.evaluation import Evaluation, load_best
 from dpo_mini.real.locks import lock_folder
 from dpo_mini.real.logs import csv_log, tensorboard_log
 from dpo_mini.real.measures import (
@@ -70,6 +71,7 @@ __all__ = [
     "TEMPLATE",
     "CausalLMPolicy",
     "Checkpoint",
+    "Evaluation",
     "Finding",
     "Preference",
     "adapter_off",
@@ -88,6 +90,7 @@ __all__ = [
     "full_memory",
     "full_precision",
     "greedy_answer",
+    "load_best",
     "load_checkpoint",
     "load_hub_preferences",
     "load_model",

@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_mini._files import write_whole
 from dpo_mini.real.preferences import AnyPath
 
 Log = Callable[[int, Mapping[str, float]], None]
-"""Called with a step, 0 the first, and its numbers by name, always the same names."""
+"""Called with a step, 0 the first, and its numbers by name: those of training, and with `eval_` in
+front those of an evaluation where there was one; after the last step the latter alone."""
 
 
 def csv_log(path: AnyPath) -> Log:
     """A log that adds one line per step to a CSV file: `step`, then the numbers to the last digit.
 
-    A run that goes on from step s keeps the lines before s and cuts off the others, whole or
-    broken: a run that was killed after its last checkpoint wrote lines that are now written again.
-    A line that cannot be written whole, as on a full disk, is taken back.
+    The columns are the names of the first step. A name that a later one lacks leaves a blank cell,
+    and a new one adds a column. A run that goes on from step s keeps the lines before s and cuts
+    off the others, whole or broken: a run that was killed after its last checkpoint wrote lines
+    that are now written again. A line that cannot be written whole, as on a full disk, is taken
+    back.
 
     Args:
       path: the file, whose folder is there.
@@ -29,15 +33,17 @@ def csv_log(path: AnyPath) -> Log:
       OSError: the file cannot be written, or the disk is full.
     """
     path = Path(path)
-    begun = False
+    columns: list[str] = []
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
-        nonlocal begun
-        names = ["step", *metrics]
-        if not begun:
-            _cut_to_lines_before(step, path, names)
-            begun = True
-        _append(path, _line([step, *(repr(float(value)) for value in metrics.values())]))
+        nonlocal columns
+        columns = columns or _cut_to_lines_before(step, path, ["step", *metrics])
+        new = [name for name in metrics if name not in columns]
+        if new:
+            _add_columns(path, columns, new)
+            columns = columns + new
+        cells = {"step": str(step)} | {k: repr(float(value)) for k, value in metrics.items()}
+        _append(path, _line(cells.get(name, "") for name in columns))
 
     return log
 
@@ -93,17 +99,29 @@ def _append(path: Path, line: bytes) -> None:
             raise
 
 
-def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> None:
-    """Leaves the first line and those of earlier steps. The file is cut off in its place."""
+def _add_columns(path: Path, columns: list[str], new: list[str]) -> None:
+    """Of a file that begins with a step that lacked them, since a run went on in a new file."""
+    _, *lines = path.read_bytes().splitlines()
+    blank = b"," * len(new) + b"\n"
+    write_whole(path, _line(columns + new) + b"".join(line + blank for line in lines))
+
+
+def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> list[str]:
+    """Leaves the first line, whose columns are returned, and those of earlier steps.
+
+    The file is cut off in its place. Where the run is not at its beginning, the columns may be more
+    than this step has.
+    """
     content, header = path.read_bytes() if path.exists() else b"", _line(names)
     if len(content) < len(header) and header.startswith(content):  # new, or killed in its header
         if content:
             os.truncate(path, 0)
         _append(path, header)
-        return
+        return names
     first, *lines = content.splitlines(keepends=True)
-    if first.rstrip() != header.rstrip():
-        got = next(csv.reader([first.decode(errors="replace")]))
+    got = next(csv.reader([first.decode(errors="replace")]))
+    whole = first.endswith(b"\n") and got[0] == "step"
+    if not whole or (got != names if step == 0 else not set(got).issuperset(names)):
         raise ValueError(f"`path` must have the columns {names} or be new, got {got} in {path}")
     kept = len(first)
     for number, line in enumerate(lines, start=2):
@@ -117,3 +135,4 @@ def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> None:
             ) from None
         kept += len(line)
     os.truncate(path, kept)
+    return got

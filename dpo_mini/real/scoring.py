@@ -203,9 +203,15 @@ def how_to_read(
 
 
 def check_passes(
-    reference: Scores | Scorer, batches: Tensor, n_rows: int, n_processes: int
+    reference: Scores | Scorer,
+    batches: Tensor,
+    n_rows: int,
+    n_processes: int,
+    name: str = "reference",
+    how: str = "in the passes of training (give reference_logps the same batches, "
+    "micro_batch_size and accelerator)",
 ) -> None:
-    """Refuse what `reference_logps` read in other passes than those of training."""
+    """Refuse what `reference_logps` read in other passes than those in which it is used."""
     if not isinstance(reference, ReferenceLogps):
         return
     here = companions(passes_of(batches.cpu(), reference.micro_batch_size, n_processes), n_rows)
@@ -217,10 +223,7 @@ def check_passes(
     if differs.any():
         row = int(differs.nonzero()[0])
         what = "other pairs beside it" if (there[row] >= 0).any() else "none, since it was not read"
-        raise ValueError(
-            "`reference` must be read in the passes of training (give reference_logps the same "
-            f"batches, micro_batch_size and accelerator), got row {row} with {what}"
-        )
+        raise ValueError(f"`{name}` must be read {how}, got row {row} with {what}")
 
 
 def function_name(function: object) -> str:
@@ -252,7 +255,7 @@ def _score(
         mine = first[rows] == needed[n] * n_processes + accelerator.process_index
         blocks.append(block[:, : len(rows)][:, mine.to(block.device)])
         firsts.append(rows[mine])
-    _reshard(reference)
+    reshard(reference)
     found = torch.cat(blocks, 1)
     scores = found.new_zeros(2, n_rows)
     scores[:, torch.cat(firsts).to(found.device)] = found
@@ -261,7 +264,7 @@ def _score(
     return scores[0], scores[1]
 
 
-def _reshard(reference: Scorer) -> None:
+def reshard(reference: Scorer) -> None:
     """Deals out again what the last pass gathered of a model in shards, as a backward pass does."""
     parts: Iterable[Any] = reference.modules() if isinstance(reference, nn.Module) else ()
     for part in parts:

@@ -14,15 +14,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from dpo_mini._arguments import (
-    check_at_most_0,
     check_count,
     check_indices,
     check_positive,
-    check_rows,
 )
 from dpo_mini.policies import Scorer
 from dpo_mini.real.adapters import adapter_off
 from dpo_mini.real.checkpoints import RunCheckpoints, run_settings
+from dpo_mini.real.evaluation import Evaluation, Evaluator, check_reference
 from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
@@ -45,7 +44,11 @@ from dpo_mini.train.pair_losses import check_pair_loss, check_pairs
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected",
+)  # fmt: skip
+"""Of a batch of pairs, as `trl` names them."""
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -69,6 +72,7 @@ def train_preferences(
     checkpoints: AnyPath | None = None,
     checkpoint_every: int = 100,
     generator: torch.Generator | None = None,
+    evaluation: Evaluation | None = None,
     logs: Sequence[Log] = (),
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> History:
@@ -111,12 +115,20 @@ def train_preferences(
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
       generator: one that `logs` draw from while training runs, if any: its state is saved too.
         Nothing else draws: the batches are given and dropout is off.
-      logs: called after each step in the main process: `csv_log(path)`, `tensorboard_log(folder)`.
+      evaluation: held-out pairs to look at before, while and after the policy is trained. A run
+        that goes on must have the same ones, their reference and `every`; `patience` may change: a
+        run that it stopped goes on with a larger one.
+      logs: called after each step in the main process: `csv_log(path)`, `tensorboard_log(folder)`;
+        with the numbers of an evaluation too, where it was of the same policy. Those of the last
+        stand alone, at the number of steps that were taken.
       progress: as in `train.fit_sft`.
     Returns:
       `{"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-      "grad_norm", "lr"}`, each `[steps]`, of the batch before its step is taken. A reward is
-      beta log(pi / pi_ref); an accuracy counts a margin above 0; the norm is that before clipping.
+      "logps/chosen", "logps/rejected", "grad_norm", "lr"}`, each `[steps]`, of the batch before its
+      step is taken. A reward is beta log(pi / pi_ref); an accuracy counts a margin above 0; logps
+      are the policy's, as `reduce` gives them; the norm is that before clipping. With an
+      `evaluation` also `eval_step` and `eval_loss`, `eval_rewards/chosen` and so on, each
+      `[evaluations]`, means over all held-out pairs before step `eval_step` is taken.
     Raises:
       ValueError: a setting out of range; rows that differ in number; a reference that reads weights
         which are trained, that moved in the first step, or that has a log-probability above 0; an
@@ -133,18 +145,21 @@ def train_preferences(
     _check_accelerator(accelerator, policy, reference, batches, precision, checkpoints)
     check_passes(reference, batches, len(pairs[0]), accelerator.num_processes)
     _check_settings(loss, beta, micro_batch_size, checkpoint_every, max_grad_norm)
+    if evaluation is not None:
+        _check_evaluation(evaluation, policy, reduce, precision, accelerator)
     settings: dict[str, object] = {}
     if checkpoints is not None:
         settings = run_settings(
             policy.model, reference, pairs, loss, optimizer, schedule, len(batches), reduce,
-            precision, beta=beta, max_grad_norm=max_grad_norm,
+            precision, evaluation.settings() if evaluation else None, beta=beta,
+            max_grad_norm=max_grad_norm,
         )  # fmt: skip
     trained = _trained(policy.model)
     kept = RunCheckpoints(checkpoints, checkpoint_every, trained, settings, batches, generator)
     with kept.locked(accelerator.is_main_process):
         return _train(
             policy, reference, pairs, loss, beta, batches, micro_batch_size, optimizer, schedule,
-            max_grad_norm, reduce, precision, accelerator, kept, logs, progress,
+            max_grad_norm, reduce, precision, accelerator, kept, evaluation, logs, progress,
         )  # fmt: skip
 
 
@@ -163,6 +178,7 @@ def _train(
     precision: Precision,
     accelerator: "Accelerator | OneProcess",
     kept: RunCheckpoints,
+    evaluation: Evaluation | None,
     logs: Sequence[Log],
     progress: Callable[[range], Iterable[int]],
 ) -> History:
@@ -176,22 +192,29 @@ def _train(
     policy.train()
     trained = _trained(accelerator.unwrap_model(policy.model))
     score_reference = ScoreReader(reference, pairs, reduce, precision, trained)
-    for step in progress(range(done, len(batches))):
+    read = _PairReader(policy, pairs, score_reference, loss, beta)
+    evaluator = Evaluator(
+        evaluation,
+        _held_out(evaluation, read, trained) if evaluation else None,
+        getattr(evaluation and evaluation.reference, "micro_batch_size", micro_batch_size),
+        accelerator, policy, trained, len(batches),
+    )  # fmt: skip
+    found = evaluator.at(done, history)  # of the policy before the step, like the step's numbers
+    is_over = evaluator.is_over(history)
+    for step in progress(range(len(batches) if is_over else done, len(batches))):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step)
         optimizer.zero_grad()
         sums = []
         for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
-            scores = pair_logps(policy, pairs, rows, reduce, precision)
-            ref_scores = [values.to(scores[0].device) for values in score_reference(rows)]
-            losses = loss(*scores, *ref_scores, beta=beta)
+            losses, seen = read(rows)
             # A sum over the batch's size, and no mean of means: passes may differ in size.
             # Processes average what they have, so each has its part times their number.
             accelerator.backward(losses.sum() * (accelerator.num_processes / len(batches[step])))
-            sums.append(_sums(losses, scores, ref_scores, beta))
+            sums.append(torch.stack([values.sum() for values in seen]))
         means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
         norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
-        metrics = dict(zip(METRICS, means.tolist(), strict=True))
+        metrics = dict(zip(read.names, means.tolist(), strict=True))
         metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
         _check_finite(step, metrics)
         optimizer.step()
@@ -202,8 +225,17 @@ def _train(
             history.setdefault(name, []).append(value)
         if accelerator.is_main_process:
             for log in logs:
-                log(step, metrics)
-            kept.save(step + 1, optimizer, history)
+                log(step, metrics | found)
+        # Before the checkpoint: what goes on from it is told by its history whether to stop.
+        found = evaluator.at(step + 1, history)
+        is_over = evaluator.is_over(history)
+        last = is_over or step + 1 == len(batches)
+        if accelerator.is_main_process:
+            for log in logs if last and found else ():
+                log(step + 1, found)
+            kept.save(step + 1, optimizer, history, last=last)
+        if is_over:
+            break
     accelerator.wait_for_everyone()
     return history
 
@@ -258,15 +290,42 @@ def _micro_batches(
     yield last
 
 
-def _sums(
-    losses: Tensor, scores: Sequence[Tensor], ref_scores: Sequence[Tensor], beta: float
-) -> Tensor:
-    """Loss, the two rewards, their margin and whether it is above 0, summed over pairs, `[5]`."""
-    good, bad = (
-        beta * (ours - theirs).detach() for ours, theirs in zip(scores, ref_scores, strict=True)
-    )
-    seen = (losses.detach(), good, bad, good - bad, (good > bad).to(good))
-    return torch.stack([values.sum() for values in seen])
+class _PairReader:
+    """From rows to the loss of each pair, `[B]`, and each number of METRICS, without gradient."""
+
+    names = METRICS
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        pairs: Pairs,
+        score_reference: ScoreReader,
+        loss: Callable[..., Tensor],
+        beta: float,
+    ) -> None:
+        self.policy, self.pairs, self.score_reference = policy, pairs, score_reference
+        self.loss, self.beta = loss, beta
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        scores = pair_logps(self.policy, self.pairs, rows, *self.score_reference.how)
+        ref_scores = [values.to(scores[0].device) for values in self.score_reference(rows)]
+        losses = self.loss(*scores, *ref_scores, beta=self.beta)
+        chosen, rejected = (values.detach() for values in scores)
+        good, bad = (
+            self.beta * (ours - theirs)
+            for ours, theirs in zip((chosen, rejected), ref_scores, strict=True)
+        )
+        margins = (good - bad, (good > bad).to(good))
+        return losses, [losses.detach(), good, bad, *margins, chosen, rejected]
+
+
+def _held_out(
+    evaluation: Evaluation, read: _PairReader, trained: Mapping[str, nn.Parameter]
+) -> _PairReader:
+    """Reads held-out pairs as those of training are read."""
+    how = read.score_reference.how
+    score_reference = ScoreReader(evaluation.reference, evaluation.pairs, *how, trained)
+    return _PairReader(read.policy, evaluation.pairs, score_reference, read.loss, read.beta)
 
 
 def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
@@ -306,23 +365,8 @@ def _check_run(
 ) -> None:
     check_pairs(pairs)
     check_indices("batches", batches, "[steps, B]", len(pairs[0]))
-    if isinstance(reference, tuple):
-        if len(reference) != 2:
-            raise ValueError(
-                f"`reference` must be (chosen, rejected), got {len(reference)} tensors"
-            )
-        check_rows("pairs", pairs[0], reference=reference[0], rejected=reference[1])
-        for scores in reference:
-            check_at_most_0("reference", scores, n_tokens=pairs[1].shape[1])
-    elif not isinstance(reference, adapter_off):
-        held = {weight.untyped_storage().data_ptr() for weight in reference.parameters()}
-        for name, weight in _trained(policy).items():
-            if weight.untyped_storage().data_ptr() in held:
-                raise ValueError(
-                    "`reference` must be reference_logps, adapter_off(policy) or a copy "
-                    "(copy.deepcopy), got a model that shares weights with the policy, which "
-                    f"trains {name}"
-                )
+    check_reference(reference, pairs)
+    _check_shares_nothing("reference", reference, policy)
     halved = [name for name, w in policy.model.named_parameters() if w.dtype == torch.float16]
     if halved:
         raise ValueError(
@@ -335,6 +379,61 @@ def _check_run(
         raise ValueError(
             f"`optimizer` must have the policy's {len(weights)} trained parameters, got "
             f"{len(given & weights)} of them and {len(given - weights)} others"
+        )
+
+
+def _check_shares_nothing(
+    argument: str, reference: Scores | Scorer, policy: CausalLMPolicy
+) -> None:
+    if isinstance(reference, tuple | adapter_off):
+        return
+    held = {weight.untyped_storage().data_ptr() for weight in reference.parameters()}
+    for name, weight in _trained(policy).items():
+        if weight.untyped_storage().data_ptr() in held:
+            raise ValueError(
+                f"`{argument}` must be reference_logps, adapter_off(policy) or a copy "
+                "(copy.deepcopy), got a model that shares weights with the policy, which "
+                f"trains {name}"
+            )
+
+
+def _check_evaluation(
+    evaluation: Evaluation,
+    policy: CausalLMPolicy,
+    reduce: Reduce,
+    precision: Precision,
+    accelerator: "Accelerator | OneProcess",
+) -> None:
+    if not isinstance(evaluation, Evaluation):
+        raise TypeError(f"`evaluation` must be an Evaluation, got a {type(evaluation).__name__}")
+    reference = evaluation.reference
+    _check_shares_nothing("evaluation.reference", reference, policy)
+    for name, want in {"reduce": reduce, "precision": precision}.items():
+        got = getattr(reference, name, want) if isinstance(reference, tuple) else want
+        if got is not want:
+            raise ValueError(
+                f"`evaluation.reference` must be read with {name} {function_name(want)} as in "
+                f"training, got {function_name(got)}"
+            )
+    n_rows = len(evaluation.pairs[0])
+    how = "in its order (give reference_logps no batches, and the run's accelerator)"
+    check_passes(
+        reference, torch.arange(n_rows)[None], n_rows, accelerator.num_processes,
+        "evaluation.reference", how,
+    )  # fmt: skip
+    if accelerator.distributed_type == "FSDP":
+        if evaluation.best is not None:
+            raise ValueError(
+                "`evaluation.best` must be None under FSDP (weights in shards), got a folder"
+            )
+        _check_in_shards("evaluation.reference", reference)
+
+
+def _check_in_shards(name: str, reference: Scores | Scorer) -> None:
+    if not isinstance(reference, tuple):
+        raise ValueError(
+            f"`{name}` must be what reference_logps gave under FSDP, since a model would lie "
+            f"whole on every device, got a {type(reference).__name__}"
         )
 
 
@@ -382,8 +481,4 @@ def _check_accelerator(
             )
         if hasattr(policy.model, "merge_and_unload"):
             raise ValueError("`policy` must be a model without adapter under FSDP, got one with it")
-        if not isinstance(reference, tuple):
-            raise ValueError(
-                "`reference` must be what reference_logps gave under FSDP, since a model would lie "
-                f"whole on every device, got a {type(reference).__name__}"
-            )
+        _check_in_shards("reference", reference)
