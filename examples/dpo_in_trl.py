@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined, unused-ignore]
 
 from dpo_mini import real
 

@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="the extra 'real' is not installed")
 
 import transformers
 
+from dpo_mini import real
 from dpo_mini.logps import PAD
 from dpo_mini.real import CausalLMPolicy
 from dpo_mini.real.reading import pair_token_logps, reads_in_one_row
@@ -114,12 +115,56 @@ def test_the_output_layer_sees_what_is_predicted_and_no_more(pairs):
     assert seen == [(1, int(sum((answer != PAD).sum() for answer in pairs[1:])), V)]
 
 
-def test_a_window_shorter_than_the_row_is_read_in_rows(pairs):
-    longest = int(sum((part != PAD).sum(1) for part in pairs).max())
-    policy = policy_of("MistralForCausalLM")
-    for window, fits in ((longest, True), (longest - 1, False), (None, True)):
-        policy.model.config.sliding_window = window
-        assert reads_in_one_row(policy, *pairs) == fits
+def widths_read(policy, pairs):
+    """How many rows the model reads at once, pass by pass."""
+    seen = []
+    embed = policy.model.get_input_embeddings()
+    hook = embed.register_forward_hook(lambda *given: seen.append(len(given[1][0])))
+    scored = torch.cat(policy.pair_token_logps(*pairs))
+    hook.remove()
+    return seen[-1], scored
+
+
+def test_pairs_are_read_in_one_row_where_that_works(pairs):
+    for name, rows in {"LlamaForCausalLM": 7, "BloomForCausalLM": 14}.items():
+        policy = policy_of(name)
+        n_rows, scored = widths_read(policy, pairs)
+        assert n_rows == rows
+        apart = policy.token_logps(pairs[0].repeat(2, 1), torch.cat(pairs[1:]))
+        assert_close(scored, apart, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_window_shorter_than_the_row_is_read_in_rows(pairs, fits):
+    longest = int((torch.cat(pairs, 1) != PAD).sum(1).max())
+    _, settings = IN_ONE_ROW["MistralForCausalLM"]
+    config = transformers.MistralConfig(**settings, sliding_window=longest if fits else 6)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.MistralForCausalLM(config)
+    policy = CausalLMPolicy(model.double(), end_token=None)
+    n_rows, scored = widths_read(policy, pairs)
+    assert n_rows == (7 if fits else 14)
+    apart = policy.token_logps(pairs[0].repeat(2, 1), torch.cat(pairs[1:]))
+    assert_close(scored, apart, atol=1e-11, rtol=0)
+
+
+def test_an_adapter_and_what_it_is_beside_are_read_in_one_row_too(pairs):
+    pytest.importorskip("peft", reason="no peft here")
+    model = policy_of("LlamaForCausalLM").model
+    draws = torch.Generator().manual_seed(0)
+    adapted = CausalLMPolicy(real.add_lora(model, rank=2, generator=draws), end_token=None)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            weight.add_(0.3) if "lora_B" in name else None
+    for policy in (adapted, real.adapter_off(adapted)):
+        embed, seen = model.get_input_embeddings(), []
+        hook = embed.register_forward_hook(lambda *given: seen.append(len(given[1][0])))  # noqa: B023
+        scored = torch.cat(policy.pair_token_logps(*pairs))
+        hook.remove()
+        assert seen[-1] == 7
+        apart = policy.token_logps(pairs[0].repeat(2, 1), torch.cat(pairs[1:]))
+        assert_close(scored, apart, atol=1e-11, rtol=0)
 
 
 def test_positions_stay_inside_the_context(pairs):
@@ -135,3 +180,16 @@ def test_the_probe_knows_the_rounding_of_each_precision(dtype, pairs):
         policy = policy_of(name)
         policy.model.to(dtype)
         assert reads_in_one_row(policy, *pairs) == fits
+
+
+def test_who_changes_how_one_answer_is_read_is_not_passed_over(pairs):
+    class Doubled(CausalLMPolicy):
+        def token_logps(self, prompts, completions):
+            return 2 * super().token_logps(prompts, completions)
+
+    plain = policy_of("LlamaForCausalLM")
+    doubled = Doubled(plain.model, end_token=None)
+    once = real.reference_logps(plain, pairs, micro_batch_size=7)
+    twice = real.reference_logps(doubled, pairs, micro_batch_size=7)
+    for one, two in zip(once, twice, strict=True):
+        assert_close(two, 2 * one)

@@ -197,7 +197,8 @@ def test_trl_computes_the_same_at_every_step(trl, tmp_path, max_grad_norm, capfd
     assert ours.pop("rewards/accuracies")[1:] == [e["rewards/accuracies"] for e in history[1:]]
     for name, values in ours.items():
         found = torch.tensor([entry[name] for entry in history])
-        assert_close(torch.tensor(values), found, atol=1e-5, rtol=0)
+        rounding = 1e-6 if name.startswith("logps/") else 0  # of sums of some 150 nats
+        assert_close(torch.tensor(values), found, atol=1e-5, rtol=rounding)
     trained = weights(SimpleNamespace(model=theirs))
     assert farthest(weights(policy), trained) < 1e-4
     assert farthest(start, trained) > 1e-2  # the control

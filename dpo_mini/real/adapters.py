@@ -91,3 +91,10 @@ class adapter_off:
         """As in `CausalLMPolicy.token_logps`, without the adapter."""
         with self.model.disable_adapter():
             return self.unwrapped.token_logps(prompts, completions)
+
+    def pair_token_logps(
+        self, prompts: Tensor, chosen: Tensor, rejected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As in `CausalLMPolicy.pair_token_logps`, without the adapter."""
+        with self.model.disable_adapter():
+            return self.unwrapped.pair_token_logps(prompts, chosen, rejected)

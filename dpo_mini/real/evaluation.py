@@ -48,7 +48,8 @@ class Evaluation:
         an adapter's alone where only that is trained. Weights of an earlier run are written over.
       report: called with the step and the numbers after each evaluation, in the main process, such
         as to print them with `sample_answer` of three prompts. There the policy may be read, but
-        where its weights lie in shards (FSDP). A run that goes on does not report again.
+        where its weights lie in shards (FSDP). A run that goes on from a checkpoint reports what
+        came after it.
     Raises:
       ValueError: rows that differ in number, a log-probability above 0, or a number below 1.
     """

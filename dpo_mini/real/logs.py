@@ -106,12 +106,13 @@ def _add_columns(path: Path, columns: list[str], new: list[str]) -> None:
     write_whole(path, _line(columns + new) + b"".join(line + blank for line in lines))
 
 
-def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> list[str]:
-    """Leaves the first line, whose columns are returned, and those of earlier steps.
+def _of_every_step(names: list[str], step: int) -> list[str]:
+    """The first step has all names; a later one need not have those of an evaluation."""
+    return [name for name in names if step == 0 or not name.startswith("eval_")]
 
-    The file is cut off in its place. Where the run is not at its beginning, the columns may be more
-    than this step has.
-    """
+
+def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> list[str]:
+    """Leaves the columns, which it returns, and lines of earlier steps: cuts off in its place."""
     content, header = path.read_bytes() if path.exists() else b"", _line(names)
     if len(content) < len(header) and header.startswith(content):  # new, or killed in its header
         if content:
@@ -120,8 +121,7 @@ def _cut_to_lines_before(step: int, path: Path, names: list[str]) -> list[str]:
         return names
     first, *lines = content.splitlines(keepends=True)
     got = next(csv.reader([first.decode(errors="replace")]))
-    whole = first.endswith(b"\n") and got[0] == "step"
-    if not whole or (got != names if step == 0 else not set(got).issuperset(names)):
+    if not first.endswith(b"\n") or _of_every_step(got, step) != _of_every_step(names, step):
         raise ValueError(f"`path` must have the columns {names} or be new, got {got} in {path}")
     kept = len(first)
     for number, line in enumerate(lines, start=2):

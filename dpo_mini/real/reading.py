@@ -1,4 +1,4 @@
-"""One pass of a model over pairs: a prompt is read once, and only answers are predicted.
+"""One pass of a model over texts: a prompt is read once, and only answers are predicted.
 
 The two answers of a pair share their prompt. In one row (prompt, chosen, rejected) it is read once:
 an attention mask hides the first answer from the second, whose positions go on after the prompt.
@@ -6,6 +6,7 @@ And of all logits only those are computed that predict a token of an answer: the
 these positions alone.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.logps import PAD
-from dpo_mini.real.models import CausalLMPolicy
+from dpo_mini.logps import PAD, token_logps
 
-MASKED_BY_US = ("eager", "sdpa")
-"""Attentions of `transformers` that take a mask of their caller's, `[B, 1, L, L]`."""
+
+def logps_of(
+    model: nn.Module, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Tensor
+) -> Tensor:
+    """Log-probability of tokens, each predicted at a position of its own.
+
+    Args:
+      model: of `transformers`.
+      rows, columns: `[N]`, the positions that predict.
+      targets: `[N]` int64, the tokens.
+      inputs: what the model reads, `input_ids` `[B, L]` among them.
+    Returns:
+      `[N]`, nats, at least float32.
+    Raises:
+      ValueError: a token without a logit, or a logit that is NaN or +inf.
+    """
+    with _only_positions(model, rows, columns) as shown:
+        logits = model(**inputs, use_cache=False).logits
+    found = logits[0] if shown else logits[rows, columns]  # [N, V]
+    if found.dtype in (torch.float16, torch.bfloat16):
+        found = found.float()
+    if len(targets) and targets.max() >= found.shape[-1]:
+        raise ValueError(
+            f"`model` must have a logit for each token that it is asked for, got {found.shape[-1]} "
+            f"logits and token {int(targets.max())} (model.resize_token_embeddings makes them "
+            "alike)"
+        )
+    before = inputs["input_ids"][rows, columns]
+    tokens = torch.stack([before, targets], 1)
+    counted = torch.tensor([[False, True]], device=tokens.device).expand(tokens.shape)
+    return token_logps(found.unsqueeze(1), tokens, counted).squeeze(1)
 
 
 def pair_token_logps(
@@ -34,8 +63,7 @@ def pair_token_logps(
     answers = torch.stack([chosen, rejected], 1)  # [B, 2, T]
     n_prompt, n_chosen = (prompts != PAD).sum(1), (chosen != PAD).sum(1)  # [B] each
     # Nothing follows the last token of an answer, so no model has to read it.
-    parts = [prompts, _without_last(chosen), _without_last(rejected)]
-    padded = torch.cat(parts, 1)
+    padded = torch.cat([prompts, _without_last(chosen), _without_last(rejected)], 1)
     length = int((padded != PAD).sum(1).max())  # L
     order = (padded == PAD).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
     tokens = padded.gather(1, order)  # [B, L], the padding at the end
@@ -47,38 +75,27 @@ def pair_token_logps(
     seen = (at[:, None] >= at[None, :]) & ~hidden  # [B, L, L]
     # The token before the first of an answer is the last of the prompt, in both.
     n = torch.arange(chosen.shape[1], device=tokens.device)
-    before_chosen = fork - 1 + n
     before_rejected = torch.where(n == 0, fork - 1, second - 1 + n)
     scored = answers != PAD
-    columns = torch.stack([before_chosen, before_rejected], 1)[scored]
+    columns = torch.stack([fork - 1 + n, before_rejected], 1)[scored]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand_as(scored)[scored]
     inputs = {"input_ids": tokens.masked_fill(padding, 0), "position_ids": positions}
-    logits = logits_at(model, rows, columns, attention_mask=_added(seen, model), **inputs)
-    logps = logits.log_softmax(-1).gather(1, answers[scored].unsqueeze(1)).squeeze(1)
+    inputs["attention_mask"] = _added(seen, model)
+    logps = logps_of(model, rows, columns, answers[scored], **inputs)
     placed = logps.new_zeros(answers.shape).masked_scatter(scored, logps)
     return placed[:, 0], placed[:, 1]
 
 
-def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs: Tensor) -> Tensor:
-    """The logits of some positions alone.
-
-    Args:
-      model: of `transformers`.
-      rows, columns: `[N]` each, the positions.
-      inputs: what the model reads, `input_ids` `[B, L]` among them.
-    Returns:
-      `[N, V]`, at least float32.
-    """
-    with _only_positions(model, rows, columns) as shown:
-        logits = model(**inputs, use_cache=False).logits
-    found = logits[0] if shown else logits[rows, columns]
-    return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+def may_read_in_one_row(model: nn.Module, length: int) -> bool:
+    """Whether a row of this length is within a window of attention, as far as the config says."""
+    config = unwrapped(model).config
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return all(window is None or window >= length for window in windows)
 
 
-def reads_in_one_row(
-    policy: CausalLMPolicy, prompts: Tensor, chosen: Tensor, rejected: Tensor
-) -> bool:
-    """Whether a model scores an answer in one row as it does in a row of its own.
+@torch.no_grad()
+def reads_in_one_row(policy: Any, prompts: Tensor, chosen: Tensor, rejected: Tensor) -> bool:
+    """Whether a model scores an answer in one row as it does in a row of its own: it is tried.
 
     It does not where attention takes no mask of its caller's, where positions are no argument, or
     where what comes before is read in order (state-space models).
@@ -87,42 +104,45 @@ def reads_in_one_row(
       policy: has `model` and `token_logps`.
       prompts, chosen, rejected: a few pairs, `[B, P]` and `[B, T]` int64, as in `pair_token_logps`.
     """
-    model: nn.Module = policy.model
-    config = _unwrapped(model).config
-    length = (prompts != PAD).sum(1) + (chosen != PAD).sum(1) + (rejected != PAD).sum(1)
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if getattr(config, "_attn_implementation", None) not in MASKED_BY_US:
+    model = unwrapped(policy.model)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    if any(window is not None and window < length.max() for window in windows):
+    if getattr(model.config, "alibi", False):  # distances are counted along the row
         return False
-    with torch.no_grad():
-        in_rows = policy.token_logps(prompts.repeat(2, 1), torch.cat([chosen, rejected]))
-        try:
-            in_one_row = torch.cat(pair_token_logps(model, prompts, chosen, rejected))
-        except (RuntimeError, TypeError, ValueError, IndexError):  # of a model that cannot
+    if getattr(model.config, "_attn_implementation", None) not in ("eager", "sdpa"):
+        return False  # flash attention takes no mask
+    device, n_tokens = prompts.device.type, int((chosen != PAD).sum() + (rejected != PAD).sum())
+    for here in {torch.is_autocast_enabled(device), False}:
+        with torch.autocast(device, enabled=here, cache_enabled=False):
+            apart = policy.token_logps(prompts.repeat(2, 1), torch.cat([chosen, rejected]))
+            try:
+                together = pair_token_logps(policy.model, prompts, chosen, rejected)
+            except (RuntimeError, TypeError, ValueError, IndexError):  # of a model that cannot
+                return False
+        error = (apart - torch.cat(together)).abs().sum() / n_tokens
+        dtype = torch.bfloat16 if here else next(model.parameters()).dtype
+        if not error < _ROUNDING.get(dtype, 0.1):
             return False
-    tokens = (chosen != PAD).sum() + (rejected != PAD).sum()
-    error = (in_rows - in_one_row).abs().sum() / tokens  # nats a token
-    return bool(error < _ROUNDING.get(next(model.parameters()).dtype, 0.1))
+    return True
 
 
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Nats a token that two ways of reading may differ by, and 0.1 in half precision."""
+def unwrapped(model: nn.Module) -> Any:
+    """The model of `transformers` inside `DistributedDataParallel` and an adapter's wrapper."""
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 # --- private functions -----------------------------------------------------------------------
 
-
-def _unwrapped(model: nn.Module) -> Any:
-    """The model of `transformers` inside `DistributedDataParallel`."""
-    return getattr(model, "module", model)
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Nats a token that two ways of reading may differ by, and 0.1 in half precision."""
 
 
 @contextmanager
 def _only_positions(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[list[int]]:
     """The output layer gets `[1, N, D]` in the place of `[B, L, D]`; the list tells if it did."""
     shown: list[int] = []
-    layer = _unwrapped(model).get_output_embeddings()
+    layer = unwrapped(model).get_output_embeddings()
 
     def choose(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shown.append(1)

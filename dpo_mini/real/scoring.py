@@ -16,7 +16,7 @@ from dpo_mini._files import write_whole
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
 from dpo_mini.policies.base import device_of
-from dpo_mini.real.digests import reference_digest
+from dpo_mini.real.digests import reference_digest, tensor_digest
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.processes import OneProcess, check_divides
 from dpo_mini.train import Pairs
@@ -57,18 +57,43 @@ def bf16_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def pair_logps(
-    model: Scorer, pairs: Pairs, rows: Tensor, reduce: Reduce, precision: Precision
+    model: Scorer,
+    pairs: Pairs,
+    rows: Tensor,
+    reduce: Reduce,
+    precision: Precision,
+    in_one_row: bool,
 ) -> Scores:
-    """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
-    prompts, chosen, rejected = pairs
+    """Chosen and rejected, `[B]` each, in one pass, where asked to both of a pair in one row."""
     device = next(iter(model.parameters())).device
-    answers = torch.cat([chosen[rows], rejected[rows]]).to(device)
+    prompts, chosen, rejected = (tokens[rows].to(device) for tokens in pairs)
     # One context per pass: autocast keeps its half-precision weights until the context ends, and
     # those that it made for a pass without gradient would take none from the policy's.
     with precision(device.type):
-        scored = model.token_logps(prompts[rows].repeat(2, 1).to(device), answers)
+        if in_one_row:
+            both: Any = model
+            scored = torch.cat(both.pair_token_logps(prompts, chosen, rejected))
+        else:
+            scored = model.token_logps(prompts.repeat(2, 1), torch.cat([chosen, rejected]))
+    answers = torch.cat([chosen, rejected])
     chosen_scores, rejected_scores = reduce(scored, answers != PAD).chunk(2)
     return chosen_scores, rejected_scores
+
+
+def can_read_pairs(model: Scorer) -> bool:
+    """Whether a scorer offers both answers at once, and nobody changed how it reads one alone."""
+    owners = [
+        next((part for part in type(model).__mro__ if name in vars(part)), None)
+        for name in ("token_logps", "pair_token_logps")
+    ]
+    return owners[1] is not None and owners[0] is owners[1] and "token_logps" not in vars(model)
+
+
+def reads_in_one_row(policy: Scorer, reference: Scores | Scorer) -> bool:
+    """Whether both answers of a pair are read in one row, the same for policy and reference."""
+    if isinstance(reference, ReferenceLogps):
+        return reference.in_one_row and can_read_pairs(policy)
+    return can_read_pairs(policy) and (isinstance(reference, tuple) or can_read_pairs(reference))
 
 
 def passes_of(batches: Tensor, micro_batch_size: int, n_processes: int) -> Tensor:
@@ -109,6 +134,7 @@ class ReferenceLogps(tuple[Tensor, Tensor]):
     precision: Precision
     micro_batch_size: int
     companions: Tensor
+    in_one_row: bool
     digest: str
 
 
@@ -177,6 +203,7 @@ def reference_logps(
     logps = ReferenceLogps(scores)
     logps.reduce, logps.precision = reduce, precision
     logps.micro_batch_size, logps.companions = micro_batch_size, beside
+    logps.in_one_row = can_read_pairs(reference)
     logps.digest = reference_digest(reference)  # for checkpoints: the model may be gone by then
     return logps
 
@@ -245,7 +272,7 @@ def _score(
     first = first_passes(passes, n_rows)
     occurs = first < n_passes * n_processes
     needed = (first[occurs] // n_processes).unique().tolist()
-    read = ScoreReader(reference, pairs, reduce, precision)
+    read = ScoreReader(reference, pairs, reduce, precision, can_read_pairs(reference))
     blocks, firsts = [], []
     for n in progress(range(len(needed))):
         rows = passes[needed[n], accelerator.process_index]
@@ -322,16 +349,18 @@ def _key(
 ) -> str:
     """Of all that decides a score: pairs, passes, weights, and what is done with them."""
     device = device_of(reference)
-    weights = _digest([*reference.parameters()])
+    weights = bytes.fromhex(tensor_digest(("", weight) for weight in reference.parameters()))
     if accelerator.num_processes > 1:  # each may hold another part of the weights
         all_digests = torch.zeros(accelerator.num_processes, len(weights), device=device)
         all_digests[accelerator.process_index] = torch.tensor([*weights], device=device).float()
         parts = accelerator.reduce(all_digests, "sum").int().tolist()
         weights = b"".join(sorted({bytes(part) for part in parts}))
     how = [f"{f.__module__}.{function_name(f)}" for f in (reduce, precision)]
+    how += ["one row" if can_read_pairs(reference) else "rows"]
     how += [torch.__version__, str(device and device.type), type(reference).__qualname__]
     how += _configurations(reference)
-    digest = hashlib.sha256(_digest(tensors) + weights)
+    digest = hashlib.sha256(weights)
+    digest.update(tensor_digest(("", tensor) for tensor in tensors).encode())
     digest.update("\n".join(how).encode())
     return digest.hexdigest()
 
@@ -343,17 +372,6 @@ def _configurations(reference: object) -> list[str]:
     names = ("config", "scaling", "active_adapters", "disable_adapters")
     found = ((type(p), getattr(p, name)) for p in parts for name in names if hasattr(p, name))
     return sorted({f"{kind.__name__} {value}" for kind, value in found})
-
-
-def _digest(tensors: Iterable[Tensor]) -> bytes:
-    """SHA-256 of all bytes, dtypes and shapes; of a tensor in shards, those of this process."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        local = getattr(tensor, "to_local", lambda here=tensor: here)().detach()
-        digest.update(f"{local.dtype} {list(local.shape)}".encode())
-        for block in local.contiguous().flatten().view(torch.uint8).split(2**26):
-            digest.update(block.cpu().numpy().data)
-    return digest.digest()
 
 
 # --- the reference during training -----------------------------------------------------------
@@ -372,10 +390,11 @@ class ScoreReader:
         pairs: Pairs,
         reduce: Reduce,
         precision: Precision,
+        in_one_row: bool,
         trained: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.reference, self.pairs = reference, pairs
-        self.how = reduce, precision
+        self.how = reduce, precision, in_one_row
         self.trained = trained
         self.first: tuple[Tensor, Tensor] | None = None  # rows and their scores
 

@@ -37,6 +37,7 @@ from dpo_mini.real.scoring import (
     function_name,
     how_to_read,
     pair_logps,
+    reads_in_one_row,
 )
 from dpo_mini.train import History, Pairs
 from dpo_mini.train.pair_losses import check_pair_loss, check_pairs
@@ -113,8 +114,8 @@ def train_preferences(
         the new ones. From there on it has the new schedule: one that depends on the number of
         steps, such as `warmup_then_linear`, then begins again above 0.
       checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
-      generator: one that `logs` draw from while training runs, if any: its state is saved too.
-        Nothing else draws: the batches are given and dropout is off.
+      generator: one that `logs`, or the `report` of `evaluation`, draw from while training runs, if
+        any: its state is saved too. Nothing else draws: the batches are given and dropout is off.
       evaluation: held-out pairs to look at before, while and after the policy is trained. A run
         that goes on must have the same ones, their reference and `every`; `patience` may change: a
         run that it stopped goes on with a larger one.
@@ -191,7 +192,8 @@ def _train(
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.train()
     trained = _trained(accelerator.unwrap_model(policy.model))
-    score_reference = ScoreReader(reference, pairs, reduce, precision, trained)
+    in_one_row = reads_in_one_row(policy, reference)
+    score_reference = ScoreReader(reference, pairs, reduce, precision, in_one_row, trained)
     read = _PairReader(policy, pairs, score_reference, loss, beta)
     evaluator = Evaluator(
         evaluation,
@@ -323,8 +325,11 @@ def _held_out(
     evaluation: Evaluation, read: _PairReader, trained: Mapping[str, nn.Parameter]
 ) -> _PairReader:
     """Reads held-out pairs as those of training are read."""
-    how = read.score_reference.how
-    score_reference = ScoreReader(evaluation.reference, evaluation.pairs, *how, trained)
+    reduce, precision, _ = read.score_reference.how
+    in_one_row = reads_in_one_row(read.policy, evaluation.reference)
+    score_reference = ScoreReader(
+        evaluation.reference, evaluation.pairs, reduce, precision, in_one_row, trained
+    )
     return _PairReader(read.policy, evaluation.pairs, score_reference, read.loss, read.beta)
 
 
