@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined, unused-ignore]
 
 from dpo_mini import real
+from dpo_mini.real import options
 
 
 def main(arguments: list[str] | None = None) -> DPOTrainer:
@@ -30,14 +31,15 @@ def main(arguments: list[str] | None = None) -> DPOTrainer:
     ]
     # trl shuffles by other draws: it gets the rows in the order of train_dpo.py, and keeps it.
     generator = torch.Generator().manual_seed(given.seed)
+    steps = options.count_steps(given, len(rows))
     batches = real.shuffled_batches(
-        len(rows), steps=given.steps, batch_size=given.batch_size, generator=generator
+        len(rows), steps=steps, batch_size=given.batch_size, generator=generator
     )
     ordered = Dataset.from_list([rows[n] for n in batches.flatten().tolist()])
     config = DPOConfig(
         output_dir=given.output,
         beta=given.beta,
-        max_steps=given.steps,
+        max_steps=steps,
         # A batch is what one step takes: passes of micro_batch_size pairs, whose gradients add up.
         per_device_train_batch_size=given.micro_batch_size,
         gradient_accumulation_steps=given.batch_size // given.micro_batch_size,
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> DPOTrainer:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.learning_rate, weight_decay=0.0)
     # trl's own warm-up begins at a rate of 0, so that its first step moves nothing.
-    schedule = real.warmup_then_linear(given.steps, warmup=given.steps // 10)
+    schedule = real.warmup_then_linear(steps, warmup=steps // 10)
     trainer = DPOTrainer(
         model,
         args=config,
@@ -86,7 +88,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", required=True, help="a file")
     parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--epochs", type=float)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=1024)

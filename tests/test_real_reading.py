@@ -193,3 +193,17 @@ def test_who_changes_how_one_answer_is_read_is_not_passed_over(pairs):
     twice = real.reference_logps(doubled, pairs, micro_batch_size=7)
     for one, two in zip(once, twice, strict=True):
         assert_close(two, 2 * one)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BloomForCausalLM"])
+def test_the_same_answer_twice_is_a_tie_to_the_last_bit(pairs, name):
+    policy = policy_of(name)
+    policy.model.float()
+    prompts, chosen, rejected = pairs
+    rejected = torch.where(torch.arange(7)[:, None] % 2 == 0, chosen, rejected)
+    first, second = policy.pair_token_logps(prompts, chosen, rejected)
+    assert torch.equal(first[::2], second[::2])
+    weights = [w for w in policy.parameters() if w.requires_grad]
+    margin = (first - second)[::2].sum()
+    for slope in torch.autograd.grad(margin, weights, allow_unused=True):
+        assert slope is None or not slope.any()

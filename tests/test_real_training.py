@@ -1151,7 +1151,8 @@ def test_under_accelerates_half_precision_rewards_start_at_0(
     assert history["rewards/margins"][0] == history["rewards/chosen"][0] == 0.0
     assert history["rewards/margins"][1] != 0.0
     assert set(written_in(tmp_path / "run")) == {
-        "checkpoints", "metrics.csv", "model", "reference.safetensors", "tensorboard",
+        "checkpoints", "metrics.csv", "model", "reference.safetensors", "run.yaml",
+        "tensorboard",
     }  # fmt: skip
     capfd.readouterr()
 

@@ -24,12 +24,14 @@ with warnings.catch_warnings():
         how = 'pip install transformers datasets accelerate peft, or pip install "dpo_mini[real]"'
         raise ModuleNotFoundError(f"{needs}: {how}", name=error.name) from None
 
-from dpo_mini.real.adapters import adapter_off, add_lora
+from dpo_mini.real.adapters import adapter_off, add_lora, save_adapter
+from dpo_mini.real.answers import report_answers
 from dpo_mini.real.batches import cut_long, drop_long, pair_lengths, shuffled_batches
 from dpo_mini.real.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dpo_mini.real.evaluation import Evaluation, load_best
 from dpo_mini.real.locks import lock_folder
-from dpo_mini.real.logs import csv_log, tensorboard_log
+from dpo_mini.real.logs import console_log, csv_log, tensorboard_log
+from dpo_mini.real.loss_names import loss_by_name, loss_names
 from dpo_mini.real.measures import (
     greedy_answer,
     preference_accuracy,
@@ -51,7 +53,12 @@ from dpo_mini.real.preferences import (
     save_preferences,
     split_preferences,
 )
-from dpo_mini.real.schedules import constant, warmup_then_cosine, warmup_then_linear
+from dpo_mini.real.schedules import (
+    constant,
+    warmup_then_constant,
+    warmup_then_cosine,
+    warmup_then_linear,
+)
 from dpo_mini.real.scoring import bf16_autocast, full_precision, reference_logps
 from dpo_mini.real.symptoms import Finding, diagnose
 from dpo_mini.real.tokens import (
@@ -78,6 +85,7 @@ __all__ = [
     "add_lora",
     "bf16_autocast",
     "bf16_memory",
+    "console_log",
     "constant",
     "count_tokens",
     "csv_log",
@@ -97,11 +105,15 @@ __all__ = [
     "load_preferences",
     "lock_folder",
     "lora_memory",
+    "loss_by_name",
+    "loss_names",
     "pair_lengths",
     "preference_accuracy",
     "preference_margins",
     "reference_logps",
+    "report_answers",
     "sample_answer",
+    "save_adapter",
     "save_checkpoint",
     "save_model",
     "save_preferences",
@@ -113,6 +125,7 @@ __all__ = [
     "tiny_gpt2",
     "train_preferences",
     "train_tokenizer",
+    "warmup_then_constant",
     "warmup_then_cosine",
     "warmup_then_linear",
 ]

@@ -54,10 +54,14 @@ def shuffled_batches(
 
 
 def pair_lengths(pairs: Pairs) -> Tensor:
-    """How many tokens each pair has, `[n]` int64: its prompt and both answers.
+    """How many tokens each pair has: its prompt and both answers.
 
     Args:
       pairs: as `encode` gives them.
+    Returns:
+      `[n]` int64.
+    Raises:
+      ValueError: no pairs, or rows that differ in number.
     """
     check_pairs(pairs)
     return torch.stack([(tokens != PAD).sum(1) for tokens in pairs]).sum(0)

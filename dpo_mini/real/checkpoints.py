@@ -362,6 +362,8 @@ def _differences_of_batches(old: Tensor, new: Tensor, extended: bool) -> list[st
 
 def _name_of_loss(loss: Callable[..., Tensor]) -> str:
     """`cdpo_loss(label_smoothing=0.1)`: all of a loss that can be compared."""
+    if hasattr(loss, "without_reference"):
+        return f"without_reference({_name_of_loss(loss.without_reference)})"
     if isinstance(loss, partial):
         given = [*map(repr, loss.args), *(f"{k}={v!r}" for k, v in sorted(loss.keywords.items()))]
         return re.sub(" at 0x[0-9a-f]+", "", f"{_name_of_loss(loss.func)}({', '.join(given)})")

@@ -7,12 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_mini._arguments import check_count
 from dpo_mini._files import write_whole
 from dpo_mini.real.preferences import AnyPath
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Called with a step, 0 the first, and its numbers by name: those of training, and with `eval_` in
 front those of an evaluation where there was one; after the last step the latter alone."""
+
+MAIN_METRICS = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "grad_norm": "grad norm",
+    "lr": "lr",
+}
+"""What a line on the console has, and how it calls it."""
 
 
 def csv_log(path: AnyPath) -> Log:
@@ -48,6 +58,31 @@ def csv_log(path: AnyPath) -> Log:
     return log
 
 
+def console_log(every: int, *, steps: int, write: Callable[[str], object] = print) -> Log:
+    """A log that writes a line of the main numbers now and then, and one at each evaluation.
+
+    Args:
+      every: steps from one line to the next; the first step and the last have one too.
+      steps: of the whole run.
+      write: writes a line, such as `tqdm.write` beside a progress bar.
+    Returns:
+      What `train_preferences` takes among its `logs`.
+    Raises:
+      ValueError: a number below 1.
+    """
+    check_count("every", every)
+    check_count("steps", steps)
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        trained, held_out = (_in_words(metrics, prefix) for prefix in ("", "eval_"))
+        if trained and (step % every == 0 or step == steps - 1):
+            write(f"step {step}/{steps}: {trained}")
+        if held_out:
+            write(f"step {step}/{steps}, held out: {held_out}")
+
+    return log
+
+
 @contextmanager
 def tensorboard_log(folder: AnyPath) -> Iterator[Log]:
     """A log for TensorBoard: `with tensorboard_log(folder) as log`, then `tensorboard --logdir`.
@@ -76,6 +111,12 @@ def tensorboard_log(folder: AnyPath) -> Iterator[Log]:
 
 
 # --- private functions -----------------------------------------------------------------------
+
+
+def _in_words(metrics: Mapping[str, float], prefix: str) -> str:
+    """`loss 0.6931, margin 0.0012`, of those that are there."""
+    found = {words: metrics.get(prefix + name) for name, words in MAIN_METRICS.items()}
+    return ", ".join(f"{words} {value:.4g}" for words, value in found.items() if value is not None)
 
 
 def _line(fields: Iterable[object]) -> bytes:

@@ -92,25 +92,7 @@ class CausalLMPolicy(nn.Module):
             the vocabulary, or together they are longer than the model's context; a completion goes
             on after its end token; the model is not causal, draws, or has no logit for a token.
         """
-        self._check_tokens(prompts, completions)
-        n_prompt = prompts.shape[1]
-        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
-        real = padded != PAD
-        length = int(real.sum(1).max())  # L, of the longest row
-        # Prompt and completion next to each other: the padding between them goes to the end.
-        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
-        tokens, real = padded.gather(1, order), real.gather(1, order)
-        if not self._is_checked:
-            self._check_reading(tokens[0][real[0]])
-            self._is_checked = True
-        # No attention mask: in a causal model no token reads the padding that comes after it.
-        counted = (real & (order >= n_prompt))[:, 1:]  # [B, L - 1]
-        rows, columns = counted.nonzero(as_tuple=True)
-        inputs = tokens[:, :-1].clamp(min=0)
-        scored = logps_of(self.model, rows, columns, tokens[:, 1:][counted], input_ids=inputs)
-        in_order = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
-        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], in_order)
-        return placed[:, n_prompt:]
+        return self._read_rows(prompts, completions, only_answers=False)
 
     def pair_token_logps(
         self, prompts: Tensor, chosen: Tensor, rejected: Tensor
@@ -135,14 +117,47 @@ class CausalLMPolicy(nn.Module):
         if self._in_one_row and may_read_in_one_row(self.model, int(lengths.max())):
             self._check_tokens(prompts, chosen)
             self._check_tokens(prompts, rejected)
-            return pair_token_logps(self.model, prompts, chosen, rejected)
-        apart = self.token_logps(prompts.repeat(2, 1), torch.cat([chosen, rejected]))
-        first, second = apart.chunk(2)
-        return first, second
+            first, second = pair_token_logps(self.model, prompts, chosen, rejected)
+        else:
+            answers = torch.cat([chosen, rejected])
+            apart = self._read_rows(prompts.repeat(2, 1), answers, only_answers=True)
+            first, second = apart.chunk(2)
+        # Read at two places, the same answer would differ by rounding, and one of a tie win.
+        same = (chosen == rejected).all(1, keepdim=True)
+        return first, torch.where(same, first, second)
 
     def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """log pi(y|x), `[B]` nats, summed over tokens; arguments as in `token_logps`."""
         return sum_over_tokens(self.token_logps(prompts, completions), completions != PAD)
+
+    def _read_rows(self, prompts: Tensor, completions: Tensor, *, only_answers: bool) -> Tensor:
+        """`token_logps`, with logits for all positions, or for those that predict an answer.
+
+        Only where all rows have logits at the same places do rows with the same tokens get the same
+        bits.
+        """
+        self._check_tokens(prompts, completions)
+        n_prompt = prompts.shape[1]
+        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
+        real = padded != PAD
+        length = int(real.sum(1).max())  # L, of the longest row
+        # Prompt and completion next to each other: the padding between them goes to the end.
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
+        tokens, real = padded.gather(1, order), real.gather(1, order)
+        if not self._is_checked:
+            self._check_reading(tokens[0][real[0]])
+            self._is_checked = True
+        # No attention mask: in a causal model no token reads the padding that comes after it.
+        counted = (real & (order >= n_prompt))[:, 1:]  # [B, L - 1]
+        inputs = tokens[:, :-1].clamp(min=0)
+        rows, columns = counted.nonzero(as_tuple=True)
+        scored = logps_of(
+            self.model, rows, columns, tokens[:, 1:][counted], everywhere=not only_answers,
+            input_ids=inputs,
+        )  # fmt: skip
+        in_order = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
+        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], in_order)
+        return placed[:, n_prompt:]
 
     def _check_tokens(self, prompts: Tensor, completions: Tensor) -> None:
         check_integers("prompts", prompts, "[B, P]")
@@ -246,12 +261,20 @@ def tiny_gpt2(
         return GPT2LMHeadModel(config).eval()
 
 
-def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    folder: AnyPath, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder on this machine; nothing is downloaded.
 
     The weights come as safetensors and in the default dtype: half precision is for running a model,
     and too coarse for the small steps of training one.
 
+    Args:
+      folder: holds weights, configuration and tokenizer.
+      dtype: of the weights, where another is wanted: `torch.bfloat16` for weights that `add_lora`
+        freezes. Buffers, such as the frequencies of positions, stay as they are.
+    Returns:
+      `(model, tokenizer)`, the model in evaluation mode.
     Raises:
       OSError: no such folder, or no safetensors in it.
       ValueError: the model needs code of its own, or is an encoder-decoder; the weights lack a
@@ -262,21 +285,22 @@ def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             f"`folder` must be a folder on this machine, got {str(folder)!r}: download_model "
             "fetches a model of the hub by its name"
         )
-    return _from_pretrained("folder", str(folder), local_files_only=True)
+    return _from_pretrained("folder", str(folder), dtype, local_files_only=True)
 
 
 def download_model(
-    name: str, *, revision: str = "main"
+    name: str, *, revision: str = "main", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_model`, of the Hugging Face hub: `download_model("HuggingFaceTB/SmolLM2-135M")`.
 
     Args:
       name: the model's name on the hub; a folder of this name on this machine is read instead.
       revision: its branch, tag or commit; a commit is the only one that cannot change.
+      dtype: as in `load_model`.
     Returns:
       `(model, tokenizer)`, as `load_model`.
     """
-    return _from_pretrained("name", name, revision=revision)
+    return _from_pretrained("name", name, dtype, revision=revision)
 
 
 def save_model(
@@ -298,17 +322,30 @@ def save_model(
     Raises:
       ValueError: `folder` holds files that are no part of what is written: they would be lost.
     """
+    with replaced_folder(folder, "a saved model") as new:
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+
+
+@contextmanager
+def replaced_folder(folder: AnyPath, what: str) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` when the block ends, or does not.
+
+    Args:
+      folder: new, empty, or one that holds no other files than the new one.
+      what: a folder of this kind holds, for the refusal of another.
+    """
     folder = Path(folder).resolve()
     with _staging(folder) as staging, _without_bars():
         new, old = staging / "new", staging / "old"
-        model.save_pretrained(new, state_dict=weights)
-        tokenizer.save_pretrained(new)
+        new.mkdir()
+        yield new
         try:
             if folder.exists():
                 foreign = {file.name for file in folder.iterdir()} - set(os.listdir(new))
                 if foreign:
                     raise ValueError(
-                        "`folder` must be new or empty, or hold a saved model alone, got "
+                        f"`folder` must be new or empty, or hold {what} alone, got "
                         f"{folder}, which holds {', '.join(sorted(foreign))}"
                     )
                 os.rename(folder, old)
@@ -391,7 +428,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _from_pretrained(
-    argument: str, name: str, **options: str | bool
+    argument: str, name: str, dtype: torch.dtype | None, **options: str | bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _without_bars():
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
@@ -423,4 +460,8 @@ def _from_pretrained(
             f"`{argument}` must have one tensor for each weight of its {type(model).__name__} "
             f"(save or download it again), got {got} in {name}"
         )
-    return model.to(torch.get_default_dtype()).eval(), tokenizer
+    if dtype is None:
+        return model.to(torch.get_default_dtype()).eval(), tokenizer
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model.eval(), tokenizer

@@ -18,7 +18,13 @@ from dpo_mini.logps import PAD, token_logps
 
 
 def logps_of(
-    model: nn.Module, rows: Tensor, columns: Tensor, targets: Tensor, **inputs: Tensor
+    model: nn.Module,
+    rows: Tensor,
+    columns: Tensor,
+    targets: Tensor,
+    *,
+    everywhere: bool = False,
+    **inputs: Tensor,
 ) -> Tensor:
     """Log-probability of tokens, each predicted at a position of its own.
 
@@ -26,13 +32,14 @@ def logps_of(
       model: of `transformers`.
       rows, columns: `[N]`, the positions that predict.
       targets: `[N]` int64, the tokens.
+      everywhere: makes the logits of all positions; by default those of these positions alone.
       inputs: what the model reads, `input_ids` `[B, L]` among them.
     Returns:
       `[N]`, nats, at least float32.
     Raises:
       ValueError: a token without a logit, or a logit that is NaN or +inf.
     """
-    with _only_positions(model, rows, columns) as shown:
+    with _only_positions(model, rows, columns, everywhere) as shown:
         logits = model(**inputs, use_cache=False).logits
     found = logits[0] if shown else logits[rows, columns]  # [N, V]
     if found.dtype in (torch.float16, torch.bfloat16):
@@ -79,9 +86,10 @@ def pair_token_logps(
     scored = answers != PAD
     columns = torch.stack([fork - 1 + n, before_rejected], 1)[scored]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand_as(scored)[scored]
-    inputs = {"input_ids": tokens.masked_fill(padding, 0), "position_ids": positions}
-    inputs["attention_mask"] = _added(seen, model)
-    logps = logps_of(model, rows, columns, answers[scored], **inputs)
+    logps = logps_of(
+        model, rows, columns, answers[scored], input_ids=tokens.masked_fill(padding, 0),
+        position_ids=positions, attention_mask=_added(seen, model),
+    )  # fmt: skip
     placed = logps.new_zeros(answers.shape).masked_scatter(scored, logps)
     return placed[:, 0], placed[:, 1]
 
@@ -139,10 +147,12 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 @contextmanager
-def _only_positions(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[list[int]]:
+def _only_positions(
+    model: nn.Module, rows: Tensor, columns: Tensor, everywhere: bool
+) -> Iterator[list[int]]:
     """The output layer gets `[1, N, D]` in the place of `[B, L, D]`; the list tells if it did."""
     shown: list[int] = []
-    layer = unwrapped(model).get_output_embeddings()
+    layer = None if everywhere else unwrapped(model).get_output_embeddings()
 
     def choose(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shown.append(1)

@@ -35,12 +35,7 @@ def without_reference(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
       A loss of four, which does not use the reference's two. Keyword arguments are passed on.
     """
 
-    def of_four(
-        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **named: Any
-    ) -> Tensor:
-        return loss(chosen, rejected, **named)
-
-    return of_four
+    return _WithoutReference(loss)
 
 
 def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
@@ -69,6 +64,21 @@ def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
     cure = f"write train.without_reference({name}){means}"
     what = f"got {name}, which takes no reference: {cure}"
     raise ValueError(f"`loss` must take pairs with a reference, {what}")
+
+
+class _WithoutReference:
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        self.without_reference = loss  # a checkpoint has its name
+
+    def __call__(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
+        **named: Any,
+    ) -> Tensor:
+        return self.without_reference(chosen, rejected, **named)
 
 
 def _fails_to_bind(signature: inspect.Signature, n: int, given: dict[str, object]) -> str:
