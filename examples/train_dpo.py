@@ -1,17 +1,20 @@
 """DPO on a model and a preference file of yours, on one device or many.
 
     python examples/train_dpo.py --model MODEL_FOLDER --pairs PAIRS.json --output OUT
+    python examples/train_dpo.py --config run.yaml --beta 0.05
     accelerate launch --config_file configs/ddp_8.yaml examples/train_dpo.py ...
 
 Stopped at any moment, the same command goes on from the last checkpoint, under `OUT/checkpoints`.
-It ends with the trained model under `OUT/model` and its numbers in `OUT/metrics.csv`. The
-reference's log-probabilities stay in `OUT/reference.safetensors`: they are computed once. With more
-`--steps` a run that is finished goes on. Two runs at a time cannot have one `OUT`.
+It ends with the trained model under `OUT/model`, an adapter by itself under `OUT/adapter`, its
+numbers in `OUT/metrics.csv` and its options in `OUT/run.yaml`. The reference's log-probabilities
+stay in `OUT/reference.safetensors`: they are computed once. With more `--steps` a run that is
+finished goes on. Two runs at a time cannot have one `OUT`. `--help` has all options.
 """
 
 import argparse
-import json
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_mini import real
-from dpo_mini.losses import dpo_loss
+from dpo_mini.real import options
+from dpo_mini.train import Pairs
+
+SCHEDULES = {
+    "constant": real.warmup_then_constant,
+    "linear": real.warmup_then_linear,
+    "cosine": real.warmup_then_cosine,
+}
+say = tqdm.write  # beside a progress bar
 
 
 def main(arguments: list[str] | None = None) -> tuple[real.CausalLMPolicy, dict[str, list[float]]]:
     """Train; returns the policy, as the accelerator prepared it, and the history."""
-    given = parse(arguments)
+    given = options.parse_options(options.training_parser(__doc__.partition("\n")[0]), arguments)
     accelerator = Accelerator()
     one = accelerator.is_main_process  # of several processes one keeps other runs out
     with real.lock_folder(given.output) if one else nullcontext():
@@ -38,91 +49,111 @@ def train(
     given: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[real.CausalLMPolicy, dict[str, list[float]]]:
     """All of a run, in a folder that is its own."""
-    named = given.precision or accelerator.mixed_precision
-    precision = {"no": real.full_precision, "bf16": real.bf16_autocast}[named]
+    loss, reduce = real.loss_by_name(given.loss, given.loss_arguments)
     bar = partial(tqdm, disable=not accelerator.is_main_process)
     generator = torch.Generator().manual_seed(given.seed)
-
-    model, tokenizer = load_model(given.model)
     output = Path(given.output)
-    left_out: list[str] | None = [] if given.skip_bad_rows else None
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-    preferences = load_preferences(
-        given.pairs, given.split, columns=given.columns, left_out=left_out, **given.reading
-    )
-    if left_out is not None:
-        accelerator.print(f"{len(left_out)} bad rows left out, see {output / 'left_out.txt'}")
-        if accelerator.is_main_process:
-            (output / "left_out.txt").write_text("".join(f"{row}\n" for row in left_out), "utf-8")
-    template = real.CHAT if given.chat else real.TEMPLATE
-    if given.chat is None:
-        template = real.default_template(preferences, tokenizer)
-    accelerator.print(f"template: {template!r}")
-    tokenised = dict(
-        template=template, boundary=given.boundary, chat_arguments=given.chat_arguments
-    )
-    counts = real.count_tokens(preferences, tokenizer, **tokenised, progress=bar)
-    pairs = real.encode(preferences, tokenizer, max_tokens=max(counts), **tokenised, progress=bar)
-    pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
-    accelerator.print(f"{len(pairs[0])} pairs; {n_dropped} too long and left out")
 
-    if given.lora_rank:
-        model = real.add_lora(model, rank=given.lora_rank, generator=generator)
-    # A chat template may go on after its end token, with a line break.
-    end_token = None if template == real.CHAT else tokenizer.eos_token_id
-    sharded = accelerator.distributed_type == "FSDP"
-    policy = real.CausalLMPolicy(
-        model if sharded else model.to(accelerator.device), end_token=end_token
-    )
+    model, tokenizer = load_model(given)
+    data = read_data(given, tokenizer, accelerator, bar)
+    steps = options.count_steps(given, len(data.pairs[0]))
+    schedule = SCHEDULES[given.schedule](steps, warmup=options.count_warmup(given, steps))
+    accelerator.print(f"{steps} steps of {given.batch_size} pairs")
+
+    policy = make_policy(given, model, tokenizer, data, accelerator, generator)
+    if warning := options.rate_warning(given):
+        accelerator.print(f"warning: {warning}")
     optimizer = torch.optim.AdamW(
         [weight for weight in policy.parameters() if weight.requires_grad],
         lr=given.learning_rate,
-        weight_decay=0.0,
+        weight_decay=given.weight_decay,
     )
-    if sharded:  # dealt out from the CPU before anything is read: no device ever holds all weights
+    if accelerator.distributed_type == "FSDP":
+        # Dealt out from the CPU before anything is read: no device ever holds all weights.
         policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     batches = real.shuffled_batches(
-        len(pairs[0]), steps=given.steps, batch_size=given.batch_size, generator=generator
+        len(data.pairs[0]),
+        steps=steps,
+        batch_size=given.batch_size,
+        generator=generator,
+        lengths=real.pair_lengths(data.pairs),
+        window=given.length_window,
     )
     # Before anything is trained the policy is its own reference, in the same passes and precision.
-    ref_logps = real.reference_logps(
+    score = partial(
+        real.reference_logps,
         policy,
-        pairs,
-        batches=batches,
         micro_batch_size=given.micro_batch_size,
-        precision=precision,
+        reduce=reduce,
+        precision=choose_precision(given, accelerator),
         accelerator=accelerator,
-        cache=output / "reference.safetensors",
         progress=bar,
     )
+    ref_logps = score(data.pairs, batches=batches, cache=output / "reference.safetensors")
+    evaluation = None
+    if data.eval_pairs is not None:
+        evaluation = real.Evaluation(
+            data.eval_pairs,
+            score(data.eval_pairs, cache=output / "eval_reference.safetensors"),
+            every=given.eval_every,
+            patience=given.patience,
+            best=output / "best" if given.keep_best else None,
+            report=real.report_answers(
+                policy,
+                tokenizer,
+                data.asked,
+                output / "answers.jsonl",
+                seed=given.seed,
+                answer_tokens=given.answer_tokens,
+                template=data.template,
+                chat_arguments=given.chat_arguments,
+                write=say,
+            )
+            if data.asked
+            else None,
+        )
     with ExitStack() as stack:
-        logs = [real.csv_log(output / "metrics.csv")]
+        logs = [
+            real.csv_log(output / "metrics.csv"),
+            options.options_log(output / "run.yaml", given),
+            real.console_log(given.log_every, steps=steps, write=say),
+        ]
         if given.tensorboard:
             logs.append(stack.enter_context(real.tensorboard_log(output / "tensorboard")))
         history = real.train_preferences(
             policy,
             ref_logps,
-            pairs,
-            dpo_loss,
+            data.pairs,
+            loss,
             beta=given.beta,
             batches=batches,
             optimizer=optimizer,
-            schedule=real.warmup_then_linear(given.steps, warmup=given.steps // 10),
+            schedule=schedule,
             max_grad_norm=given.max_grad_norm,
             accelerator=accelerator,
-            checkpoints=None if given.no_checkpoints else output / "checkpoints",
+            checkpoints=output / "checkpoints" if given.checkpoints else None,
             checkpoint_every=given.checkpoint_every,
+            evaluation=evaluation,
             logs=logs,
             progress=bar,
         )
-    real.save_trained(policy, tokenizer, output / "model", accelerator=accelerator)
+    if given.keep_best:
+        best = real.load_best(policy, output / "best")
+        accelerator.print(f"kept: step {best['step']}, held-out loss {best['eval_loss']:.4g}")
+    save(given, policy, tokenizer, output, accelerator)
     return policy, history
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+# --- model and data --------------------------------------------------------------------------
+
+
+def load_model(given: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """From a folder; what is no folder is a name of the hub, and is downloaded."""
-    return real.load_model(name) if Path(name).is_dir() else real.download_model(name)
+    dtype = torch.bfloat16 if given.weights == "bfloat16" else None
+    load = real.load_model if Path(given.model).is_dir() else real.download_model
+    return load(given.model, dtype=dtype)
 
 
 def load_preferences(name: str, split: str, **reading: Any) -> list[real.Preference]:
@@ -132,39 +163,121 @@ def load_preferences(name: str, split: str, **reading: Any) -> list[real.Prefere
     return real.load_hub_preferences(name, split=split, **reading)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="a folder, or a name of the hub")
-    parser.add_argument("--pairs", required=True, help="a file, or a data set of the hub")
-    parser.add_argument("--split", default="train", help="of a data set of the hub")
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="the tokenizer's chat template; by default where the pairs have messages",
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what is held out, and how text became tokens."""
+
+    pairs: Pairs
+    eval_pairs: Pairs | None
+    asked: list[Any]  # prompts to sample answers to
+    template: str
+
+
+def read_data(
+    given: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    bar: Callable[..., Any],
+) -> Data:
+    """Pairs as tokens; those that are held out have a file or a share of the prompts."""
+    left_out: list[str] | None = [] if given.skip_bad_rows else None
+    reading = dict(columns=given.columns, left_out=left_out, **given.reading)
+    preferences = load_preferences(given.pairs, given.split, **reading)
+    held_out: list[real.Preference] = []
+    if given.eval_pairs is not None:
+        held_out = load_preferences(given.eval_pairs, "test", **reading)
+    elif given.eval_share is not None:
+        own = torch.Generator().manual_seed(given.seed)
+        preferences, held_out = real.split_preferences(
+            preferences, held_out=given.eval_share, generator=own
+        )
+    if left_out is not None:
+        path = Path(given.output) / "left_out.txt"
+        accelerator.print(f"{len(left_out)} bad rows left out, see {path}")
+        if accelerator.is_main_process:
+            path.write_text("".join(f"{row}\n" for row in left_out), "utf-8")
+    template = real.CHAT if given.chat else real.TEMPLATE
+    if given.chat is None:
+        template = real.default_template(preferences, tokenizer)
+    accelerator.print(f"template: {template!r}")
+    tokenised = dict(
+        template=template, boundary=given.boundary, chat_arguments=given.chat_arguments
     )
-    parser.add_argument("--chat-arguments", type=json.loads, help="JSON, as in real.encode")
-    parser.add_argument("--boundary", default="prompt", choices=["prompt", "common_prefix"])
-    parser.add_argument("--columns", type=json.loads, help="JSON, as in real.load_preferences")
-    parser.add_argument(
-        "--reading", type=json.loads, default={}, help='its other arguments: {"labels": [1, 0]}'
+
+    def encode(those: list[real.Preference], what: str) -> tuple[Pairs, list[Any]]:
+        counts = real.count_tokens(those, tokenizer, **tokenised, progress=bar)
+        pairs = real.encode(those, tokenizer, max_tokens=max(counts), **tokenised, progress=bar)
+        pairs, n_dropped = real.drop_long(pairs, max_tokens=given.max_tokens)
+        accelerator.print(f"{len(pairs[0])} {what}; {n_dropped} too long and left out")
+        fits = [pair for pair, n in zip(those, counts, strict=True) if n <= given.max_tokens]
+        return pairs, [*dict.fromkeys(pair.messages or pair.prompt for pair in fits)]
+
+    pairs, _ = encode(preferences, "pairs")
+    eval_pairs, prompts = encode(held_out, "pairs held out") if held_out else (None, [])
+    asked = prompts[: given.sample_answers]
+    if asked and accelerator.distributed_type == "FSDP":
+        accelerator.print("no sampled answers: one process cannot read weights in shards")
+        asked = []
+    return Data(pairs, eval_pairs, asked, template)
+
+
+def make_policy(
+    given: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    accelerator: Accelerator,
+    generator: torch.Generator,
+) -> real.CausalLMPolicy:
+    """The model on its device, with an adapter where one is asked for."""
+    if given.recompute_activations:
+        older = "gradient_checkpointing_enable"  # its name in transformers 4
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
+        enable({"use_reentrant": False})  # which takes frozen embeddings, as under an adapter
+    if given.lora_rank:
+        model = real.add_lora(
+            model,
+            rank=given.lora_rank,
+            alpha=given.lora_alpha,
+            targets=given.lora_targets,
+            generator=generator,
+        )
+    sharded = accelerator.distributed_type == "FSDP"
+    # A chat template may go on after its end token, with a line break.
+    end_token = None if data.template == real.CHAT else tokenizer.eos_token_id
+    return real.CausalLMPolicy(
+        model if sharded else model.to(accelerator.device), end_token=end_token
     )
-    parser.add_argument("--skip-bad-rows", action="store_true", help="list them in left_out.txt")
-    parser.add_argument("--output", required=True, help="a folder of this run alone")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=64, help="pairs a step, of all processes")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="pairs a pass")
-    parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=1e-6)
-    parser.add_argument("--max-grad-norm", type=float, default=1.0)
-    parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
-    parser.add_argument("--precision", choices=["no", "bf16"], help="by default accelerate's")
-    parser.add_argument("--checkpoint-every", type=int, default=100)
-    parser.add_argument("--no-checkpoints", action="store_true", help="as FSDP needs it")
-    parser.add_argument("--tensorboard", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+
+
+def choose_precision(given: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """What is asked for, and else what `accelerate` has."""
+    named = given.precision or accelerator.mixed_precision
+    known = {"no": real.full_precision, "bf16": real.bf16_autocast}
+    if named not in known:
+        raise ValueError(f"`precision` must be no or bf16, got {named}{options.FP16}")
+    return known[named]
+
+
+# --- after it --------------------------------------------------------------------------------
+
+
+def save(
+    given: argparse.Namespace,
+    policy: real.CausalLMPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    accelerator: Accelerator,
+) -> None:
+    """The adapter by itself, and the model that it is merged into."""
+    if given.lora_rank and given.save_adapter != "no":
+        real.save_adapter(policy, output / "adapter", accelerator=accelerator)
+    if given.lora_rank and given.save_adapter == "only":
+        return
+    if given.weights == "bfloat16" and accelerator.is_main_process:
+        # Merged in bfloat16 what an adapter learned would round away.
+        accelerator.unwrap_model(policy.model).to("cpu", torch.float32)
+    real.save_trained(policy, tokenizer, output / "model", accelerator=accelerator)
 
 
 if __name__ == "__main__":

@@ -323,7 +323,12 @@ def test_a_copy_passes_also_one_that_shares_what_is_frozen(policy, pairs):
     wrapped = Wraps(whole, whole.parameters)
     for reference in (whole, sparing, wrapped):
         kept = [weight.requires_grad for weight in reference.parameters()]
-        assert train(copy_around(policy), reference, pairs) == true
+        history = train(copy_around(policy), reference, pairs)
+        if reference is not wrapped:
+            assert history == true
+        for name, values in history.items():  # what has only `token_logps` is read in rows
+            assert values == pytest.approx(true[name], rel=1e-5, abs=1e-7)
+        assert history["rewards/margins"][0] == 0
         assert [weight.requires_grad for weight in reference.parameters()] == kept
     assert wrapped.graphs == [False] * (3 + 1)  # three steps, and once more after the first
 
@@ -475,13 +480,13 @@ def test_a_finished_run_that_is_started_again_reads_the_model_not_once(
 ):
     real.save_model(policy.model, tokenizer, tmp_path / "start")
     real.save_preferences(tmp_path / "pairs.jsonl", PAIRS)
-    passes, read = [], CausalLMPolicy.token_logps
+    passes, read = [], CausalLMPolicy.pair_token_logps
 
-    def token_logps(self, prompts, completions):
+    def pair_token_logps(self, *texts):
         passes.append(torch.is_grad_enabled())
-        return read(self, prompts, completions)
+        return read(self, *texts)
 
-    monkeypatch.setattr(CausalLMPolicy, "token_logps", token_logps)
+    monkeypatch.setattr(CausalLMPolicy, "pair_token_logps", pair_token_logps)
     arguments = command_line(tmp_path, "run", **{"lora-rank": rank})
     _, history = example().main(arguments)
     assert passes == [False] * 12 + [True] * 12
@@ -520,9 +525,8 @@ from torch.distributed.tensor import DTensor
 
 folder, runs, found = Path(sys.argv[2]), json.loads(sys.argv[3]), {}
 passes, unsharded, live = [], [], {}
-read, backward, prepare = (
-    real.CausalLMPolicy.token_logps, accelerate.Accelerator.backward, accelerate.Accelerator.prepare
-)
+read = real.CausalLMPolicy.pair_token_logps
+backward, prepare = accelerate.Accelerator.backward, accelerate.Accelerator.prepare
 
 
 def held():
@@ -541,9 +545,9 @@ def held():
     return sum(storages.values())
 
 
-def token_logps(self, prompts, completions):
-    passes.append((torch.is_grad_enabled(), prompts[: len(prompts) // 2].tolist()))
-    return read(self, prompts, completions)
+def pair_token_logps(self, prompts, *answers):
+    passes.append((torch.is_grad_enabled(), prompts.tolist()))
+    return read(self, prompts, *answers)
 
 
 def after_backward(self, loss):
@@ -570,7 +574,7 @@ def after_prepare(self, model, optimizer):
     return model, optimizer
 
 
-real.CausalLMPolicy.token_logps = token_logps
+real.CausalLMPolicy.pair_token_logps = pair_token_logps
 for name in ("whole", "again", "shards"):
     if name == "shards":
         os.environ.update(json.loads(sys.argv[4]))
@@ -684,7 +688,8 @@ def test_in_shards_a_run_is_that_of_one_process(two_processes, alone):
     for run in ("whole", "shards"):
         for process in seen:
             for name, values in process[run]["history"].items():
-                assert_close(values, history[name], atol=1e-6, rtol=1e-6)
+                # float32, whose sums run in another order: some twenty roundings
+                assert_close(values, history[name], atol=1e-6, rtol=3e-6)
         trained, true, start = (
             load_file(path / "model.safetensors")
             for path in (folder / run / "model", one / "model", folder / "start")

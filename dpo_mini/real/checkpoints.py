@@ -130,7 +130,8 @@ def save_checkpoint(folder: AnyPath, checkpoint: Checkpoint) -> None:
     try:
         with whole_folder(path) as new:
             for name, held in zip(TENSORS, (checkpoint.weights, tensors, data), strict=True):
-                _save(held, new / f"{name}.safetensors", _seal(name, content))
+                seal = {"seal": _seal(name, content)}
+                save_tensors(held, new / f"{name}.safetensors", seal)
             (new / "run.json").write_bytes(content)
     except FileExistsError:
         raise
@@ -228,9 +229,9 @@ class RunCheckpoints:
             _remove_unfinished(folder)
             _remove([path for path in _ours(folder) if path.name != f"step-{done:08d}"])
 
-    def save(self, done: int, optimizer: Optimizer, history: History) -> None:
+    def save(self, done: int, optimizer: Optimizer, history: History, *, last: bool) -> None:
         """Writes one where it is time for it: after every so many steps, and after the last."""
-        if self.folder is None or (done % self.every and done != len(self.batches)):
+        if self.folder is None or (done % self.every and not last):
             return
         state = None if self.generator is None else self.generator.get_state()
         moments = optimizer.state_dict()["state"]
@@ -250,6 +251,7 @@ def run_settings(
     steps: int,
     reduce: Reduce,
     precision: Precision,
+    evaluation: Mapping[str, object] | None,
     **numbers: float,
 ) -> dict[str, object]:
     """What a run that goes on must have in common with the one that stopped, as JSON has it.
@@ -269,8 +271,16 @@ def run_settings(
         "schedule": [float(schedule(step)) for step in range(steps)],
         **numbers,
     }
+    if evaluation is not None:
+        settings["evaluation"] = evaluation
     plain: dict[str, object] = json.loads(json.dumps(settings, default=_plain))
     return plain
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes them from a copy each: safetensors holds no two tensors in one memory."""
+    copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    save_file(copies, path, metadata=metadata)
 
 
 # --- private functions -----------------------------------------------------------------------
@@ -295,6 +305,8 @@ def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list
             found.append(ANOTHER[name])
         elif name == "schedule" and isinstance(old, list) and isinstance(new, list):
             found += _differences_of_schedules(old, new)
+        elif name == "evaluation":
+            found += _differences_of_evaluations(old, new)
         elif name == "groups" and isinstance(old, list) and isinstance(new, list):
             found += _differences_of_groups(old, new)
         else:
@@ -327,6 +339,16 @@ def _differences_of_groups(old: list[dict[str, object]], new: list[dict[str, obj
     return found
 
 
+def _differences_of_evaluations(old: object, new: object) -> list[str]:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [f"{'no' if old is None else 'an'} evaluation (now {'one' if new else 'none'})"]
+    names = {"data": "other held-out pairs", "reference": "another reference of held-out pairs"}
+    found = [says for name, says in names.items() if old[name] != new[name]]
+    if old["every"] != new["every"]:
+        found.append(f"an evaluation every {old['every']} steps (now {new['every']})")
+    return found
+
+
 def _differences_of_batches(old: Tensor, new: Tensor, extended: bool) -> list[str]:
     found = []
     if len(old) != len(new) and not extended:
@@ -340,6 +362,8 @@ def _differences_of_batches(old: Tensor, new: Tensor, extended: bool) -> list[st
 
 def _name_of_loss(loss: Callable[..., Tensor]) -> str:
     """`cdpo_loss(label_smoothing=0.1)`: all of a loss that can be compared."""
+    if hasattr(loss, "without_reference"):
+        return f"without_reference({_name_of_loss(loss.without_reference)})"
     if isinstance(loss, partial):
         given = [*map(repr, loss.args), *(f"{k}={v!r}" for k, v in sorted(loss.keywords.items()))]
         return re.sub(" at 0x[0-9a-f]+", "", f"{_name_of_loss(loss.func)}({', '.join(given)})")
@@ -391,12 +415,6 @@ def _remove_unfinished(folder: Path) -> None:
 def _seal(name: str, content: bytes) -> str:
     """What binds a file of tensors to the run.json beside it."""
     return f"{name} of {hashlib.sha256(content).hexdigest()}"
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path, seal: str) -> None:
-    # A copy each: safetensors holds no two tensors in one memory.
-    copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    save_file(copies, path, metadata={"seal": seal})
 
 
 def _read(path: Path) -> bytes:

@@ -1,6 +1,6 @@
-"""How pairs are read from files: CSV, JSON, JSON lines, Parquet, and rows of the hub.
+"""How pairs and ratings are read: from CSV, JSON, JSON lines, Parquet, and rows of the hub.
 
-All are read as entries, which are objects with columns; `forms` finds a pair in each.
+All are read as entries, which are objects with columns; `forms` finds a pair or rating in each.
 """
 
 import codecs
@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from dpo_mini.real.columns import (
+    PAIR,
     BadColumn,
     Reading,
     RepeatedKey,
     UnreadColumn,
+    check_kind,
     cut,
     kind_of,
     may_matter,
     read_id,
     read_label,
 )
-from dpo_mini.real.forms import Fields, read_pair
+from dpo_mini.real.forms import Fields, read_pair, read_rating
 
 if TYPE_CHECKING:
     from pyarrow import DataType
@@ -48,7 +50,7 @@ class BadRow(BadFile):
 
 
 def read_file(path: Path, reading: Reading, left_out: list[str] | None) -> Iterator[Fields]:
-    """The pairs of a file, in its order; `left_out` gets a sentence on each bad entry."""
+    """What a file has, in its order; `left_out` gets a sentence on each bad entry."""
     with open(path, "rb") as file:
         entries = _file_entries(path, file, reading)
         try:
@@ -62,7 +64,7 @@ def read_file(path: Path, reading: Reading, left_out: list[str] | None) -> Itera
 def read_hub(
     name: str, split: str, reading: Reading, left_out: list[str] | None
 ) -> Iterator[Fields]:
-    """The pairs of a data set of the hub, in its order."""
+    """What a data set of the hub has, in its order."""
     import datasets
 
     rows = enumerate(datasets.load_dataset(name, split=split), 1)
@@ -98,21 +100,26 @@ def _read_entries(
         raise ValueError(f"{source}, {error}") from None
     if not first_form:
         got = first_reason or "no entries"
-        raise ValueError(f"{source} must have at least one pair, got {got}")
+        what = "pair" if reading.needed == PAIR else "rating"
+        raise ValueError(f"{source} must have at least one {what}, got {got}")
 
 
 def _read_entry(
     place: str, entry: object, reading: Reading, ids: Mapping[str, str]
 ) -> tuple[Fields, str, str | None]:
-    """The fields of a pair, the form that it had, and what tells it from others."""
+    """The fields of a row, the form that it had, and what tells it from others."""
     if isinstance(entry, BadRow):
         raise entry
     if not isinstance(entry, (dict, Mapping)):
         raise BadRow(f"{place} must be an object with each key once, got {kind_of(entry)}")
     columns = reading.columns
     try:
-        columns = read_label(entry, reading)
-        fields, form = read_pair(entry, columns, reading)
+        check_kind(entry, reading)
+        if reading.needed == PAIR:
+            columns = read_label(entry, reading)
+            fields, form = read_pair(entry, columns, reading)
+        else:
+            fields, form = read_rating(entry, reading)
         key = read_id(entry, columns)
         if key is not None and key in ids:
             reason = f"must be different in every entry, got {cut(key)} as in {ids[key]}"

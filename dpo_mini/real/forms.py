@@ -1,7 +1,9 @@
-"""The forms of a pair: prompt, answers and messages, found in the columns of a row."""
+"""The forms of a pair, or of a rating: prompt, answers and messages in the columns of a row."""
 
 from dpo_mini.real.columns import (
     IMAGES,
+    PAIR,
+    RATING,
     TOOLS,
     BadColumn,
     Entry,
@@ -12,6 +14,7 @@ from dpo_mini.real.columns import (
     check_words_read,
     columns_there,
     cut,
+    has_first_label,
     kind_of,
     read_column,
 )
@@ -28,7 +31,11 @@ from dpo_mini.real.conversations import (
 )
 
 Fields = tuple[str, str, str, Messages]
-"""Prompt, chosen, rejected and messages: what a `Preference` is made of."""
+"""Prompt, chosen, rejected and messages: what a `Preference` is made of.
+
+Of a `Rating` the third is its label, `LIKED` or another text.
+"""
+LIKED = "liked"
 
 
 def read_pair(entry: Entry, columns: Mapped, reading: Reading) -> tuple[Fields, str]:
@@ -60,6 +67,20 @@ def check_texts(prompt: object, chosen: object, rejected: object) -> None:
     check_text("prompt", prompt)
     check_text("chosen", chosen)
     check_text("rejected", rejected)
+
+
+def read_rating(entry: Entry, reading: Reading) -> tuple[Fields, str]:
+    """The fields of a rating, read as a pair of twice its answer, and in words its form."""
+    answer = reading.columns["completion"] or ("completion",)
+    label = LIKED if has_first_label(entry, reading) else "not liked"
+    try:
+        pair = {**reading.columns, "chosen": answer, "rejected": answer}
+        (text, completion, _, messages), form = read_pair(entry, pair, reading)
+    except BadColumn as error:
+        if error.name in PAIR:
+            raise BadColumn("completion", error.reason, error.columns) from None
+        raise
+    return (text, completion, label, messages), form
 
 
 def check_text(name: str, text: object) -> None:
@@ -135,6 +156,8 @@ def _read_transcripts(
         fields = split_marked(chosen, rejected, markers, reading.first_answers)
         check_words_read(entry, reading, fields[0], "turns")
         return (*fields, ()), "text with marked turns"
+    if reading.needed == RATING:
+        raise BadColumn("prompt", f"must be one of the columns, {columns_there(entry)}")
     n_shared = shared_letters(chosen, rejected)
     check_words_read(entry, reading, chosen[:n_shared], "beginning")
     at = end_of_prompt(chosen, rejected, n_shared)
@@ -187,11 +210,15 @@ def _check_before_answers(before: Messages, prompt: Messages, reading: Reading) 
     """Refuse answers of several messages beside a prompt, or those that begin with it again."""
     again = before[: len(prompt)] == prompt
     if before and (again or not reading.first_answers):
-        how = 'columns={"prompt": ()} takes the prompt from the answers'
+        how = ""
+        if again:
+            how = ' (columns={"prompt": ()} takes the prompt from the answers)'
+        elif reading.needed == PAIR:
+            how = " (first_answers=True takes those that differ)"
         raise BadColumn(
             "chosen",
             "must be one message, the answer, beside a prompt of messages, got "
-            f"{len(before) + 1} ({how if again else 'first_answers=True takes those that differ'})",
+            f"{len(before) + 1}{how}",
         )
 
 

@@ -54,12 +54,14 @@ def preference_margins(
 
     passes = torch.arange(len(prompts), device=prompts.device).split(batch_size)
     with torch.no_grad():
-        return torch.cat(
+        margins = torch.cat(
             [
                 log_ratios(passes[n], chosen) - log_ratios(passes[n], rejected)
                 for n in progress(range(len(passes)))
             ]
         )
+    # Read in two passes, the same answer may differ by rounding.
+    return margins.masked_fill((chosen == rejected).all(1), 0.0)
 
 
 def preference_accuracy(

@@ -21,8 +21,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpo_mini._arguments import check_count, check_generator, check_integers, check_rows
-from dpo_mini.logps import PAD, completion_mask, sum_over_tokens, token_logps
+from dpo_mini.logps import PAD, completion_mask, sum_over_tokens
 from dpo_mini.real.preferences import AnyPath
+from dpo_mini.real.reading import (
+    logps_of,
+    may_read_in_one_row,
+    pair_token_logps,
+    reads_in_one_row,
+)
 
 
 class CausalLMPolicy(nn.Module):
@@ -56,6 +62,7 @@ class CausalLMPolicy(nn.Module):
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.context = _context(model)
         self._is_checked = False
+        self._in_one_row: bool | None = None
         if end_token is not None and not 0 <= end_token < self.vocab_size:
             last = self.vocab_size - 1
             raise ValueError(f"`end_token` must be None or in 0..{last}, got {end_token}")
@@ -85,6 +92,74 @@ class CausalLMPolicy(nn.Module):
             the vocabulary, or together they are longer than the model's context; a completion goes
             on after its end token; the model is not causal, draws, or has no logit for a token.
         """
+        return self._read_rows(prompts, completions, only_answers=False)
+
+    def pair_token_logps(
+        self, prompts: Tensor, chosen: Tensor, rejected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each token of two answers to one prompt, in one row where that works.
+
+        The first pairs that are scored are a test: a model that does not score them in one row as
+        it does apart reads every answer in a row of its own.
+
+        Args:
+          prompts: `[B, P]` int64, padded on the right with `PAD`.
+          chosen, rejected: `[B, T]` int64, padded on the right with `PAD`.
+        Returns:
+          `[B, T]` each, nats, at least float32; 0 on padding.
+        Raises:
+          ValueError: as `token_logps`.
+        """
+        if self._in_one_row is None:
+            few = [tokens[:4] for tokens in (prompts, chosen, rejected)]
+            self._in_one_row = reads_in_one_row(self, *few)
+        lengths = (torch.cat([prompts, chosen, rejected], 1) != PAD).sum(1)
+        if self._in_one_row and may_read_in_one_row(self.model, int(lengths.max())):
+            self._check_tokens(prompts, chosen)
+            self._check_tokens(prompts, rejected)
+            first, second = pair_token_logps(self.model, prompts, chosen, rejected)
+        else:
+            answers = torch.cat([chosen, rejected])
+            apart = self._read_rows(prompts.repeat(2, 1), answers, only_answers=True)
+            first, second = apart.chunk(2)
+        # Read at two places, the same answer would differ by rounding, and one of a tie win.
+        same = (chosen == rejected).all(1, keepdim=True)
+        return first, torch.where(same, first, second)
+
+    def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """log pi(y|x), `[B]` nats, summed over tokens; arguments as in `token_logps`."""
+        return sum_over_tokens(self.token_logps(prompts, completions), completions != PAD)
+
+    def _read_rows(self, prompts: Tensor, completions: Tensor, *, only_answers: bool) -> Tensor:
+        """`token_logps`, with logits for all positions, or for those that predict an answer.
+
+        Only where all rows have logits at the same places do rows with the same tokens get the same
+        bits.
+        """
+        self._check_tokens(prompts, completions)
+        n_prompt = prompts.shape[1]
+        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
+        real = padded != PAD
+        length = int(real.sum(1).max())  # L, of the longest row
+        # Prompt and completion next to each other: the padding between them goes to the end.
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
+        tokens, real = padded.gather(1, order), real.gather(1, order)
+        if not self._is_checked:
+            self._check_reading(tokens[0][real[0]])
+            self._is_checked = True
+        # No attention mask: in a causal model no token reads the padding that comes after it.
+        counted = (real & (order >= n_prompt))[:, 1:]  # [B, L - 1]
+        inputs = tokens[:, :-1].clamp(min=0)
+        rows, columns = counted.nonzero(as_tuple=True)
+        scored = logps_of(
+            self.model, rows, columns, tokens[:, 1:][counted], everywhere=not only_answers,
+            input_ids=inputs,
+        )  # fmt: skip
+        in_order = scored.new_zeros(counted.shape).masked_scatter(counted, scored)
+        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], in_order)
+        return placed[:, n_prompt:]
+
+    def _check_tokens(self, prompts: Tensor, completions: Tensor) -> None:
         check_integers("prompts", prompts, "[B, P]")
         _check_prompts(prompts)
         completion_mask(completions, self.end_token)
@@ -95,38 +170,12 @@ class CausalLMPolicy(nn.Module):
                 raise ValueError(
                     f"`{name}` must have tokens in 0..{self.vocab_size - 1}, got {got}"
                 )
-        n_prompt = prompts.shape[1]
-        padded = torch.cat([prompts, completions], dim=1)  # [B, P + T]
-        real = padded != PAD
-        length = int(real.sum(1).max())  # L, of the longest row
+        length = int(((prompts != PAD).sum(1) + (completions != PAD).sum(1)).max())
         if self.context is not None and length - 1 > self.context:
             raise ValueError(
                 f"`completions` must have at most {self.context + 1} tokens with their prompt (the "
                 f"model reads all but the last, {self.context} at most), got {length}"
             )
-        # Prompt and completion next to each other: the padding between them goes to the end.
-        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]  # [B, L]
-        tokens, real = padded.gather(1, order), real.gather(1, order)
-        if not self._is_checked:
-            self._check_reading(tokens[0][real[0]])
-            self._is_checked = True
-        # No attention mask: in a causal model no token reads the padding that comes after it.
-        read = self.model(input_ids=tokens[:, :-1].clamp(min=0), use_cache=False)
-        logits = read.logits  # [B, L - 1, V]
-        if logits.shape[-1] < self.vocab_size and logits.shape[-1] <= tokens.max():
-            raise ValueError(
-                f"`model` must have a logit for each of its {self.vocab_size} tokens, got "
-                f"{logits.shape[-1]} logits (model.resize_token_embeddings makes them alike)"
-            )
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        scored = token_logps(logits, tokens, real & (order >= n_prompt))  # [B, L - 1]
-        placed = scored.new_zeros(padded.shape).scatter(1, order[:, 1:], scored)
-        return placed[:, n_prompt:]
-
-    def logps(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """log pi(y|x), `[B]` nats, summed over tokens; arguments as in `token_logps`."""
-        return sum_over_tokens(self.token_logps(prompts, completions), completions != PAD)
 
     def _check_reading(self, tokens: Tensor) -> None:
         """Reads a few tokens twice, with another second half: the first must not notice."""
@@ -212,12 +261,20 @@ def tiny_gpt2(
         return GPT2LMHeadModel(config).eval()
 
 
-def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    folder: AnyPath, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder on this machine; nothing is downloaded.
 
     The weights come as safetensors and in the default dtype: half precision is for running a model,
     and too coarse for the small steps of training one.
 
+    Args:
+      folder: holds weights, configuration and tokenizer.
+      dtype: of the weights, where another is wanted: `torch.bfloat16` for weights that `add_lora`
+        freezes. Buffers, such as the frequencies of positions, stay as they are.
+    Returns:
+      `(model, tokenizer)`, the model in evaluation mode.
     Raises:
       OSError: no such folder, or no safetensors in it.
       ValueError: the model needs code of its own, or is an encoder-decoder; the weights lack a
@@ -228,21 +285,22 @@ def load_model(folder: AnyPath) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             f"`folder` must be a folder on this machine, got {str(folder)!r}: download_model "
             "fetches a model of the hub by its name"
         )
-    return _from_pretrained("folder", str(folder), local_files_only=True)
+    return _from_pretrained("folder", str(folder), dtype, local_files_only=True)
 
 
 def download_model(
-    name: str, *, revision: str = "main"
+    name: str, *, revision: str = "main", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_model`, of the Hugging Face hub: `download_model("HuggingFaceTB/SmolLM2-135M")`.
 
     Args:
       name: the model's name on the hub; a folder of this name on this machine is read instead.
       revision: its branch, tag or commit; a commit is the only one that cannot change.
+      dtype: as in `load_model`.
     Returns:
       `(model, tokenizer)`, as `load_model`.
     """
-    return _from_pretrained("name", name, revision=revision)
+    return _from_pretrained("name", name, dtype, revision=revision)
 
 
 def save_model(
@@ -264,17 +322,30 @@ def save_model(
     Raises:
       ValueError: `folder` holds files that are no part of what is written: they would be lost.
     """
+    with replaced_folder(folder, "a saved model") as new:
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+
+
+@contextmanager
+def replaced_folder(folder: AnyPath, what: str) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` when the block ends, or does not.
+
+    Args:
+      folder: new, empty, or one that holds no other files than the new one.
+      what: a folder of this kind holds, for the refusal of another.
+    """
     folder = Path(folder).resolve()
     with _staging(folder) as staging, _without_bars():
         new, old = staging / "new", staging / "old"
-        model.save_pretrained(new, state_dict=weights)
-        tokenizer.save_pretrained(new)
+        new.mkdir()
+        yield new
         try:
             if folder.exists():
                 foreign = {file.name for file in folder.iterdir()} - set(os.listdir(new))
                 if foreign:
                     raise ValueError(
-                        "`folder` must be new or empty, or hold a saved model alone, got "
+                        f"`folder` must be new or empty, or hold {what} alone, got "
                         f"{folder}, which holds {', '.join(sorted(foreign))}"
                     )
                 os.rename(folder, old)
@@ -357,7 +428,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _from_pretrained(
-    argument: str, name: str, **options: str | bool
+    argument: str, name: str, dtype: torch.dtype | None, **options: str | bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _without_bars():
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
@@ -389,4 +460,8 @@ def _from_pretrained(
             f"`{argument}` must have one tensor for each weight of its {type(model).__name__} "
             f"(save or download it again), got {got} in {name}"
         )
-    return model.to(torch.get_default_dtype()).eval(), tokenizer
+    if dtype is None:
+        return model.to(torch.get_default_dtype()).eval(), tokenizer
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model.eval(), tokenizer

@@ -14,6 +14,19 @@ def constant(step: int) -> float:
     return 1.0
 
 
+def warmup_then_constant(steps: int, *, warmup: int) -> Schedule:
+    """Up in equal parts over `warmup` steps to 1, and then 1.
+
+    Args, result and errors are those of `warmup_then_cosine`.
+    """
+    _check_warmup(steps, warmup)
+
+    def schedule(step: int) -> float:
+        return min((step + 1) / warmup, 1.0) if warmup else 1.0
+
+    return schedule
+
+
 def warmup_then_cosine(steps: int, *, warmup: int) -> Schedule:
     """Up in equal parts over `warmup` steps to 1, then a cosine down to 0 after the last.
 

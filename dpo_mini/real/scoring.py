@@ -1,4 +1,4 @@
-"""How pairs are scored: in which precision, summed how, by the policy and by its reference."""
+"""How answers are scored: in which precision, summed how, by the policy and by its reference."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,17 +16,19 @@ from dpo_mini._files import write_whole
 from dpo_mini.logps import PAD, sum_over_tokens
 from dpo_mini.policies import Scorer
 from dpo_mini.policies.base import device_of
-from dpo_mini.real.digests import reference_digest
+from dpo_mini.real.digests import reference_digest, tensor_digest
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.processes import OneProcess, check_divides
+from dpo_mini.real.ratings import RatedBatches, Ratings, check_data, is_rated
 from dpo_mini.train import Pairs
-from dpo_mini.train.pair_losses import check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Scores = tuple[Tensor, Tensor]
-"""Chosen and rejected, one number per pair each, nats."""
+"""Chosen and rejected, one number per pair each, nats. Of `RatedBatches` own and other answers."""
+Data = Pairs | RatedBatches
+"""What a loop reads by rows."""
 Precision = Callable[[str], AbstractContextManager[object]]
 """From a device's type, such as `"cuda"`, to the context that a model is read in."""
 Reduce = Callable[[Tensor, Tensor], Tensor]
@@ -57,18 +59,68 @@ def bf16_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def pair_logps(
-    model: Scorer, pairs: Pairs, rows: Tensor, reduce: Reduce, precision: Precision
+    model: Scorer,
+    pairs: Pairs,
+    rows: Tensor,
+    reduce: Reduce,
+    precision: Precision,
+    in_one_row: bool,
 ) -> Scores:
-    """Chosen and rejected, `[B]` each, in one pass: the two answers share their prompt."""
-    prompts, chosen, rejected = pairs
+    """Chosen and rejected, `[B]` each, in one pass, where asked to both of a pair in one row."""
     device = next(iter(model.parameters())).device
-    answers = torch.cat([chosen[rows], rejected[rows]]).to(device)
+    prompts, chosen, rejected = (tokens[rows].to(device) for tokens in pairs)
     # One context per pass: autocast keeps its half-precision weights until the context ends, and
     # those that it made for a pass without gradient would take none from the policy's.
     with precision(device.type):
-        scored = model.token_logps(prompts[rows].repeat(2, 1).to(device), answers)
+        if in_one_row:
+            both: Any = model
+            scored = torch.cat(both.pair_token_logps(prompts, chosen, rejected))
+        else:
+            scored = model.token_logps(prompts.repeat(2, 1), torch.cat([chosen, rejected]))
+    answers = torch.cat([chosen, rejected])
     chosen_scores, rejected_scores = reduce(scored, answers != PAD).chunk(2)
     return chosen_scores, rejected_scores
+
+
+def read_logps(
+    model: Scorer,
+    data: Data,
+    rows: Tensor,
+    reduce: Reduce,
+    precision: Precision,
+    in_one_row: bool,
+) -> Scores:
+    """`pair_logps`; of `RatedBatches` the own answers in one pass and the others in another."""
+    if isinstance(data, RatedBatches):
+        own, other = (read(model, rows, reduce, precision) for read in (data.own, data.other))
+        return own, other
+    return pair_logps(model, data, rows, reduce, precision, in_one_row)
+
+
+def count_rows(data: Data) -> int:
+    """How many rows there are to read."""
+    return len(data) if isinstance(data, RatedBatches) else len(data[0])
+
+
+def longest_answer(data: Data) -> int:
+    """The most tokens of an answer, T."""
+    return (data.ratings if isinstance(data, RatedBatches) else data)[1].shape[1]
+
+
+def can_read_pairs(model: Scorer) -> bool:
+    """Whether a scorer offers both answers at once, and nobody changed how it reads one alone."""
+    owners = [
+        next((part for part in type(model).__mro__ if name in vars(part)), None)
+        for name in ("token_logps", "pair_token_logps")
+    ]
+    return owners[1] is not None and owners[0] is owners[1] and "token_logps" not in vars(model)
+
+
+def reads_in_one_row(policy: Scorer, reference: Scores | Scorer) -> bool:
+    """Whether both answers of a pair are read in one row, the same for policy and reference."""
+    if isinstance(reference, ReferenceLogps):
+        return reference.in_one_row and can_read_pairs(policy)
+    return can_read_pairs(policy) and (isinstance(reference, tuple) or can_read_pairs(reference))
 
 
 def passes_of(batches: Tensor, micro_batch_size: int, n_processes: int) -> Tensor:
@@ -93,10 +145,18 @@ def first_passes(passes: Tensor, n_rows: int) -> Tensor:
     return first.scatter_reduce(0, rows[rows >= 0], index[rows >= 0], "amin")
 
 
-def companions(passes: Tensor, n_rows: int) -> Tensor:
-    """The rows of the pass that reads a row first, `[n, M]`, -1 where there are fewer or none."""
+def companions(passes: Tensor, data: Data) -> Tensor:
+    """The rows of the pass that reads a row first, `[n, M]`, -1 where there are fewer or none.
+
+    Of `RatedBatches` `[n, 2 * M]`: the rows of the ratings whose prompts and own answers are read,
+    and those whose answers are the other ones.
+    """
     none = passes.new_full((1, passes.shape[2]), -1)
-    return torch.cat([passes.flatten(0, 1), none])[first_passes(passes, n_rows)]
+    rows = torch.cat([passes.flatten(0, 1), none])[first_passes(passes, count_rows(data))]
+    if isinstance(data, RatedBatches):
+        named = [torch.cat([each, none[0, :1]])[rows] for each in data.rows]
+        return torch.cat(named, 1)
+    return rows
 
 
 # --- the reference before training -----------------------------------------------------------
@@ -109,12 +169,13 @@ class ReferenceLogps(tuple[Tensor, Tensor]):
     precision: Precision
     micro_batch_size: int
     companions: Tensor
+    in_one_row: bool
     digest: str
 
 
 def reference_logps(
     reference: Scorer,
-    pairs: Pairs,
+    pairs: Pairs | Ratings,
     *,
     batches: Tensor | None = None,
     micro_batch_size: int = 1,
@@ -133,13 +194,17 @@ def reference_logps(
     of one pass against another. Measured on a small GPT-2 in bfloat16: one pair in twelve, by up to
     0.04 nats, with a mean of 0; in float32 below 1e-5. Passes of one pair have no such noise.
 
+    Ratings are read each time that they are in a batch, in a pass of their own answers and in one
+    of the others: at every step both are read as the policy reads them.
+
     Args:
       reference: a model before it is trained, a copy, or `adapter_off(policy)`.
-      pairs, reduce, precision: as in `train_preferences`, which then takes `reduce` and `precision`
-        from the result.
+      pairs: as `encode` gives them; or ratings, as it gives them.
+      reduce, precision: as in `train_preferences`, which then takes both from the result.
       batches: `[steps, B]`, those of `train_preferences`: a pair is read in the pass in which
         training first meets it, and one that never occurs is not read. By default all pairs, in
-        their order, which are the passes of training where `micro_batch_size` is 1.
+        their order, which are the passes of training where `micro_batch_size` is 1. Training on
+        ratings needs them; all ratings as one batch are those of an `Evaluation`.
       micro_batch_size: pairs per pass, in each process; `train_preferences` takes it too.
       accelerator: as in `train_preferences`: every process makes this call and reads its share.
       cache: a safetensors file that keeps the result. It is read instead of the model where pairs,
@@ -149,12 +214,14 @@ def reference_logps(
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient, NaN where a pair was
-      not read: a tuple that knows how its numbers were read.
+      not read: a tuple that knows how its numbers were read. Of ratings each prompt's own answer
+      and the one that stands before it in the batch, `[steps * B]` each.
     Raises:
       ValueError: no pairs, rows that differ in number, `micro_batch_size < 1`, `batches` out of
-        range, log-probabilities above 0, or a `cache` that is another file.
+        range or, of ratings, with one prompt alone, log-probabilities above 0, or a `cache` that is
+        another file.
     """
-    check_pairs(pairs)
+    check_data(pairs)
     check_count("micro_batch_size", micro_batch_size)
     n_rows, accelerator = len(pairs[0]), accelerator or OneProcess()
     if batches is None:
@@ -162,8 +229,11 @@ def reference_logps(
     else:
         check_indices("batches", batches, "[steps, B]", n_rows)
         check_divides(accelerator, batches)
+    data = RatedBatches(pairs, batches) if is_rated(pairs) else pairs
+    if isinstance(data, RatedBatches):
+        batches = data.steps
     passes = passes_of(batches.cpu(), micro_batch_size, accelerator.num_processes)
-    beside = companions(passes, n_rows)
+    beside = companions(passes, data)
     cached = (
         None
         if cache is None
@@ -171,12 +241,13 @@ def reference_logps(
     )
     scores = None if cached is None else cached.read(reference, accelerator)
     if scores is None:
-        scores = _score(reference, pairs, passes, reduce, precision, accelerator, progress)
+        scores = _score(reference, data, passes, reduce, precision, accelerator, progress)
         if cached is not None and accelerator.is_main_process:
             cached.write(scores)
     logps = ReferenceLogps(scores)
     logps.reduce, logps.precision = reduce, precision
     logps.micro_batch_size, logps.companions = micro_batch_size, beside
+    logps.in_one_row = can_read_pairs(reference)
     logps.digest = reference_digest(reference)  # for checkpoints: the model may be gone by then
     return logps
 
@@ -203,12 +274,18 @@ def how_to_read(
 
 
 def check_passes(
-    reference: Scores | Scorer, batches: Tensor, n_rows: int, n_processes: int
+    reference: Scores | Scorer,
+    data: Data,
+    batches: Tensor,
+    n_processes: int,
+    name: str = "reference",
+    how: str = "in the passes of training (give reference_logps the same batches, "
+    "micro_batch_size and accelerator)",
 ) -> None:
-    """Refuse what `reference_logps` read in other passes than those of training."""
+    """Refuse what `reference_logps` read in other passes than those in which it is used."""
     if not isinstance(reference, ReferenceLogps):
         return
-    here = companions(passes_of(batches.cpu(), reference.micro_batch_size, n_processes), n_rows)
+    here = companions(passes_of(batches.cpu(), reference.micro_batch_size, n_processes), data)
     there, width = reference.companions, max(here.shape[1], reference.companions.shape[1])
     here, there = (
         nn.functional.pad(rows, (0, width - rows.shape[1]), value=-1) for rows in (here, there)
@@ -217,10 +294,7 @@ def check_passes(
     if differs.any():
         row = int(differs.nonzero()[0])
         what = "other pairs beside it" if (there[row] >= 0).any() else "none, since it was not read"
-        raise ValueError(
-            "`reference` must be read in the passes of training (give reference_logps the same "
-            f"batches, micro_batch_size and accelerator), got row {row} with {what}"
-        )
+        raise ValueError(f"`{name}` must be read {how}, got row {row} with {what}")
 
 
 def function_name(function: object) -> str:
@@ -230,7 +304,7 @@ def function_name(function: object) -> str:
 
 def _score(
     reference: Scorer,
-    pairs: Pairs,
+    data: Data,
     passes: Tensor,
     reduce: Reduce,
     precision: Precision,
@@ -238,11 +312,11 @@ def _score(
     progress: Callable[[range], Iterable[int]],
 ) -> Scores:
     """Every process reads its column of the passes in which a row is read first."""
-    n_rows, (n_passes, n_processes, _) = len(pairs[0]), passes.shape
+    n_rows, (n_passes, n_processes, _) = count_rows(data), passes.shape
     first = first_passes(passes, n_rows)
     occurs = first < n_passes * n_processes
     needed = (first[occurs] // n_processes).unique().tolist()
-    read = ScoreReader(reference, pairs, reduce, precision)
+    read = ScoreReader(reference, data, reduce, precision, can_read_pairs(reference))
     blocks, firsts = [], []
     for n in progress(range(len(needed))):
         rows = passes[needed[n], accelerator.process_index]
@@ -252,7 +326,7 @@ def _score(
         mine = first[rows] == needed[n] * n_processes + accelerator.process_index
         blocks.append(block[:, : len(rows)][:, mine.to(block.device)])
         firsts.append(rows[mine])
-    _reshard(reference)
+    reshard(reference)
     found = torch.cat(blocks, 1)
     scores = found.new_zeros(2, n_rows)
     scores[:, torch.cat(firsts).to(found.device)] = found
@@ -261,7 +335,7 @@ def _score(
     return scores[0], scores[1]
 
 
-def _reshard(reference: Scorer) -> None:
+def reshard(reference: Scorer) -> None:
     """Deals out again what the last pass gathered of a model in shards, as a backward pass does."""
     parts: Iterable[Any] = reference.modules() if isinstance(reference, nn.Module) else ()
     for part in parts:
@@ -319,16 +393,18 @@ def _key(
 ) -> str:
     """Of all that decides a score: pairs, passes, weights, and what is done with them."""
     device = device_of(reference)
-    weights = _digest([*reference.parameters()])
+    weights = bytes.fromhex(tensor_digest(("", weight) for weight in reference.parameters()))
     if accelerator.num_processes > 1:  # each may hold another part of the weights
         all_digests = torch.zeros(accelerator.num_processes, len(weights), device=device)
         all_digests[accelerator.process_index] = torch.tensor([*weights], device=device).float()
         parts = accelerator.reduce(all_digests, "sum").int().tolist()
         weights = b"".join(sorted({bytes(part) for part in parts}))
     how = [f"{f.__module__}.{function_name(f)}" for f in (reduce, precision)]
+    how += ["one row" if can_read_pairs(reference) else "rows"]
     how += [torch.__version__, str(device and device.type), type(reference).__qualname__]
     how += _configurations(reference)
-    digest = hashlib.sha256(_digest(tensors) + weights)
+    digest = hashlib.sha256(weights)
+    digest.update(tensor_digest(("", tensor) for tensor in tensors).encode())
     digest.update("\n".join(how).encode())
     return digest.hexdigest()
 
@@ -340,17 +416,6 @@ def _configurations(reference: object) -> list[str]:
     names = ("config", "scaling", "active_adapters", "disable_adapters")
     found = ((type(p), getattr(p, name)) for p in parts for name in names if hasattr(p, name))
     return sorted({f"{kind.__name__} {value}" for kind, value in found})
-
-
-def _digest(tensors: Iterable[Tensor]) -> bytes:
-    """SHA-256 of all bytes, dtypes and shapes; of a tensor in shards, those of this process."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        local = getattr(tensor, "to_local", lambda here=tensor: here)().detach()
-        digest.update(f"{local.dtype} {list(local.shape)}".encode())
-        for block in local.contiguous().flatten().view(torch.uint8).split(2**26):
-            digest.update(block.cpu().numpy().data)
-    return digest.digest()
 
 
 # --- the reference during training -----------------------------------------------------------
@@ -366,13 +431,14 @@ class ScoreReader:
     def __init__(  # noqa: D107
         self,
         reference: Scores | Scorer,
-        pairs: Pairs,
+        data: Data,
         reduce: Reduce,
         precision: Precision,
+        in_one_row: bool,
         trained: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        self.reference, self.pairs = reference, pairs
-        self.how = reduce, precision
+        self.reference, self.data = reference, data
+        self.how = reduce, precision, in_one_row
         self.trained = trained
         self.first: tuple[Tensor, Tensor] | None = None  # rows and their scores
 
@@ -384,7 +450,7 @@ class ScoreReader:
             self.trained, self.first = None, (rows, torch.cat(scores))
         else:
             scores = self._read(self.reference, rows)
-        n_tokens = self.pairs[1].shape[1]
+        n_tokens = longest_answer(self.data)
         check_at_most_0("reference.token_logps", torch.cat(scores), n_tokens=n_tokens)
         return scores
 
@@ -405,13 +471,13 @@ class ScoreReader:
 
     def _read(self, reference: Scorer, rows: Tensor) -> Scores:
         with torch.no_grad():
-            return pair_logps(reference, self.pairs, rows, *self.how)
+            return read_logps(reference, self.data, rows, *self.how)
 
     def _read_first(
         self, reference: Scorer, rows: Tensor, trained: Mapping[str, nn.Parameter]
     ) -> Scores:
         with torch.enable_grad(), _frozen(reference, [*trained.values()]):
-            chosen, rejected = pair_logps(reference, self.pairs, rows, *self.how)
+            chosen, rejected = read_logps(reference, self.data, rows, *self.how)
         if chosen.requires_grad:
             total = chosen.sum() + rejected.sum()
             slopes = torch.autograd.grad(total, [*trained.values()], allow_unused=True)

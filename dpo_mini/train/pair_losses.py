@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Four `[B]` in the order of `dpo_loss`, one loss per pair out; `functools.partial` binds beta."""
 
 _OTHER_LOSSES = {  # by an argument that only they have
-    "desirable": "single answers and a thumb for each: write a loop of your own, or `fit_table`",
+    "desirable": "single answers and a thumb for each: `real.train_ratings`, or `fit_table`",
     "mismatched_logps": "answers to other prompts: it estimates the z_0 of `kto_loss`",
     "first_rewards": "a score of each answer: `fit_reinforce` learns from scores, or `fit_table`",
     "values": "a score and a value of each answer: write a loop of your own, or `fit_table`",
@@ -35,12 +35,7 @@ def without_reference(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
       A loss of four, which does not use the reference's two. Keyword arguments are passed on.
     """
 
-    def of_four(
-        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **named: Any
-    ) -> Tensor:
-        return loss(chosen, rejected, **named)
-
-    return of_four
+    return _WithoutReference(loss)
 
 
 def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
@@ -69,6 +64,21 @@ def check_pair_loss(loss: Callable[..., Tensor], **given: object) -> None:
     cure = f"write train.without_reference({name}){means}"
     what = f"got {name}, which takes no reference: {cure}"
     raise ValueError(f"`loss` must take pairs with a reference, {what}")
+
+
+class _WithoutReference:
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        self.without_reference = loss  # a checkpoint has its name
+
+    def __call__(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
+        **named: Any,
+    ) -> Tensor:
+        return self.without_reference(chosen, rejected, **named)
 
 
 def _fails_to_bind(signature: inspect.Signature, n: int, given: dict[str, object]) -> str:
