@@ -12,6 +12,7 @@ finished goes on. Two runs at a time cannot have one `OUT`. `--help` has all opt
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -137,13 +138,24 @@ def train(
             checkpoint_every=given.checkpoint_every,
             evaluation=evaluation,
             logs=logs,
-            progress=bar,
+            progress=partial(steps_left, bar, accelerator),
         )
     if given.keep_best:
         best = real.load_best(policy, output / "best")
         accelerator.print(f"kept: step {best['step']}, held-out loss {best['eval_loss']:.4g}")
+        if best["step"] == 0:
+            accelerator.print("warning: this is the untrained model: no step made it better")
     save(given, policy, tokenizer, output, accelerator)
+    log = output / "metrics.csv"
+    accelerator.print(f"what the curves say: python -m dpo_mini.real.doctor {log}")
     return policy, history
+
+
+def steps_left(bar: Callable[..., Any], accelerator: Accelerator, steps: range) -> Any:
+    """A progress bar over the steps that are still to be taken."""
+    if steps.start:
+        accelerator.print(f"goes on from step {steps.start}, the last checkpoint")
+    return bar(steps)
 
 
 # --- model and data --------------------------------------------------------------------------
@@ -152,15 +164,25 @@ def train(
 def load_model(given: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """From a folder; what is no folder is a name of the hub, and is downloaded."""
     dtype = torch.bfloat16 if given.weights == "bfloat16" else None
-    load = real.load_model if Path(given.model).is_dir() else real.download_model
-    return load(given.model, dtype=dtype)
+    if is_here(given.model, "--model"):
+        return real.load_model(given.model, dtype=dtype)
+    return real.download_model(given.model, dtype=dtype)
 
 
 def load_preferences(name: str, split: str, **reading: Any) -> list[real.Preference]:
     """From a file; what is no file is a name of the hub, and is downloaded."""
-    if Path(name).is_file():
+    if is_here(name, "--pairs"):
         return real.load_preferences(name, **reading)
     return real.load_hub_preferences(name, split=split, **reading)
+
+
+def is_here(name: str, option: str) -> bool:
+    """Whether a file or folder has this name; what cannot be a name of the hub must have one."""
+    if Path(name).exists():
+        return True
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"`{option}` must be on this machine, or on the hub, got {name}")
+    return False
 
 
 @dataclass(frozen=True)
@@ -280,5 +302,13 @@ def save(
     real.save_trained(policy, tokenizer, output / "model", accelerator=accelerator)
 
 
+AS_OPTIONS = "(columns= is --columns, left_out=[] --skip-bad-rows, other arguments --reading)"
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on from the last checkpoint, if there is one")
+    except (OSError, ValueError) as error:  # the sentence is for the user, and stands alone
+        hint = AS_OPTIONS if "columns=" in str(error) or "left_out=" in str(error) else ""
+        sys.exit(f"{error} {hint}".strip())

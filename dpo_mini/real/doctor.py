@@ -3,14 +3,14 @@
     python -m dpo_mini.real.doctor OUT/metrics.csv
     python -m dpo_mini.real.doctor OUT/checkpoint-500/trainer_state.json
 
-The first is a log of `train_dpo.py` or `csv_log`, the second one of `trl`.
+The first is a log of `train_dpo.py` or `csv_log`, the second one of `trl`; `OUT` will do.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from dpo_mini.real.symptoms import diagnose
+from dpo_mini.real.symptoms import FEWEST, diagnose, is_short
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,13 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("log", help="metrics.csv of train_dpo.py, or trainer_state.json of trl")
     path = parser.parse_args(arguments).log
     try:
-        findings = diagnose(path)
+        findings, short = diagnose(path), is_short(path)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     for finding in findings:
         print(finding)
-    if not findings:
+    if short:
+        print(f"This log has fewer than {FEWEST} steps: too short to say that a run is well.")
+    elif not findings:
         print("No symptom in these curves. Now read some answers: no curve shows what is written.")
     return 1 if findings else 0
 

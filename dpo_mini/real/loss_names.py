@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -48,8 +49,12 @@ def loss_by_name(
     known = _of_pairs()
     name = TRL_NAMES.get(name, name)
     if name not in known:
-        names = ", ".join([*known, *TRL_NAMES])
-        raise ValueError(f"`loss` must be one of {names}, got {name!r}")
+        names = [*known, *TRL_NAMES]
+        near = get_close_matches(name, names, n=1)
+        also = f" (did you mean {near[0]}?)" if near else ""
+        if name == "kto":
+            also = " (it takes single answers with a thumb: real.train_ratings)"
+        raise ValueError(f"`loss` must be one of {', '.join(names)}, got {name!r}{also}")
     loss = known[name]
     _check_arguments(name, loss, arguments)
     bound = partial(loss, **arguments) if arguments else loss

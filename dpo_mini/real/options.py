@@ -113,7 +113,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--columns",
         type=_json_object,
         metavar="JSON",
-        help="which columns are read, as in real.load_preferences; by default by their names",
+        help='which are read, such as {"prompt": ["instruction", "input"]}; by default by name',
     )
     add(
         "--reading",
@@ -235,7 +235,12 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output", required=True, metavar="OUT", help="a folder of this run alone")
-    _add_flag(group, "--checkpoints", True, "to go on from; FSDP needs --no-checkpoints")
+    _add_flag(
+        group,
+        "--checkpoints",
+        True,
+        "the same command goes on from them; not under FSDP",
+    )
     add("--checkpoint-every", type=_count, default=100, help="steps from one to the next")
     add(
         "--log-every",
@@ -308,7 +313,7 @@ def rate_warning(given: argparse.Namespace) -> str | None:
     if not given.lora_rank or given.learning_rate > ADAPTER_RATE / 4:
         return None
     return (
-        f"`learning_rate` should be {ADAPTER_RATE:g} to 1e-4 for an adapter, whose B begins at 0, "
+        f"`learning_rate` should be 1e-5 to 1e-4 for an adapter, whose B begins at 0, "
         f"got {given.learning_rate:g}: it may learn next to nothing"
     )
 

@@ -65,7 +65,8 @@ def diagnose(path: AnyPath) -> list[Finding]:
     anything, and a reference that is not the policy at step 0 spoils all rewards.
 
     Args:
-      path: a CSV file with a column `step` (`csv_log`), or a `trainer_state.json` of `trl`.
+      path: a CSV file with a column `step` (`csv_log`), a `trainer_state.json` of `trl`, or a
+        folder with `metrics.csv` or `trainer_state.json` in it.
     Returns:
       Findings; none where nothing looks wrong.
     Raises:
@@ -80,9 +81,18 @@ def diagnose(path: AnyPath) -> list[Finding]:
     return []
 
 
+def is_short(path: AnyPath) -> bool:
+    """Whether a log has so few steps that a loss which has not moved is no symptom."""
+    steps = [step for values in read_curves(path).values() for step, _ in values]
+    return max(steps) - min(steps) + 1 < FEWEST
+
+
 def read_curves(path: AnyPath) -> Curves:
     """The numbers of a log by name, under the names of `trl`; args and errors are `diagnose`'s."""
     path = Path(path)
+    if path.is_dir():
+        inside = [path / name for name in ("metrics.csv", "trainer_state.json")]
+        path = next((log for log in inside if log.exists()), inside[0])
     text = path.read_text(encoding="utf-8")
     rows = _json_rows(path, text) if text.lstrip().startswith("{") else _csv_rows(path, text)
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -127,7 +137,7 @@ def _rewards_at_the_start(curves: Curves) -> Iterator[Finding]:
     seen = f"Before the first step the rewards are {chosen:.4f} (chosen) and {rejected:.4f}"
     if max(chosen, rejected) < -1:
         yield Finding(f"{seen}, both far below 0, as if no reference were subtracted.", 25)
-    elif abs(chosen - rejected) > 0.5:
+    elif max(abs(chosen), abs(rejected)) > 0.5:
         yield Finding(f"{seen}: the reference is not the model that training begins with.", 7)
     else:
         yield Finding(f"{seen}, and not 0: policy and reference are read in two ways.", 6)
@@ -155,12 +165,29 @@ def _stuck(curves: Curves) -> Iterator[Finding]:
     )
 
 
+def _never_better(curves: Curves) -> Iterator[Finding]:
+    held_out = curves.get("eval_loss", ())
+    if len(held_out) < 3 or held_out[0][0] != 0:
+        return
+    first, *others = (loss for _, loss in held_out)
+    if min(others) < first or others[-1] < first + 0.002:
+        return
+    rates = [value for _, value in (*curves.get("lr", ()), *curves.get("learning_rate", ()))]
+    why = f"; the largest learning rate is {max(rates):.1e}" if rates else ""
+    yield Finding(
+        f"The loss of held-out pairs was {first:.4f} before training, never lower since, and is "
+        f"{others[-1]:.4f} at step {held_out[-1][0]}{why}: the steps may be too long.",
+        2,
+    )
+
+
 def _both_fall(curves: Curves) -> Iterator[Finding]:
     chosen, margins = curves.get("rewards/chosen", ()), curves.get("rewards/margins", ())
     if chosen and margins and _late(chosen) < -max(1.0, _late(margins) / 2):
         yield Finding(
             f"The rewards of chosen answers have fallen to {_late(chosen):.4f}, for a margin of "
-            f"{_late(margins):.4f}: both answers of a pair become much less likely.",
+            f"{_late(margins):.4f}: both answers of a pair become much less likely. That may be "
+            "right: see whether new answers get better.",
             1,
         )
 
@@ -234,6 +261,7 @@ _BROKEN: tuple[Rule, ...] = (_not_a_number,)
 _FIRST_STEP: tuple[Rule, ...] = (_multiple_of_log_2, _rewards_at_the_start)
 _WHOLE_RUN: tuple[Rule, ...] = (
     _stuck,
+    _never_better,
     _huge_rewards,
     _both_fall,
     _learnt_by_heart,
