@@ -3,10 +3,11 @@
 Nothing of the method is here. A pair is read from a file, turned into tokens and scored by any
 causal language model; then `train.fit_sft` and `train.fit_preferences` do what they do on the toys.
 `train_preferences` is the same loop for models that do not fit in one pass, one device or one day.
+Single answers with a thumb, up or down, are `Rating`s, and `train_ratings` is KTO on them.
 
 Files are read and never run: weights are safetensors, code that a model or data set brings along is
 refused, and nothing is downloaded unless a function with that in its name is called
-(`download_model`, `load_hub_preferences`).
+(`download_model`, `load_hub_preferences`, `load_hub_ratings`).
 """
 
 import warnings
@@ -48,8 +49,11 @@ from dpo_mini.real.models import (
 )
 from dpo_mini.real.preferences import (
     Preference,
+    Rating,
     load_hub_preferences,
+    load_hub_ratings,
     load_preferences,
+    load_ratings,
     save_preferences,
     split_preferences,
 )
@@ -70,7 +74,7 @@ from dpo_mini.real.tokens import (
     encode,
     train_tokenizer,
 )
-from dpo_mini.real.training import save_trained, train_preferences
+from dpo_mini.real.training import save_trained, train_preferences, train_ratings
 
 __all__ = [
     "CHAT",
@@ -81,6 +85,7 @@ __all__ = [
     "Evaluation",
     "Finding",
     "Preference",
+    "Rating",
     "adapter_off",
     "add_lora",
     "bf16_autocast",
@@ -101,8 +106,10 @@ __all__ = [
     "load_best",
     "load_checkpoint",
     "load_hub_preferences",
+    "load_hub_ratings",
     "load_model",
     "load_preferences",
+    "load_ratings",
     "lock_folder",
     "lora_memory",
     "loss_by_name",
@@ -124,6 +131,7 @@ __all__ = [
     "tensorboard_log",
     "tiny_gpt2",
     "train_preferences",
+    "train_ratings",
     "train_tokenizer",
     "warmup_then_constant",
     "warmup_then_cosine",

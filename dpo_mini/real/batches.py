@@ -1,12 +1,12 @@
-"""Which pairs are trained on, in which order: the rows of every step, and pairs that are long."""
+"""Which rows are trained on, in which order: those of every step, and those that are long."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_mini._arguments import check_count, check_generator
 from dpo_mini.logps import PAD
+from dpo_mini.real.ratings import check_data, is_rated
 from dpo_mini.train import Pairs
-from dpo_mini.train.pair_losses import check_pairs
 
 
 def shuffled_batches(
@@ -57,37 +57,35 @@ def pair_lengths(pairs: Pairs) -> Tensor:
     """How many tokens each pair has: its prompt and both answers.
 
     Args:
-      pairs: as `encode` gives them.
+      pairs: as `encode` gives pairs, or ratings, which have one answer.
     Returns:
       `[n]` int64.
     Raises:
       ValueError: no pairs, or rows that differ in number.
     """
-    check_pairs(pairs)
-    return torch.stack([(tokens != PAD).sum(1) for tokens in pairs]).sum(0)
+    check_data(pairs)
+    return torch.stack([(tokens != PAD).sum(1) for tokens in pairs if tokens.dim() > 1]).sum(0)
 
 
 def drop_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int]:
     """The pairs that fit, and how many did not.
 
     Args:
-      pairs: as `encode` gives them, with a `max_tokens` there that lets all of them pass.
+      pairs: as `encode` gives pairs or ratings, with a `max_tokens` there that lets all pass.
       max_tokens: the most tokens of a prompt and the longer of its answers.
     Returns:
       The pairs in their order, without columns of padding alone; the number left out.
     Raises:
       ValueError: no pair fits.
     """
-    prompt, chosen, rejected = _lengths(pairs, max_tokens)
-    kept = prompt + torch.maximum(chosen, rejected) <= max_tokens
+    prompt, answer = _lengths(pairs, max_tokens)
+    kept = prompt + answer <= max_tokens
     if not kept.any():
-        shortest = int((prompt + torch.maximum(chosen, rejected)).min())
+        shortest = int((prompt + answer).min())
         raise ValueError(
             f"`max_tokens` must be >= {shortest}, the length of the shortest pair, got {max_tokens}"
         )
-    height, width = int(prompt[kept].max()), int(torch.maximum(chosen, rejected)[kept].max())
-    prompts, chosen_tokens, rejected_tokens = (tokens[kept] for tokens in pairs)
-    fitting = (prompts[:, :height], chosen_tokens[:, :width], rejected_tokens[:, :width])
+    fitting = _narrowed(pairs, kept, int(prompt[kept].max()), int(answer[kept].max()))
     return fitting, int((~kept).sum())
 
 
@@ -107,7 +105,7 @@ def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int, int]:
     Raises:
       ValueError: a prompt leaves no room for an answer, or no pair is left.
     """
-    prompt, chosen, rejected = _lengths(pairs, max_tokens)
+    prompt, answer = _lengths(pairs, max_tokens)
     room = max_tokens - prompt
     if (room < 1).any():
         row = int((room < 1).nonzero()[0])
@@ -115,26 +113,25 @@ def cut_long(pairs: Pairs, *, max_tokens: int) -> tuple[Pairs, int, int]:
             f"`max_tokens` must be > {int(prompt[row])}, the length of the prompt in row {row}, "
             f"got {max_tokens}"
         )
-    width = max(pairs[1].shape[1], pairs[2].shape[1])
-    whole = [nn.functional.pad(p, (0, width - p.shape[1]), value=PAD) for p in pairs[1:]]
-    places = torch.arange(width, device=room.device)
-    chosen_cut, rejected_cut = (
-        tokens.masked_fill(places >= room[:, None], PAD) for tokens in whole
+    places = torch.arange(pairs[1].shape[1], device=room.device)
+    first, second = (
+        tokens.masked_fill(places >= room[:, None], PAD) if tokens.dim() > 1 else tokens
+        for tokens in pairs[1:]
     )
-    became_alike = (chosen_cut == rejected_cut).all(1) & (whole[0] != whole[1]).any(1)
+    if is_rated(pairs):
+        became_alike = torch.zeros_like(pairs[2])
+    else:
+        became_alike = (first == second).all(1) & (pairs[1] != pairs[2]).any(1)
     kept = ~became_alike
     if not kept.any():
         raise ValueError(
             f"`max_tokens` must be large enough for two answers to differ, got {max_tokens}, which "
             "makes the answers of every pair the same"
         )
-    n_cut = int((torch.maximum(chosen, rejected) > room)[kept].sum())
-    lengths = torch.minimum(torch.maximum(chosen, rejected), room)[kept]
-    height, width = int(prompt[kept].max()), int(lengths.max())
-    prompts, chosen_tokens, rejected_tokens = (
-        tokens[kept] for tokens in (pairs[0], chosen_cut, rejected_cut)
-    )
-    left = (prompts[:, :height], chosen_tokens[:, :width], rejected_tokens[:, :width])
+    n_cut = int((answer > room)[kept].sum())
+    lengths = torch.minimum(answer, room)[kept]
+    cut = (pairs[0], first, second)
+    left = _narrowed(cut, kept, int(prompt[kept].max()), int(lengths.max()))
     return left, n_cut, int(became_alike.sum())
 
 
@@ -152,9 +149,16 @@ def _alike(batches: Tensor, lengths: Tensor, window: int, generator: torch.Gener
     return torch.cat(sorted_windows)
 
 
-def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of each prompt, chosen and rejected answer, `[n]` each."""
-    check_pairs(pairs)
+def _lengths(pairs: Pairs, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tokens of each prompt, and of the longer of its answers, `[n]` each."""
+    check_data(pairs)
     check_count("max_tokens", max_tokens)
-    prompt, chosen, rejected = ((tokens != PAD).sum(1) for tokens in pairs)
-    return prompt, chosen, rejected
+    prompt, *answers = ((tokens != PAD).sum(1) for tokens in pairs if tokens.dim() > 1)
+    return prompt, torch.maximum(answers[0], answers[-1])
+
+
+def _narrowed(pairs: Pairs, kept: Tensor, height: int, width: int) -> Pairs:
+    """The rows that are kept, without columns of padding alone."""
+    prompts, first, second = (tokens[kept] for tokens in pairs)
+    narrow = second if is_rated(pairs) else second[:, :width]
+    return prompts[:, :height], first[:, :width], narrow

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 Columns = Mapping[str, str | Sequence[str]]
@@ -26,7 +27,12 @@ TOOLS = ("tools", "chat_template_kwargs")
 _LONGEST_LABEL = 40
 """How many letters a text may have that says which answer won: it may be `Assistant A`."""
 
-_OURS = ("prompt", "chosen", "rejected", "id", "system", "history", "label", "ignored")
+PAIR = ("chosen", "rejected")
+"""The columns of a pair, beside its prompt."""
+RATING = ("completion", "label")
+"""Those of a rating."""
+
+_OTHERS = ("id", "system", "history", "label", "ignored")
 _SINGLE = ("history", "label")  # of these one column alone
 _OTHER_ROLES = {
     "human": "user",
@@ -94,20 +100,30 @@ class Reading:
     """How entries are read.
 
     Args:
+      needed: the columns of what is read, `PAIR` or `RATING`.
       columns: from our names to the file's.
       known: the file's columns that are read or ignored.
-      labels: what the label says where the first answer won, and where the second did.
+      labels: what the label says where the first answer won, and where the second did; of a rating,
+        where the answer was liked, and where it was not.
       turn_markers: what stands in a text before a person's turn, and before the assistant's.
       roles: from the file's names for who speaks to ours.
       first_answers: whether answers of several turns are cut to the first that differ.
     """
 
+    needed: tuple[str, str]
     columns: Mapped
     known: frozenset[str]
     labels: tuple[str, str] | None
     turn_markers: tuple[str, str] | None
     roles: Mapping[str, str]
     first_answers: bool
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether nobody said anything about columns and turns."""
+        return self.turn_markers is None and not any(
+            theirs is not None for theirs in self.columns.values()
+        )
 
 
 def how_to_read(
@@ -116,32 +132,37 @@ def how_to_read(
     turn_markers: Sequence[str] | None = None,
     roles: Mapping[str, str] | None = None,
     first_answers: bool = False,
+    needed: tuple[str, str] = PAIR,
 ) -> Reading:
-    """The arguments of `load_preferences`, checked."""
-    mapped = _check_columns(columns)
+    """The arguments of `load_preferences`, or with `needed=RATING` of `load_ratings`, checked."""
+    mapped = _check_columns(columns, needed)
     known = {column for theirs in mapped.values() for column in theirs or ()} | {"prompt"}
-    known |= {name for name in ("chosen", "rejected", "id") if mapped[name] is None}
+    known |= {name for name in (*needed, "id") if mapped[name] is None}
     known |= {column.partition(".")[0] for column in known}
+    if needed == RATING:
+        labels, mapped = labels or (1, 0), {**mapped, "label": mapped["label"] or ("label",)}
     return Reading(
+        needed,
         mapped,
         frozenset(known),
-        _check_labels(labels, mapped["label"]),
+        _check_labels(labels, mapped["label"], needed),
         _check_turn_markers(turn_markers),
         _check_roles(roles),
         first_answers,
     )
 
 
-def _check_columns(columns: Columns | None) -> Mapped:
+def _check_columns(columns: Columns | None, needed: tuple[str, str]) -> Mapped:
     """A user's `columns`, with None for the names that are not in it."""
     names: dict[str, tuple[str, ...] | None]
-    names = dict.fromkeys(_OURS)
+    names = dict.fromkeys(("prompt", *needed, *_OTHERS))
     for name, theirs in (columns or {}).items():
         if name not in names:
-            ours = f"{', '.join(_OURS[:-1])} or {_OURS[-1]}"
+            *most, last = names
+            ours = f"{', '.join(most)} or {last}"
             raise ValueError(f"`columns` must name {ours}, got {name!r}")
         theirs = (theirs,) if isinstance(theirs, str) else tuple(theirs)
-        if name in ("chosen", "rejected") and not theirs:
+        if name in needed and not theirs:
             raise ValueError(f"`columns` must have at least one column for {name}, got none")
         if name in _SINGLE and len(theirs) > 1:
             raise ValueError(f"`columns` must have one column for {name}, got {len(theirs)}")
@@ -152,7 +173,7 @@ def _check_columns(columns: Columns | None) -> Mapped:
     for name, given in names.items():
         if name == "id":
             continue
-        own = (name,) if name in ("prompt", "chosen", "rejected") else ()
+        own = (name,) if name in ("prompt", *needed) else ()
         for column in own if given is None else given:
             if column in taken:
                 raise ValueError(
@@ -166,7 +187,7 @@ def _check_columns(columns: Columns | None) -> Mapped:
 
 
 def _check_labels(
-    labels: Sequence[object] | None, columns: tuple[str, ...] | None
+    labels: Sequence[object] | None, columns: tuple[str, ...] | None, needed: tuple[str, str]
 ) -> tuple[str, str] | None:
     if labels is None and not columns:
         return None
@@ -176,9 +197,11 @@ def _check_labels(
         )
     texts = [_label_text(label) for label in labels or ()]
     if isinstance(labels, str) or len(texts) != 2 or None in texts or texts[0] == texts[1]:
+        where = 'the first and where the second answer won, such as (1, 0) or ("model_a", "model_b"'
+        if needed == RATING:
+            where = 'an answer was liked and where it was not, such as (1, 0) or ("up", "down"'
         raise ValueError(
-            "`labels` must be two values, those of the label column where the first and where the "
-            f'second answer won, such as (1, 0) or ("model_a", "model_b"), got {labels!r}'
+            f"`labels` must be two values, those of the label column where {where}), got {labels!r}"
         )
     return cast(str, texts[0]), cast(str, texts[1])
 
@@ -214,7 +237,8 @@ def _check_roles(roles: Mapping[str, str] | None) -> Mapping[str, str]:
 def read_column(name: str, entry: Entry, columns: tuple[str, ...]) -> object:
     """The value of a column, or the texts of several, joined."""
     if len(columns) == 1:
-        return _value(name, entry, columns[0])
+        column = columns[0]
+        return entry[column] if column in entry else _value(name, entry, column)
     values = [_value(name, entry, column) for column in columns]
     for column, value in zip(columns, values, strict=True):
         if not isinstance(value, str):
@@ -238,15 +262,33 @@ def read_label(entry: Entry, reading: Reading) -> Mapped:
         if columns["label"] is None and (columns["chosen"] or columns["rejected"]):
             _check_no_label(entry, reading)
         return columns
-    label = read_column("label", entry, columns["label"] or ())
-    text = _label_text(label)
-    if text not in reading.labels:
-        got = kind_of(label) if text is None else repr(label)
-        raise BadColumn("label", f"must be {' or '.join(reading.labels)}, got {got}")
-    if text == reading.labels[0]:
+    if has_first_label(entry, reading):
         return columns
     chosen, rejected = (columns[name] or (name,) for name in ("rejected", "chosen"))
     return {**columns, "chosen": chosen, "rejected": rejected}
+
+
+def has_first_label(entry: Entry, reading: Reading) -> bool:
+    """Whether the label is the first of `reading.labels`, which are the only ones."""
+    label = read_column("label", entry, reading.columns["label"] or ())
+    text, (first, second) = _label_text(label), cast(tuple[str, str], reading.labels)
+    if text not in (first, second):
+        got = kind_of(label) if text is None else repr(label)
+        raise BadColumn("label", f"must be {first} or {second}, got {got}")
+    return text == first
+
+
+def check_kind(entry: Entry, reading: Reading) -> None:
+    """Refuse a rating where pairs are read, and a pair where ratings are."""
+    other, name = (RATING, "load_ratings") if reading.needed == PAIR else (PAIR, "load_preferences")
+    if reading.needed[0] not in reading.known or reading.needed[0] in entry:
+        return
+    if all(column in entry and column not in reading.known for column in other):
+        raise UnreadColumn(
+            reading.needed[0],
+            f"must be one of the columns, got {other[0]!r} and {other[1]!r} ({name} reads such a "
+            "file)",
+        )
 
 
 def check_absent(entry: Entry, columns: Iterable[str]) -> None:

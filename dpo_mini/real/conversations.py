@@ -31,15 +31,28 @@ def read_messages(name: str, value: object, roles: Mapping[str, str]) -> Message
         and `value`.
       roles: from the file's names for who speaks to ours.
     """
-    if isinstance(value, Mapping) and _keys_of(value):
+    if not isinstance(value, list) and isinstance(value, Mapping) and _keys_of(value):
         value = [value]
     if not isinstance(value, list) or not value:
         raise BadColumn(name, f"must be text or a list of messages, got {kind_of(value)}")
-    return tuple(_read_message(name, message, n, roles) for n, message in enumerate(value, 1))
+    return tuple([_read_message(name, message, n, roles) for n, message in enumerate(value, 1)])
+
+
+def plain_messages(value: object, roles: Mapping[str, str]) -> Messages:
+    """Messages of role and content alone, or none where `read_messages` has to look."""
+    messages = []
+    for message in value if isinstance(value, list) else ():
+        if not isinstance(message, dict) or len(message) != 2:
+            return ()
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in roles or not isinstance(content, str):
+            return ()
+        messages.append((roles[role], content))
+    return tuple(messages)
 
 
 def _read_message(name: str, message: object, n: int, roles: Mapping[str, str]) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not (keys := _keys_of(message)):
+    if not isinstance(message, (dict, Mapping)) or not (keys := _keys_of(message)):
         got = f"{kind_of(message)} as message {n}"
         raise BadColumn(name, f'must have messages with "role" and "content", got {got}')
     role, content = message[keys[0]], message[keys[1]]

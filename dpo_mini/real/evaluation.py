@@ -1,8 +1,8 @@
-"""Held-out pairs that a run looks at while it trains: the best weights, and when to stop."""
+"""Held-out rows that a run looks at while it trains: the best weights, and when to stop."""
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,9 @@ from dpo_mini.real.digests import reference_digest, tensor_digest
 from dpo_mini.real.models import CausalLMPolicy
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.processes import OneProcess
-from dpo_mini.real.scoring import Scores, passes_of, reshard
+from dpo_mini.real.ratings import RatedBatches, Ratings, check_data, is_rated
+from dpo_mini.real.scoring import Data, Scores, count_rows, longest_answer, passes_of, reshard
 from dpo_mini.train import History, Pairs
-from dpo_mini.train.pair_losses import check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,13 +32,14 @@ BEST = "best.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Held-out pairs that `train_preferences` looks at while it trains, without a gradient.
+    """Held-out pairs, or ratings, that a run looks at while it trains, without a gradient.
 
     They are read before the first step, before every `every`-th one, and after the last. Training
     ends with the same bits as without them, unless they stop it.
 
     Args:
-      pairs: `(prompts [n], chosen [n, T], rejected [n, T])` as `encode` gives them.
+      pairs: `(prompts [n], chosen [n, T], rejected [n, T])` as `encode` gives them; for
+        `train_ratings` ratings, as it gives them, which are one batch: all have the same z_0.
       reference: of these pairs: what `reference_logps` gave for them, without `batches`; or a model
         that is read beside the policy; or scores of your own, chosen and rejected `[n]`.
       every: steps from one evaluation to the next.
@@ -54,7 +55,7 @@ class Evaluation:
       ValueError: rows that differ in number, a log-probability above 0, or a number below 1.
     """
 
-    pairs: Pairs = field(repr=False)
+    pairs: Pairs | Ratings = field(repr=False)
     reference: Scores | Scorer = field(repr=False)
     every: int = 100
     patience: int | None = None
@@ -62,11 +63,17 @@ class Evaluation:
     report: Callable[[int, Mapping[str, float]], None] | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
-        check_pairs(self.pairs)
-        check_reference(self.reference, self.pairs)
+        check_data(self.pairs)
+        check_reference(self.reference, self.data())
         check_count("every", self.every)
         if self.patience is not None:
             check_count("patience", self.patience)
+
+    def data(self) -> Data:
+        """What the loop reads: of ratings one batch."""
+        if is_rated(self.pairs):
+            return RatedBatches(self.pairs, torch.arange(len(self.pairs[0]))[None], "pairs")
+        return self.pairs
 
     def settings(self) -> dict[str, object]:
         """What a run that goes on must have in common with the one that stopped."""
@@ -124,12 +131,22 @@ def load_best(policy: CausalLMPolicy, folder: AnyPath) -> dict[str, float]:
 
 
 class ReadRows(Protocol):
-    """From rows to the loss of each, with its gradient, and the numbers `names` of each."""
+    """From rows of a batch to the loss of each, with its gradient, and some numbers of each."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...  # noqa: D102
+    def names(self) -> tuple[str, ...]:
+        """Of the metrics of a batch."""
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...  # noqa: D102
+    def begin(
+        self, batch: Tensor, passes: Iterable[Tensor], accelerator: "Accelerator | OneProcess"
+    ) -> None:
+        """Before the first pass over a batch, whose rows of this process are in `passes`."""
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The losses, `[B]`, and numbers without gradient, `[B]` each."""
+
+    def metrics(self, means: Sequence[float]) -> dict[str, float]:
+        """From the mean of each number over a batch to the metrics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +176,8 @@ class Evaluator:
             return {name: history[name][-1] for name in names}
         if step % self.evaluation.every and step != self.steps:
             return {}
-        metrics = dict(zip(names, self._means(self.read), strict=True))
+        means = self.read.metrics(self._means(self.read))
+        metrics = {f"eval_{name}": value for name, value in means.items()}
         loss = metrics["eval_loss"]
         if not math.isfinite(loss):
             raise ValueError(f"`evaluation` must have a finite loss, got {loss} at step {step}")
@@ -184,11 +202,12 @@ class Evaluator:
         """Of every number over all rows, to the last bit the same in all processes."""
         assert self.evaluation is not None
         n_rows = len(self.evaluation.pairs[0])
-        passes = evaluation_passes(n_rows, self.micro_batch_size, self.accelerator)
+        all_passes = evaluation_passes(n_rows, self.micro_batch_size, self.accelerator)
+        passes = [rows[rows >= 0] for rows in all_passes[:, self.accelerator.process_index]]
+        read.begin(torch.arange(n_rows), passes, self.accelerator)
         values = torch.empty(0)
         with torch.no_grad():
-            for number, padded in enumerate(passes[:, self.accelerator.process_index]):
-                rows = padded[padded >= 0]
+            for number, rows in enumerate(passes):
                 # A model in shards is read by all processes at once: one without rows reads along.
                 _, seen = read(rows if len(rows) else torch.tensor([0]))
                 if number == 0:
@@ -239,15 +258,16 @@ def evaluation_passes(
     return passes_of(rows, micro_batch_size, accelerator.num_processes)
 
 
-def check_reference(reference: Scores | Scorer, pairs: Pairs) -> None:
-    """Refuse scores that are not one chosen and one rejected log-probability per pair."""
+def check_reference(reference: Scores | Scorer, data: Data) -> None:
+    """Refuse scores that are not two log-probabilities per row."""
     if not isinstance(reference, tuple):
         return
     if len(reference) != 2:
         raise ValueError(f"`reference` must be (chosen, rejected), got {len(reference)} tensors")
-    check_rows("pairs", pairs[0], reference=reference[0], rejected=reference[1])
+    like = "batches" if isinstance(data, RatedBatches) else "pairs"
     for scores in reference:
-        check_at_most_0("reference", scores, n_tokens=pairs[1].shape[1])
+        check_rows(like, torch.empty(count_rows(data)), reference=scores)
+        check_at_most_0("reference", scores, n_tokens=longest_answer(data))
 
 
 def _digest_of_others(model: nn.Module, kept: Mapping[str, object]) -> str:

@@ -1,26 +1,30 @@
-"""How pairs are read from files: CSV, JSON, JSON lines, Parquet, and rows of the hub.
+"""How pairs and ratings are read: from CSV, JSON, JSON lines, Parquet, and rows of the hub.
 
-All are read as entries, which are objects with columns; `forms` finds a pair in each.
+All are read as entries, which are objects with columns; `forms` finds a pair or rating in each.
 """
 
+import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from dpo_mini.real.columns import (
+    PAIR,
     BadColumn,
     Reading,
     RepeatedKey,
     UnreadColumn,
+    check_kind,
     cut,
     kind_of,
     may_matter,
     read_id,
     read_label,
 )
-from dpo_mini.real.forms import Fields, read_pair
+from dpo_mini.real.forms import Fields, read_pair, read_rating
 
 if TYPE_CHECKING:
     from pyarrow import DataType
@@ -33,6 +37,9 @@ LONGEST_LINE = 2**26
 ten thousand pages of text. A longer line is a file without line breaks, and is refused before it
 fills the memory."""
 
+_BLOCK = 2**18
+"""The bytes of a JSON list that are read at a time, more where an entry is longer."""
+
 
 class BadFile(ValueError):
     """A sentence that begins with a place in a file; whoever knows the file's name adds it."""
@@ -43,15 +50,21 @@ class BadRow(BadFile):
 
 
 def read_file(path: Path, reading: Reading, left_out: list[str] | None) -> Iterator[Fields]:
-    """The pairs of a file, in its order; `left_out` gets a sentence on each bad entry."""
+    """What a file has, in its order; `left_out` gets a sentence on each bad entry."""
     with open(path, "rb") as file:
-        yield from _read_entries(str(path), _file_entries(path, file, reading), reading, left_out)
+        entries = _file_entries(path, file, reading)
+        try:
+            yield from _read_entries(str(path), entries, reading, left_out)
+        except ValueError:
+            if _is_list(path, file):
+                _check_list(path, file)  # broken JSON is named before a bad entry
+            raise
 
 
 def read_hub(
     name: str, split: str, reading: Reading, left_out: list[str] | None
 ) -> Iterator[Fields]:
-    """The pairs of a data set of the hub, in its order."""
+    """What a data set of the hub has, in its order."""
     import datasets
 
     rows = enumerate(datasets.load_dataset(name, split=split), 1)
@@ -87,21 +100,26 @@ def _read_entries(
         raise ValueError(f"{source}, {error}") from None
     if not first_form:
         got = first_reason or "no entries"
-        raise ValueError(f"{source} must have at least one pair, got {got}")
+        what = "pair" if reading.needed == PAIR else "rating"
+        raise ValueError(f"{source} must have at least one {what}, got {got}")
 
 
 def _read_entry(
     place: str, entry: object, reading: Reading, ids: Mapping[str, str]
 ) -> tuple[Fields, str, str | None]:
-    """The fields of a pair, the form that it had, and what tells it from others."""
+    """The fields of a row, the form that it had, and what tells it from others."""
     if isinstance(entry, BadRow):
         raise entry
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, (dict, Mapping)):
         raise BadRow(f"{place} must be an object with each key once, got {kind_of(entry)}")
     columns = reading.columns
     try:
-        columns = read_label(entry, reading)
-        fields, form = read_pair(entry, columns, reading)
+        check_kind(entry, reading)
+        if reading.needed == PAIR:
+            columns = read_label(entry, reading)
+            fields, form = read_pair(entry, columns, reading)
+        else:
+            fields, form = read_rating(entry, reading)
         key = read_id(entry, columns)
         if key is not None and key in ids:
             reason = f"must be different in every entry, got {cut(key)} as in {ids[key]}"
@@ -124,10 +142,14 @@ def _file_entries(path: Path, file: BinaryIO, reading: Reading) -> Entries:
         return _parquet_entries(path, file, reading)
     if start.startswith(b"\x1f\x8b"):
         raise ValueError(f"{path} must be unpacked first, got a gzip file")
-    return _list_entries(file) if _begins_a_list(file) else _line_entries(file)
+    return _list_entries(file) if _is_list(path, file) else _line_entries(file)
 
 
-def _begins_a_list(file: BinaryIO) -> bool:
+def _is_list(path: Path, file: BinaryIO) -> bool:
+    """Whether a file is a JSON list; it is left at its beginning."""
+    if path.suffix.lower() in (".csv", ".parquet"):
+        return False
+    file.seek(0)
     chunk = file.read(2**12).removeprefix(b"\xef\xbb\xbf")
     while chunk and not chunk.strip():
         chunk = file.read(2**12)
@@ -136,22 +158,52 @@ def _begins_a_list(file: BinaryIO) -> bool:
 
 
 def _list_entries(file: BinaryIO) -> Entries:
+    """Each entry of a JSON list, without holding more of the file than a block or an entry."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    n, line, at, text, ended = 0, 1, 0, "", False
+    while not ended:
+        block = file.read(max(_BLOCK, len(text) - at))
+        ended = not block
+        try:
+            text = text[at:] + utf8.decode(block, ended)
+        except UnicodeDecodeError:
+            _refuse_list(file)
+        at = counted = 0
+        while (mark := _BEFORE.match(text, at)) and mark[1] == ("," if n else "["):
+            start = mark.end()
+            try:
+                entry, end = _DECODER.raw_decode(text, start)
+            except (ValueError, RecursionError):
+                break  # the rest of it may be in the next block, like that of a number
+            if text[end - 1] != "}" and not _AFTER.match(text, end):
+                break
+            n, at = n + 1, end
+            line, counted = line + text.count("\n", counted, start), start
+            yield f"line {line}, entry {n}", entry
+        line += text.count("\n", counted, at)
+    if not (_END if n else _EMPTY).fullmatch(text, at):
+        _refuse_list(file)
+
+
+def _check_list(path: Path, file: BinaryIO) -> None:
+    try:
+        for _ in _list_entries(file):
+            pass
+    except BadFile as error:
+        raise ValueError(f"{path}, {error}") from None
+
+
+def _refuse_list(file: BinaryIO) -> NoReturn:
+    """Say where a JSON list is at fault, which takes the whole of it."""
+    file.seek(0)
     lines = enumerate(file.read().split(b"\n"), 1)
-    text = "\n".join(_decode(line, n) for n, line in lines)
-    entries = cast(list[object], _json(text, 1))  # the text begins with a bracket
-    decode = json.JSONDecoder().raw_decode
-    line, counted, at = 1, 0, text.index("[") + 1
-    for n, entry in enumerate(entries, 1):
-        while text[at] in " \t\r\n,":
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        yield f"line {line}, entry {n}", entry
-        _, at = decode(text, at)  # once more, to know where the next one begins
+    _json("\n".join(_decode(line, n) for n, line in lines), 1)
+    raise AssertionError("a list that can be read was refused")
 
 
 def _line_entries(file: BinaryIO) -> Entries:
     for n, line in _lines(file):
-        if not line.strip():
+        if line.isspace():
             continue
         entry: object
         try:
@@ -273,6 +325,12 @@ def _decode(line: bytes, n: int) -> str:
 
 def _json(text: str, first_line: int) -> object:
     try:
+        entry, end = _DECODER.raw_decode(text)
+        if not text[end:].strip(_BLANKS):
+            return entry
+    except (ValueError, RecursionError):
+        pass  # said below; so are blanks before an entry
+    try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         at = min(error.pos, len(text.rstrip("\r\n")))  # not behind the line break of a broken line
@@ -288,9 +346,17 @@ def _json(text: str, first_line: int) -> object:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | RepeatedKey:
-    entry: dict[str, object] = {}
-    for key, value in pairs:
-        if key in entry:
-            return RepeatedKey(key)
-        entry[key] = value
-    return entry
+    entry = dict(pairs)
+    if len(entry) == len(pairs):
+        return entry
+    keys = [key for key, _ in pairs]
+    return RepeatedKey(next(key for n, key in enumerate(keys) if key in keys[:n]))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_BLANKS = " \t\r\n"
+# What stands before an entry of a list and after it, and around a list.
+_BEFORE, _AFTER, _END, _EMPTY = (
+    re.compile(pattern.replace(" ", rf"[{_BLANKS}]*"))
+    for pattern in (r" ([\[,]) ", r" [,\]]", r" \] ", r" \[ \] ")
+)

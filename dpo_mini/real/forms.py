@@ -1,7 +1,9 @@
-"""The forms of a pair: prompt, answers and messages, found in the columns of a row."""
+"""The forms of a pair, or of a rating: prompt, answers and messages in the columns of a row."""
 
 from dpo_mini.real.columns import (
     IMAGES,
+    PAIR,
+    RATING,
     TOOLS,
     BadColumn,
     Entry,
@@ -12,6 +14,7 @@ from dpo_mini.real.columns import (
     check_words_read,
     columns_there,
     cut,
+    has_first_label,
     kind_of,
     read_column,
 )
@@ -20,6 +23,7 @@ from dpo_mini.real.conversations import (
     Messages,
     as_text,
     end_of_prompt,
+    plain_messages,
     read_messages,
     shared_letters,
     split_answers,
@@ -27,11 +31,19 @@ from dpo_mini.real.conversations import (
 )
 
 Fields = tuple[str, str, str, Messages]
-"""Prompt, chosen, rejected and messages: what a `Preference` is made of."""
+"""Prompt, chosen, rejected and messages: what a `Preference` is made of.
+
+Of a `Rating` the third is its label, `LIKED` or another text.
+"""
+LIKED = "liked"
 
 
 def read_pair(entry: Entry, columns: Mapped, reading: Reading) -> tuple[Fields, str]:
     """The fields of a pair, and in words the form that it had."""
+    if len(entry) == 3 and reading.plain and columns is reading.columns:
+        plain = _read_plain(entry, reading)
+        if plain is not None:
+            return plain
     chosen = _read_answer("chosen", entry, columns, reading)
     rejected = _read_answer("rejected", entry, columns, reading)
     check_absent(entry, IMAGES)
@@ -46,9 +58,29 @@ def read_pair(entry: Entry, columns: Mapped, reading: Reading) -> tuple[Fields, 
         fields, form = _read_transcripts(entry, reading, chosen, rejected)
     else:
         fields, form = _read_texts(entry, reading, prompt, chosen, rejected)
-    for name, text in zip(("prompt", "chosen", "rejected"), fields, strict=False):
-        check_text(name, text)
+    check_texts(*fields[:3])
     return fields, form
+
+
+def check_texts(prompt: object, chosen: object, rejected: object) -> None:
+    """Refuse what is not text, and an answer without any."""
+    check_text("prompt", prompt)
+    check_text("chosen", chosen)
+    check_text("rejected", rejected)
+
+
+def read_rating(entry: Entry, reading: Reading) -> tuple[Fields, str]:
+    """The fields of a rating, read as a pair of twice its answer, and in words its form."""
+    answer = reading.columns["completion"] or ("completion",)
+    label = LIKED if has_first_label(entry, reading) else "not liked"
+    try:
+        pair = {**reading.columns, "chosen": answer, "rejected": answer}
+        (text, completion, _, messages), form = read_pair(entry, pair, reading)
+    except BadColumn as error:
+        if error.name in PAIR:
+            raise BadColumn("completion", error.reason, error.columns) from None
+        raise
+    return (text, completion, label, messages), form
 
 
 def check_text(name: str, text: object) -> None:
@@ -57,6 +89,8 @@ def check_text(name: str, text: object) -> None:
         raise BadColumn(name, f"must be text, got {kind_of(text)}")
     if name != "prompt" and not text.strip():
         raise BadColumn(name, "must have some text, got an empty answer")
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -66,11 +100,37 @@ def check_text(name: str, text: object) -> None:
 # --- the forms -------------------------------------------------------------------------------
 
 
+def _read_plain(entry: Entry, reading: Reading) -> tuple[Fields, str] | None:
+    """A pair of three columns, all text or all messages, which is how most files are.
+
+    None where it is another or may be at fault: what is not here is found below.
+    """
+    prompt, chosen, rejected = entry.get("prompt"), entry.get("chosen"), entry.get("rejected")
+    messages: Messages = ()
+    form = "text beside a prompt"
+    if isinstance(prompt, list):
+        messages = plain_messages(prompt, reading.roles)
+        ours = plain_messages(chosen, reading.roles)
+        theirs = plain_messages(rejected, reading.roles)
+        if not messages or len(ours) != 1 or len(theirs) != 1:
+            return None
+        (speaker, chosen), (other, rejected) = ours[0], theirs[0]
+        if speaker != "assistant" or other != "assistant":
+            return None
+        prompt, form = as_text(messages), "messages beside a prompt"
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return None
+    if not messages and HH_MARKERS[1] in prompt:
+        return None
+    check_texts(prompt, chosen, rejected)
+    return (prompt, chosen, rejected, messages), form
+
+
 def _read_texts(
     entry: Entry, reading: Reading, prompt: str, chosen: str, rejected: str
 ) -> tuple[Fields, str]:
     markers = reading.turn_markers or (HH_MARKERS if HH_MARKERS[1] in prompt else None)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)) if markers else ():
         if markers and markers[0] in answer:
             got = f"a person's, marked {markers[0]!r}"
             raise BadColumn(name, f"must be one turn, the assistant's, got {got}")
@@ -96,6 +156,8 @@ def _read_transcripts(
         fields = split_marked(chosen, rejected, markers, reading.first_answers)
         check_words_read(entry, reading, fields[0], "turns")
         return (*fields, ()), "text with marked turns"
+    if reading.needed == RATING:
+        raise BadColumn("prompt", f"must be one of the columns, {columns_there(entry)}")
     n_shared = shared_letters(chosen, rejected)
     check_words_read(entry, reading, chosen[:n_shared], "beginning")
     at = end_of_prompt(chosen, rejected, n_shared)
@@ -148,11 +210,15 @@ def _check_before_answers(before: Messages, prompt: Messages, reading: Reading) 
     """Refuse answers of several messages beside a prompt, or those that begin with it again."""
     again = before[: len(prompt)] == prompt
     if before and (again or not reading.first_answers):
-        how = 'columns={"prompt": ()} takes the prompt from the answers'
+        how = ""
+        if again:
+            how = ' (columns={"prompt": ()} takes the prompt from the answers)'
+        elif reading.needed == PAIR:
+            how = " (first_answers=True takes those that differ)"
         raise BadColumn(
             "chosen",
             "must be one message, the answer, beside a prompt of messages, got "
-            f"{len(before) + 1} ({how if again else 'first_answers=True takes those that differ'})",
+            f"{len(before) + 1}{how}",
         )
 
 
@@ -182,6 +248,8 @@ def _as_conversations(
     if isinstance(chosen, str) != isinstance(rejected, str) and not reading.columns["rejected"]:
         got, first = ("text", "messages") if isinstance(rejected, str) else ("messages", "text")
         raise BadColumn("rejected", f"must be {first} like chosen, got {got}")
+    if not isinstance(chosen, str) and not isinstance(rejected, str):
+        return chosen, rejected
     told = [answer for answer in (chosen, rejected) if not isinstance(answer, str)]
     before = told[0][:-1] if told else ()
     ours, theirs = (

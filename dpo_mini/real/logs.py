@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +30,10 @@ def csv_log(path: AnyPath) -> Log:
     """A log that adds one line per step to a CSV file: `step`, then the numbers to the last digit.
 
     The columns are the names of the first step. A name that a later one lacks leaves a blank cell,
-    and a new one adds a column. A run that goes on from step s keeps the lines before s and cuts
-    off the others, whole or broken: a run that was killed after its last checkpoint wrote lines
-    that are now written again. A line that cannot be written whole, as on a full disk, is taken
-    back.
+    as NaN does, and a new one adds a column. A run that goes on from step s keeps the lines before
+    s and cuts off the others, whole or broken: a run that was killed after its last checkpoint
+    wrote lines that are now written again. A line that cannot be written whole, as on a full disk,
+    is taken back.
 
     Args:
       path: the file, whose folder is there.
@@ -52,7 +53,8 @@ def csv_log(path: AnyPath) -> Log:
         if new:
             _add_columns(path, columns, new)
             columns = columns + new
-        cells = {"step": str(step)} | {k: repr(float(value)) for k, value in metrics.items()}
+        there = {name: float(v) for name, v in metrics.items() if not math.isnan(v)}
+        cells = {"step": str(step)} | {name: repr(value) for name, value in there.items()}
         _append(path, _line(cells.get(name, "") for name in columns))
 
     return log

@@ -1,19 +1,20 @@
-"""Preference pairs as text: read from files and hub data sets, checked, written whole."""
+"""Pairs and ratings as text: read from files and hub data sets, checked, written whole."""
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dpo_mini._arguments import check_count, check_generator
 from dpo_mini._files import write_whole
-from dpo_mini.real.columns import A_ROLE, ROLES, Columns, cut, how_to_read, kind_of
+from dpo_mini.real.columns import A_ROLE, RATING, ROLES, Columns, cut, how_to_read, kind_of
 from dpo_mini.real.conversations import Messages, as_messages, as_text
 from dpo_mini.real.formats import read_file, read_hub
-from dpo_mini.real.forms import check_text
+from dpo_mini.real.forms import LIKED, Fields, check_text, check_texts
 
 AnyPath = str | os.PathLike[str]
 
@@ -36,12 +37,34 @@ class Preference:
     messages: Messages = ()
 
     def __post_init__(self) -> None:  # noqa: D105
-        for name in ("prompt", "chosen", "rejected"):
-            check_text(name, getattr(self, name))
-        check_messages("messages", self.messages)
-        if self.messages and self.prompt != as_text(self.messages):
-            want, got = cut(as_text(self.messages)), cut(self.prompt)
-            raise ValueError(f"`prompt` must be the text of the messages, {want!r}, got {got!r}")
+        check_texts(self.prompt, self.chosen, self.rejected)
+        _check_said(self.prompt, self.messages)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One answer to a prompt, and whether somebody liked it: a thumb up or down.
+
+    Args:
+      prompt, completion: text; the completion, which is the answer, is not empty.
+      label: True where the answer was liked.
+      messages: as in `Preference`.
+    """
+
+    prompt: str
+    completion: str
+    label: bool
+    messages: Messages = ()
+
+    def __post_init__(self) -> None:  # noqa: D105
+        check_text("prompt", self.prompt)
+        check_text("completion", self.completion)
+        if not isinstance(self.label, bool):
+            raise TypeError(f"`label` must be True or False, got {self.label!r}")
+        _check_said(self.prompt, self.messages)
+
+
+PairOrRating = TypeVar("PairOrRating", bound=Preference | Rating)
 
 
 def load_preferences(
@@ -143,17 +166,83 @@ def load_hub_preferences(
     return [Preference(*fields) for fields in read_hub(name, split, reading, left_out)]
 
 
+def load_ratings(
+    path: AnyPath,
+    *,
+    columns: Columns | None = None,
+    labels: Sequence[object] | None = None,
+    turn_markers: Sequence[str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    left_out: list[str] | None = None,
+) -> list[Rating]:
+    r"""Read answers with a thumb from a file: JSON (a list of objects), JSONL, CSV or Parquet.
+
+    This is `trl`'s unpaired preference format: columns `prompt`, `completion` and `label`, in one
+    of these forms, the same in every row.
+
+    - text beside a prompt: `prompt` and `completion` are text;
+    - messages beside a prompt: `prompt` is a list of messages, and `completion` one message, the
+      assistant's, or text;
+    - messages that begin with the prompt: there is no prompt column, and the last message of
+      `completion` is the answer;
+    - text with marked turns: there is no prompt column, and the completion ends with an answer
+      after the assistant's marker.
+
+    `label` is true or false, 1 or 0, or such text, as CSV has it. All else is as strict as
+    `load_preferences`. A file of pairs is refused.
+
+    Args:
+      path, turn_markers, roles, left_out: as in `load_preferences`.
+      columns: as in `load_preferences`, for `prompt`, `completion`, `label`, `id`, `system`,
+        `history` and `ignored`.
+      labels: two values of the label column, where an answer was liked and where it was not, such
+        as `("up", "down")`. By default `(1, 0)`; 1, true and the text `1` are the same. A row with
+        another value is bad.
+    Returns:
+      The ratings, in the file's order.
+    Raises:
+      OSError, ValueError: as `load_preferences`.
+    """
+    reading = how_to_read(columns, labels, turn_markers, roles, needed=RATING)
+    return [_as_rating(fields) for fields in read_file(Path(path), reading, left_out)]
+
+
+def load_hub_ratings(
+    name: str,
+    *,
+    split: str,
+    columns: Columns | None = None,
+    labels: Sequence[object] | None = None,
+    turn_markers: Sequence[str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    left_out: list[str] | None = None,
+) -> list[Rating]:
+    """Read ratings from a data set of the hub: downloads it, or takes it from the cache.
+
+    Args:
+      name, split: as in `load_hub_preferences`.
+      columns, labels, turn_markers, roles, left_out: as in `load_ratings`; rows are checked and
+        refused alike.
+    Returns:
+      The ratings, in the data set's order.
+    Raises:
+      ValueError: as `load_ratings`, with the row in the place of the line.
+    """
+    reading = how_to_read(columns, labels, turn_markers, roles, needed=RATING)
+    return [_as_rating(fields) for fields in read_hub(name, split, reading, left_out)]
+
+
 def split_preferences(
-    preferences: Iterable[Preference], *, held_out: float, generator: torch.Generator
-) -> tuple[list[Preference], list[Preference]]:
+    preferences: Iterable[PairOrRating], *, held_out: float, generator: torch.Generator
+) -> tuple[list[PairOrRating], list[PairOrRating]]:
     """Pairs to train on and pairs held out, with all pairs of one prompt on the same side.
 
     Prompts are taken in a random order, each if its pairs still fit. So the number held out is that
     asked for if a prompt with one pair is left, and else as near as one more prompt can make it.
 
     Args:
-      preferences: the pairs. A prompt is the same where its messages are; plain text is one message
-        of the user.
+      preferences: the pairs, or the ratings. A prompt is the same where its messages are; plain
+        text is one message of the user.
       held_out: how many pairs, a whole number >= 1, or which share of them, between 0 and 1.
       generator: draws the order.
     Returns:
@@ -183,26 +272,26 @@ def split_preferences(
     missing = wanted - len(taken)
     if len(left) > 1 and (not taken or len(smallest) - missing < missing):
         taken.update(smallest)
-    sides: tuple[list[Preference], list[Preference]] = ([], [])
+    sides: tuple[list[PairOrRating], list[PairOrRating]] = ([], [])
     for row, pair in enumerate(preferences):
         sides[row in taken].append(pair)
     return sides
 
 
-def save_preferences(path: AnyPath, preferences: Iterable[Preference]) -> None:
-    """Write pairs as JSONL, whole or not at all: a write that fails leaves an old file as it was.
+def save_preferences(path: AnyPath, preferences: Iterable[Preference] | Iterable[Rating]) -> None:
+    """Write pairs or ratings as JSONL, whole or not at all: one that fails leaves an old file.
 
-    Pairs with messages are written as messages beside a prompt of messages, others as text.
+    Those with messages are written as messages beside a prompt of messages, others as text.
 
     Args:
       path: the file, whose folder is there.
-      preferences: pairs, with messages all of them or none.
+      preferences: pairs, or ratings, with messages all of them or none.
     Raises:
       OSError: the file cannot be written.
       ValueError: no pairs, something that is not a `Preference`, or pairs with messages among pairs
         without.
     """
-    preferences = list(preferences)
+    preferences = [*preferences]
     check_preferences(preferences)
     for row, pair in enumerate(preferences):
         if bool(pair.messages) != bool(preferences[0].messages):
@@ -214,14 +303,23 @@ def save_preferences(path: AnyPath, preferences: Iterable[Preference]) -> None:
     write_whole(path, "".join(lines).encode())
 
 
-def check_preferences(preferences: Sequence[Preference]) -> None:
-    """Refuse none, and anything that is not a `Preference`."""
+def check_preferences(preferences: Sequence[Preference | Rating]) -> None:
+    """Refuse none, anything that is not a `Preference` or a `Rating`, and both together."""
     if not len(preferences):
         raise ValueError("`preferences` must have at least one pair, got none")
+    wanted = Rating if isinstance(preferences[0], Rating) else Preference
     for row, pair in enumerate(preferences):
-        if not isinstance(pair, Preference):
+        if not isinstance(pair, wanted):
             kind = type(pair).__name__
-            raise TypeError(f"`preferences` must be of type Preference, got {kind} in row {row}")
+            want = f"{wanted.__name__}{' like row 0' if wanted is Rating else ''}"
+            raise TypeError(f"`preferences` must be of type {want}, got {kind} in row {row}")
+
+
+def answers_of(pair: Preference | Rating) -> list[tuple[str, str]]:
+    """The one or two answers, each after its name."""
+    if isinstance(pair, Rating):
+        return [("completion", pair.completion)]
+    return [("chosen", pair.chosen), ("rejected", pair.rejected)]
 
 
 def check_messages(name: str, messages: Messages) -> None:
@@ -243,6 +341,18 @@ def check_messages(name: str, messages: Messages) -> None:
 # --- private functions -----------------------------------------------------------------------
 
 
+def _check_said(prompt: str, messages: Messages) -> None:
+    check_messages("messages", messages)
+    if messages and prompt != as_text(messages):
+        want, got = cut(as_text(messages)), cut(prompt)
+        raise ValueError(f"`prompt` must be the text of the messages, {want!r}, got {got!r}")
+
+
+def _as_rating(fields: Fields) -> Rating:
+    prompt, completion, label, messages = fields
+    return Rating(prompt, completion, label == LIKED, messages)
+
+
 def _count_held_out(held_out: float, n_pairs: int) -> int:
     if isinstance(held_out, float):
         if not 0 < held_out < 1:
@@ -257,12 +367,11 @@ def _count_held_out(held_out: float, n_pairs: int) -> int:
     return held_out
 
 
-def _as_entry(pair: Preference) -> dict[str, object]:
-    """A pair as an object of a file, in one of the forms that are read."""
+def _as_entry(pair: Preference | Rating) -> dict[str, object]:
+    """A pair or rating as an object of a file, in one of the forms that are read."""
+    answers = dict(answers_of(pair))
+    label = {"label": pair.label} if isinstance(pair, Rating) else {}
     if not pair.messages:
-        return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    return {
-        "prompt": as_messages(pair.messages),
-        "chosen": as_messages([("assistant", pair.chosen)]),
-        "rejected": as_messages([("assistant", pair.rejected)]),
-    }
+        return {"prompt": pair.prompt, **answers, **label}
+    told = {name: as_messages([("assistant", text)]) for name, text in answers.items()}
+    return {"prompt": as_messages(pair.messages), **told, **label}

@@ -1,4 +1,4 @@
-"""How pairs are scored: in which precision, summed how, by the policy and by its reference."""
+"""How answers are scored: in which precision, summed how, by the policy and by its reference."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,14 +19,16 @@ from dpo_mini.policies.base import device_of
 from dpo_mini.real.digests import reference_digest, tensor_digest
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.processes import OneProcess, check_divides
+from dpo_mini.real.ratings import RatedBatches, Ratings, check_data, is_rated
 from dpo_mini.train import Pairs
-from dpo_mini.train.pair_losses import check_pairs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Scores = tuple[Tensor, Tensor]
-"""Chosen and rejected, one number per pair each, nats."""
+"""Chosen and rejected, one number per pair each, nats. Of `RatedBatches` own and other answers."""
+Data = Pairs | RatedBatches
+"""What a loop reads by rows."""
 Precision = Callable[[str], AbstractContextManager[object]]
 """From a device's type, such as `"cuda"`, to the context that a model is read in."""
 Reduce = Callable[[Tensor, Tensor], Tensor]
@@ -80,6 +82,31 @@ def pair_logps(
     return chosen_scores, rejected_scores
 
 
+def read_logps(
+    model: Scorer,
+    data: Data,
+    rows: Tensor,
+    reduce: Reduce,
+    precision: Precision,
+    in_one_row: bool,
+) -> Scores:
+    """`pair_logps`; of `RatedBatches` the own answers in one pass and the others in another."""
+    if isinstance(data, RatedBatches):
+        own, other = (read(model, rows, reduce, precision) for read in (data.own, data.other))
+        return own, other
+    return pair_logps(model, data, rows, reduce, precision, in_one_row)
+
+
+def count_rows(data: Data) -> int:
+    """How many rows there are to read."""
+    return len(data) if isinstance(data, RatedBatches) else len(data[0])
+
+
+def longest_answer(data: Data) -> int:
+    """The most tokens of an answer, T."""
+    return (data.ratings if isinstance(data, RatedBatches) else data)[1].shape[1]
+
+
 def can_read_pairs(model: Scorer) -> bool:
     """Whether a scorer offers both answers at once, and nobody changed how it reads one alone."""
     owners = [
@@ -118,10 +145,18 @@ def first_passes(passes: Tensor, n_rows: int) -> Tensor:
     return first.scatter_reduce(0, rows[rows >= 0], index[rows >= 0], "amin")
 
 
-def companions(passes: Tensor, n_rows: int) -> Tensor:
-    """The rows of the pass that reads a row first, `[n, M]`, -1 where there are fewer or none."""
+def companions(passes: Tensor, data: Data) -> Tensor:
+    """The rows of the pass that reads a row first, `[n, M]`, -1 where there are fewer or none.
+
+    Of `RatedBatches` `[n, 2 * M]`: the rows of the ratings whose prompts and own answers are read,
+    and those whose answers are the other ones.
+    """
     none = passes.new_full((1, passes.shape[2]), -1)
-    return torch.cat([passes.flatten(0, 1), none])[first_passes(passes, n_rows)]
+    rows = torch.cat([passes.flatten(0, 1), none])[first_passes(passes, count_rows(data))]
+    if isinstance(data, RatedBatches):
+        named = [torch.cat([each, none[0, :1]])[rows] for each in data.rows]
+        return torch.cat(named, 1)
+    return rows
 
 
 # --- the reference before training -----------------------------------------------------------
@@ -140,7 +175,7 @@ class ReferenceLogps(tuple[Tensor, Tensor]):
 
 def reference_logps(
     reference: Scorer,
-    pairs: Pairs,
+    pairs: Pairs | Ratings,
     *,
     batches: Tensor | None = None,
     micro_batch_size: int = 1,
@@ -159,13 +194,17 @@ def reference_logps(
     of one pass against another. Measured on a small GPT-2 in bfloat16: one pair in twelve, by up to
     0.04 nats, with a mean of 0; in float32 below 1e-5. Passes of one pair have no such noise.
 
+    Ratings are read each time that they are in a batch, in a pass of their own answers and in one
+    of the others: at every step both are read as the policy reads them.
+
     Args:
       reference: a model before it is trained, a copy, or `adapter_off(policy)`.
-      pairs, reduce, precision: as in `train_preferences`, which then takes `reduce` and `precision`
-        from the result.
+      pairs: as `encode` gives them; or ratings, as it gives them.
+      reduce, precision: as in `train_preferences`, which then takes both from the result.
       batches: `[steps, B]`, those of `train_preferences`: a pair is read in the pass in which
         training first meets it, and one that never occurs is not read. By default all pairs, in
-        their order, which are the passes of training where `micro_batch_size` is 1.
+        their order, which are the passes of training where `micro_batch_size` is 1. Training on
+        ratings needs them; all ratings as one batch are those of an `Evaluation`.
       micro_batch_size: pairs per pass, in each process; `train_preferences` takes it too.
       accelerator: as in `train_preferences`: every process makes this call and reads its share.
       cache: a safetensors file that keeps the result. It is read instead of the model where pairs,
@@ -175,12 +214,14 @@ def reference_logps(
       progress: wraps the range of passes, as in `train.fit_sft`.
     Returns:
       Chosen and rejected, `[n]` each, nats, on the CPU and without gradient, NaN where a pair was
-      not read: a tuple that knows how its numbers were read.
+      not read: a tuple that knows how its numbers were read. Of ratings each prompt's own answer
+      and the one that stands before it in the batch, `[steps * B]` each.
     Raises:
       ValueError: no pairs, rows that differ in number, `micro_batch_size < 1`, `batches` out of
-        range, log-probabilities above 0, or a `cache` that is another file.
+        range or, of ratings, with one prompt alone, log-probabilities above 0, or a `cache` that is
+        another file.
     """
-    check_pairs(pairs)
+    check_data(pairs)
     check_count("micro_batch_size", micro_batch_size)
     n_rows, accelerator = len(pairs[0]), accelerator or OneProcess()
     if batches is None:
@@ -188,8 +229,11 @@ def reference_logps(
     else:
         check_indices("batches", batches, "[steps, B]", n_rows)
         check_divides(accelerator, batches)
+    data = RatedBatches(pairs, batches) if is_rated(pairs) else pairs
+    if isinstance(data, RatedBatches):
+        batches = data.steps
     passes = passes_of(batches.cpu(), micro_batch_size, accelerator.num_processes)
-    beside = companions(passes, n_rows)
+    beside = companions(passes, data)
     cached = (
         None
         if cache is None
@@ -197,7 +241,7 @@ def reference_logps(
     )
     scores = None if cached is None else cached.read(reference, accelerator)
     if scores is None:
-        scores = _score(reference, pairs, passes, reduce, precision, accelerator, progress)
+        scores = _score(reference, data, passes, reduce, precision, accelerator, progress)
         if cached is not None and accelerator.is_main_process:
             cached.write(scores)
     logps = ReferenceLogps(scores)
@@ -231,8 +275,8 @@ def how_to_read(
 
 def check_passes(
     reference: Scores | Scorer,
+    data: Data,
     batches: Tensor,
-    n_rows: int,
     n_processes: int,
     name: str = "reference",
     how: str = "in the passes of training (give reference_logps the same batches, "
@@ -241,7 +285,7 @@ def check_passes(
     """Refuse what `reference_logps` read in other passes than those in which it is used."""
     if not isinstance(reference, ReferenceLogps):
         return
-    here = companions(passes_of(batches.cpu(), reference.micro_batch_size, n_processes), n_rows)
+    here = companions(passes_of(batches.cpu(), reference.micro_batch_size, n_processes), data)
     there, width = reference.companions, max(here.shape[1], reference.companions.shape[1])
     here, there = (
         nn.functional.pad(rows, (0, width - rows.shape[1]), value=-1) for rows in (here, there)
@@ -260,7 +304,7 @@ def function_name(function: object) -> str:
 
 def _score(
     reference: Scorer,
-    pairs: Pairs,
+    data: Data,
     passes: Tensor,
     reduce: Reduce,
     precision: Precision,
@@ -268,11 +312,11 @@ def _score(
     progress: Callable[[range], Iterable[int]],
 ) -> Scores:
     """Every process reads its column of the passes in which a row is read first."""
-    n_rows, (n_passes, n_processes, _) = len(pairs[0]), passes.shape
+    n_rows, (n_passes, n_processes, _) = count_rows(data), passes.shape
     first = first_passes(passes, n_rows)
     occurs = first < n_passes * n_processes
     needed = (first[occurs] // n_processes).unique().tolist()
-    read = ScoreReader(reference, pairs, reduce, precision, can_read_pairs(reference))
+    read = ScoreReader(reference, data, reduce, precision, can_read_pairs(reference))
     blocks, firsts = [], []
     for n in progress(range(len(needed))):
         rows = passes[needed[n], accelerator.process_index]
@@ -387,13 +431,13 @@ class ScoreReader:
     def __init__(  # noqa: D107
         self,
         reference: Scores | Scorer,
-        pairs: Pairs,
+        data: Data,
         reduce: Reduce,
         precision: Precision,
         in_one_row: bool,
         trained: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        self.reference, self.pairs = reference, pairs
+        self.reference, self.data = reference, data
         self.how = reduce, precision, in_one_row
         self.trained = trained
         self.first: tuple[Tensor, Tensor] | None = None  # rows and their scores
@@ -406,7 +450,7 @@ class ScoreReader:
             self.trained, self.first = None, (rows, torch.cat(scores))
         else:
             scores = self._read(self.reference, rows)
-        n_tokens = self.pairs[1].shape[1]
+        n_tokens = longest_answer(self.data)
         check_at_most_0("reference.token_logps", torch.cat(scores), n_tokens=n_tokens)
         return scores
 
@@ -427,13 +471,13 @@ class ScoreReader:
 
     def _read(self, reference: Scorer, rows: Tensor) -> Scores:
         with torch.no_grad():
-            return pair_logps(reference, self.pairs, rows, *self.how)
+            return read_logps(reference, self.data, rows, *self.how)
 
     def _read_first(
         self, reference: Scorer, rows: Tensor, trained: Mapping[str, nn.Parameter]
     ) -> Scores:
         with torch.enable_grad(), _frozen(reference, [*trained.values()]):
-            chosen, rejected = pair_logps(reference, self.pairs, rows, *self.how)
+            chosen, rejected = read_logps(reference, self.data, rows, *self.how)
         if chosen.requires_grad:
             total = chosen.sum() + rejected.sum()
             slopes = torch.autograd.grad(total, [*trained.values()], allow_unused=True)

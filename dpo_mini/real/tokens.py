@@ -1,18 +1,27 @@
-"""Preference pairs as tokens: tokenizers, the prompt's boundary, the end token."""
+"""Pairs and ratings as tokens: tokenizers, the prompt's boundary, the end token."""
 
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
+import numpy
 import tokenizers
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_mini._arguments import check_count
 from dpo_mini.logps import PAD
 from dpo_mini.real.conversations import Messages, as_messages, as_text
-from dpo_mini.real.preferences import Preference, check_messages, check_preferences
+from dpo_mini.real.preferences import (
+    Preference,
+    Rating,
+    answers_of,
+    check_messages,
+    check_preferences,
+)
 from dpo_mini.train import Pairs
 
 END = "<|endoftext|>"
@@ -54,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def encode(
-    preferences: Sequence[Preference],
+    preferences: Sequence[Preference] | Sequence[Rating],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
@@ -63,7 +72,7 @@ def encode(
     chat_arguments: Mapping[str, object] | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Pairs:
-    """Pairs as tensors of tokens, which is what `fit_sft` and `fit_preferences` take.
+    """Pairs as tensors of tokens, which is what `fit_sft` and `fit_preferences` take; or ratings.
 
     With a template of text, prompt and answer are tokenised in one piece, as `trl` does it for the
     template `"{prompt}"`, and the answer is what follows the prompt's tokens. Where the last
@@ -84,7 +93,7 @@ def encode(
     special, such as `<think>` often is, are text like any other.
 
     Args:
-      preferences: n pairs.
+      preferences: n pairs, or n ratings: an answer has the same tokens in both.
       tokenizer: any with an end token.
       max_tokens: the most tokens that prompt, answer and end token may have together. Nothing is
         ever cut: leave out what is too long by `count_tokens`, or raise this up to the model's
@@ -101,7 +110,8 @@ def encode(
       chat_arguments: variables of the chat template, such as `{"enable_thinking": False}`.
       progress: wraps the range of pairs, as in `train.fit_sft`.
     Returns:
-      `(prompts [n, P], chosen [n, T], rejected [n, T])` int64, padded on the right with `PAD`.
+      `(prompts [n, P], chosen [n, T], rejected [n, T])` int64, padded on the right with `PAD`; of
+      ratings `(prompts [n, P], completions [n, T], labels [n])`, the labels bool.
     Raises:
       ValueError: no pairs, an answer that does not fit, an end token inside an answer, a template
         without a prompt, a tokenizer without an end token, a prompt without a token, pairs with
@@ -114,22 +124,27 @@ def encode(
     rows = _encode_rows(preferences, tokenizer, template, boundary, chat_arguments, progress)
     long = [n for n, row in enumerate(rows) if _row_length(row) > max_tokens]
     if long:
-        n_prompt, n_chosen, n_rejected = (len(part) for part in rows[long[0]])
+        n_prompt, *n_answers = (len(part) for part in rows[long[0]])
+        answers_are = f"answers of {n_answers[0]} and {n_answers[-1]}"
+        if len(n_answers) == 1:
+            answers_are = f"an answer of {n_answers[0]}"
         raise ValueError(
             f"`preferences` must have at most max_tokens = {max_tokens} tokens for prompt and "
-            f"answer, got a prompt of {n_prompt} with answers of {n_chosen} and {n_rejected} in "
+            f"answer, got a prompt of {n_prompt} with {answers_are} in "
             f"row {long[0]}, the first of {len(long)} of {len(rows)} that are too long"
         )
-    prompts, chosen, rejected = (
-        [torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True)
-    )
-    answers = pad_sequence([*chosen, *rejected], batch_first=True, padding_value=PAD)
-    padded_prompts = pad_sequence(prompts, batch_first=True, padding_value=PAD)
-    return padded_prompts, answers[: len(rows)], answers[len(rows) :]
+    prompts, *answers = zip(*rows, strict=True)
+    padded_prompts = _padded(prompts, max(map(len, prompts)))
+    width = max(len(tokens) for tokens in chain(*answers))
+    padded = [_padded(tokens, width) for tokens in answers]
+    if len(answers) == 1:
+        labels = [rating.label for rating in preferences if isinstance(rating, Rating)]
+        return padded_prompts, padded[0], torch.tensor(labels)
+    return padded_prompts, padded[0], padded[1]
 
 
 def count_tokens(
-    preferences: Sequence[Preference],
+    preferences: Sequence[Preference] | Sequence[Rating],
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str | None = None,
@@ -139,13 +154,17 @@ def count_tokens(
 ) -> list[int]:
     """How many tokens each pair needs: its prompt, the longer of its answers, the end token.
 
+    Of ratings, the prompt, the answer and the end token.
+
     Args and errors are those of `encode`.
     """
     rows = _encode_rows(preferences, tokenizer, template, boundary, chat_arguments, progress)
     return [_row_length(row) for row in rows]
 
 
-def default_template(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> str:
+def default_template(
+    preferences: Sequence[Preference | Rating], tokenizer: PreTrainedTokenizerBase
+) -> str:
     """`CHAT` where the pairs have messages and the tokenizer has a chat template, else `TEMPLATE`.
 
     Args:
@@ -202,8 +221,11 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 # --- private functions -----------------------------------------------------------------------
 
 
-_Row = tuple[list[int], list[int], list[int]]
-"""The tokens of prompt, chosen and rejected."""
+_Row = tuple["array[int]", ...]
+"""The tokens of prompt, chosen and rejected, or of prompt and completion.
+
+Arrays take an eighth of the memory of lists.
+"""
 
 _ANSWER = "an answer"
 
@@ -214,17 +236,24 @@ _BEFORE = "\n.:;,!?-|\t0a"
 """What an answer is tokenised after: the first of these that does not merge with it."""
 
 
+def _as_row(*parts: list[int]) -> _Row:
+    return tuple(array("i", tokens) for tokens in parts)
+
+
+def _padded(rows: Sequence["array[int]"], width: int) -> Tensor:
+    padded = numpy.full((len(rows), width), PAD, dtype=numpy.int64)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return torch.from_numpy(padded)
+
+
 def _row_length(row: _Row) -> int:
-    prompt, chosen, rejected = row
-    return len(prompt) + max(len(chosen), len(rejected))
-
-
-def _answers(pair: Preference) -> list[tuple[str, str]]:
-    return [("chosen", pair.chosen), ("rejected", pair.rejected)]
+    prompt, *answers = row
+    return len(prompt) + max(map(len, answers))
 
 
 def _encode_rows(
-    preferences: Sequence[Preference],
+    preferences: Sequence[Preference | Rating],
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     boundary: str,
@@ -248,7 +277,7 @@ def _encode_rows(
 
 
 def _check_template(
-    preferences: Sequence[Preference],
+    preferences: Sequence[Preference | Rating],
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     chat_arguments: Mapping[str, object] | None,
@@ -289,14 +318,21 @@ def _shared_length(tokens: list[int], others: list[int]) -> int:
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    read = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)
-    return [list(tokens) for tokens in read.input_ids]
+    read = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return [tokens if isinstance(tokens, list) else list(tokens) for tokens in read.input_ids]
 
 
 def _tokenise_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]
 ) -> Iterator[list[list[int]]]:
-    """The tokens of the three texts of each row."""
+    """The tokens of the texts of each row."""
     tokens = iter(_tokenise(tokenizer, [text for row in rows for text in row]))
     return ([next(tokens) for _ in row] for row in rows)
 
@@ -312,7 +348,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _encode_texts(
-    pairs: Sequence[Preference],
+    pairs: Sequence[Preference | Rating],
     first_row: int,
     tokenizer: PreTrainedTokenizerBase,
     boundary: str,
@@ -320,26 +356,29 @@ def _encode_texts(
 ) -> list[_Row]:
     prompts = [_fill(template, pair) for pair in pairs]
     texts = [
-        (p, p + pair.chosen, p + pair.rejected) for p, pair in zip(prompts, pairs, strict=True)
+        (p, *(p + answer for _, answer in answers_of(pair)))
+        for p, pair in zip(prompts, pairs, strict=True)
     ]
     begin = _begin_tokens(tokenizer)
+    end, unknown = end_token(tokenizer), tokenizer.unk_token_id  # found anew at each question
     rows = []
     for row, (prompt, *wholes) in enumerate(_tokenise_rows(tokenizer, texts), first_row):
         cut = len(prompt)
         if boundary == "common_prefix":
             cut = min(_shared_length(prompt, whole) for whole in wholes)
         answers = []
-        for (name, answer), whole in zip(_answers(pairs[row - first_row]), wholes, strict=True):
+        for (name, answer), whole in zip(answers_of(pairs[row - first_row]), wholes, strict=True):
             # Unknown letters on both sides of the boundary may become one token.
-            merges = whole[:cut] != prompt[:cut] or prompt[-1:] == [tokenizer.unk_token_id]
+            merges = whole[:cut] != prompt[:cut] or prompt[-1:] == [unknown]
             apart = merges and boundary == "prompt"
             tokens = _tokenise_apart(tokenizer, answer) if apart else whole[cut:]
-            answers.append(_with_one_end(tokens, tokenizer, f"the {name} answer of row {row}"))
-        rows.append((_with_begin(prompt[:cut], begin, template), answers[0], answers[1]))
+            where = f"the {name} answer of row {row}"
+            answers.append(_with_one_end(tokens, end, tokenizer, where))
+        rows.append(_as_row(_with_begin(prompt[:cut], begin, template), *answers))
     return rows
 
 
-def _fill(template: str, pair: Preference) -> str:
+def _fill(template: str, pair: Preference | Rating) -> str:
     return template.replace("{prompt}", pair.prompt)  # not format: there may be other braces
 
 
@@ -354,8 +393,9 @@ def _tokenise_apart(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int
     return _tokenise(tokenizer, [answer])[0]
 
 
-def _with_one_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    end = end_token(tokenizer)
+def _with_one_end(
+    tokens: list[int], end: int, tokenizer: PreTrainedTokenizerBase, where: str
+) -> list[int]:
     while tokens and tokens[-1] == end:
         tokens = tokens[:-1]
     if not tokens or end in tokens:
@@ -394,7 +434,7 @@ def _with_begin(tokens: list[int], begin: list[int], template: str) -> list[int]
 
 
 def _encode_chats(
-    pairs: Sequence[Preference],
+    pairs: Sequence[Preference | Rating],
     first_row: int,
     tokenizer: PreTrainedTokenizerBase,
     boundary: str,
@@ -405,7 +445,7 @@ def _encode_chats(
     for row, pair in enumerate(pairs, first_row):
         parts += _prompt_parts(pair, f" of row {row}")
         rendered = [_render(_messages(pair), f"row {row}", tokenizer, chat_arguments, prompt=True)]
-        for name, answer in _answers(pair):
+        for name, answer in answers_of(pair):
             where = f"the {name} answer of row {row}"
             parts.append((where, answer))
             talk = (*_messages(pair), ("assistant", answer))
@@ -417,7 +457,7 @@ def _encode_chats(
         row = first_row + at
         cut = min(_shared_length(prompt, whole) for whole in wholes)
         for (name, answer), text, whole in zip(
-            _answers(pairs[at]), texts[at][1:], wholes, strict=True
+            answers_of(pairs[at]), texts[at][1:], wholes, strict=True
         ):
             where = f"the {name} answer of row {row}"
             if boundary == "prompt":
@@ -433,7 +473,7 @@ def _encode_chats(
                 "`tokenizer` must have a chat template whose conversation has the first token of "
                 f"its prompt, got another in row {row} (try other `chat_arguments`)"
             )
-        rows.append((prompt[:cut], wholes[0][cut:], wholes[1][cut:]))
+        rows.append(_as_row(prompt[:cut], *(whole[cut:] for whole in wholes)))
     return rows
 
 
@@ -452,11 +492,11 @@ def _check_same_prompt(
         )
 
 
-def _messages(pair: Preference) -> Messages:
+def _messages(pair: Preference | Rating) -> Messages:
     return pair.messages or (("user", pair.prompt),)
 
 
-def _prompt_parts(pair: Preference, of_row: str = "") -> list[tuple[str, str]]:
+def _prompt_parts(pair: Preference | Rating, of_row: str = "") -> list[tuple[str, str]]:
     """The texts of a prompt, each after its place."""
     if not pair.messages:
         return [(f"the prompt{of_row}", pair.prompt)]

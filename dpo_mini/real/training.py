@@ -1,11 +1,13 @@
 """The loop for real models: passes that fit, several processes, and runs that are killed and go on.
 
-`train_preferences` is `train.fit_preferences` for models that do not fit in one pass.
+`train_preferences` is `train.fit_preferences` for models that do not fit in one pass;
+`train_ratings` is KTO, in the same loop.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from dpo_mini._arguments import (
     check_indices,
     check_positive,
 )
+from dpo_mini.losses import kto_loss, kto_reference_point
 from dpo_mini.policies import Scorer
 from dpo_mini.real.adapters import adapter_off
 from dpo_mini.real.checkpoints import RunCheckpoints, run_settings
@@ -26,8 +29,10 @@ from dpo_mini.real.logs import Log
 from dpo_mini.real.models import CausalLMPolicy, save_model
 from dpo_mini.real.preferences import AnyPath
 from dpo_mini.real.processes import OneProcess, check_divides
+from dpo_mini.real.ratings import RatedBatches, Ratings, check_data, is_rated
 from dpo_mini.real.schedules import Schedule, constant
 from dpo_mini.real.scoring import (
+    Data,
     Precision,
     Reduce,
     ScoreReader,
@@ -38,9 +43,10 @@ from dpo_mini.real.scoring import (
     how_to_read,
     pair_logps,
     reads_in_one_row,
+    reshard,
 )
 from dpo_mini.train import History, Pairs
-from dpo_mini.train.pair_losses import check_pair_loss, check_pairs
+from dpo_mini.train.pair_losses import check_pair_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +56,11 @@ METRICS = (
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
 """Of a batch of pairs, as `trl` names them."""
+RATING_METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+    "logps/rejected", "kl",
+)  # fmt: skip
+"""Of a batch of ratings, as `trl` names them."""
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -139,19 +150,133 @@ def train_preferences(
         before its step is taken; weights in float16; weights that a step leaves not finite, before
         it is logged or saved.
     """
+    check_data(pairs)
+    if is_rated(pairs):
+        raise ValueError(
+            "`pairs` must be (prompts, chosen, rejected), got ratings, which train_ratings takes"
+        )
+    check_pair_loss(loss, beta=beta)
+    return _run(
+        policy, reference, pairs, loss, beta, batches, micro_batch_size, optimizer, schedule,
+        max_grad_norm, reduce, precision, accelerator, checkpoints, checkpoint_every, generator,
+        evaluation, logs, progress,
+    )  # fmt: skip
+
+
+def train_ratings(
+    policy: CausalLMPolicy,
+    reference: Scores | Scorer,
+    ratings: Ratings,
+    *,
+    beta: float,
+    batches: Tensor,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    micro_batch_size: int | None = None,
+    optimizer: Optimizer,
+    schedule: Schedule = constant,
+    max_grad_norm: float = math.inf,
+    reduce: Reduce | None = None,
+    precision: Precision | None = None,
+    accelerator: "Accelerator | OneProcess | None" = None,
+    checkpoints: AnyPath | None = None,
+    checkpoint_every: int = 100,
+    generator: torch.Generator | None = None,
+    evaluation: Evaluation | None = None,
+    logs: Sequence[Log] = (),
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> History:
+    """KTO: minimise `kto_loss` of single answers that were liked or not, in place.
+
+    A step estimates z_0 first, by `kto_reference_point`: each prompt of the batch is read with the
+    answer of the row before it, the first with that of the last, as in `trl`. That row may have the
+    same prompt; its answer is cut off where the two would be longer than the longest of the
+    ratings. The whole batch has one z_0, whatever the passes and processes; `trl` pairs the rows of
+    one device and pass, and with gradient accumulation has a z_0 for each. So a pass may be of one
+    row here, and a batch may not.
+
+    Args:
+      policy: as in `train_preferences`.
+      reference: frozen. What `reference_logps` gave for the same ratings and batches; or a model
+        that is read beside the policy; or scores of your own, of each row of all batches one after
+        another, with its own answer and with the other one, `[steps * B]` each.
+      ratings: `(prompts [n, P], completions [n, T], labels [n])` as `encode` gives them.
+      beta: > 0, of the loss and of the rewards that are reported.
+      batches: `[steps, B]`, the rows of each step, as `shuffled_batches` gives them; each step has
+        two prompts or more.
+      desirable_weight, undesirable_weight: > 0, of the losses of liked and of other answers. The
+        paper has desirable_weight * liked between 1 and 4/3 times undesirable_weight * others.
+      micro_batch_size: rows that go through the model at once. By default as in
+        `train_preferences`; the gradient is that of the mean over the whole batch.
+      optimizer, schedule, max_grad_norm, reduce, precision, accelerator, checkpoints,
+        checkpoint_every, generator, logs, progress: as in `train_preferences`.
+      evaluation: as in `train_preferences`, with held-out ratings in the place of pairs.
+    Returns:
+      `{"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+      "logps/rejected", "kl", "grad_norm", "lr"}`, each `[steps]`, of the batch before its step is
+      taken. Chosen are the answers that were liked, rejected the others: each mean is over its own
+      rows, and NaN in a batch without any. The margin is the difference of the two means, and kl is
+      z_0, nats. With an `evaluation` also `eval_step`, `eval_loss` and so on, `[evaluations]` each.
+    Raises:
+      ValueError: as `train_preferences`; a batch with one prompt alone.
+    """
+    if not is_rated(ratings):
+        raise ValueError(
+            "`ratings` must be (prompts, completions, labels) with labels [n], as encode gives "
+            "them for ratings, got pairs or others (train_preferences takes pairs)"
+        )
+    check_data(ratings)
+    check_indices("batches", batches, "[steps, B]", len(ratings[0]))
+    check_positive("desirable_weight", desirable_weight)
+    check_positive("undesirable_weight", undesirable_weight)
+    loss = partial(
+        kto_loss, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
+    return _run(
+        policy, reference, RatedBatches(ratings, batches), loss, beta,
+        batches, micro_batch_size, optimizer, schedule, max_grad_norm, reduce, precision,
+        accelerator, checkpoints, checkpoint_every, generator, evaluation, logs, progress,
+    )  # fmt: skip
+
+
+def _run(
+    policy: CausalLMPolicy,
+    reference: Scores | Scorer,
+    data: Data,
+    loss: Callable[..., Tensor],
+    beta: float,
+    batches: Tensor,
+    micro_batch_size: int | None,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    max_grad_norm: float,
+    reduce: Reduce | None,
+    precision: Precision | None,
+    accelerator: "Accelerator | OneProcess | None",
+    checkpoints: AnyPath | None,
+    checkpoint_every: int,
+    generator: torch.Generator | None,
+    evaluation: Evaluation | None,
+    logs: Sequence[Log],
+    progress: Callable[[range], Iterable[int]],
+) -> History:
+    """What both kinds of training have in common; data and loss are checked."""
     accelerator = accelerator or OneProcess()
     how = how_to_read(reference, reduce, precision, micro_batch_size)
     reduce, precision, micro_batch_size = how
-    _check_run(policy, reference, pairs, batches, optimizer)
+    tensors = data.ratings if isinstance(data, RatedBatches) else data
+    check_indices("batches", batches, "[steps, B]", len(tensors[0]))
+    rows = data.steps if isinstance(data, RatedBatches) else batches
+    _check_run(policy, reference, data, optimizer)
     _check_accelerator(accelerator, policy, reference, batches, precision, checkpoints)
-    check_passes(reference, batches, len(pairs[0]), accelerator.num_processes)
-    _check_settings(loss, beta, micro_batch_size, checkpoint_every, max_grad_norm)
+    check_passes(reference, data, rows, accelerator.num_processes)
+    _check_settings(beta, micro_batch_size, checkpoint_every, max_grad_norm)
     if evaluation is not None:
-        _check_evaluation(evaluation, policy, reduce, precision, accelerator)
+        _check_evaluation(evaluation, data, policy, reduce, precision, accelerator)
     settings: dict[str, object] = {}
     if checkpoints is not None:
         settings = run_settings(
-            policy.model, reference, pairs, loss, optimizer, schedule, len(batches), reduce,
+            policy.model, reference, tensors, loss, optimizer, schedule, len(batches), reduce,
             precision, evaluation.settings() if evaluation else None, beta=beta,
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
@@ -159,7 +284,7 @@ def train_preferences(
     kept = RunCheckpoints(checkpoints, checkpoint_every, trained, settings, batches, generator)
     with kept.locked(accelerator.is_main_process):
         return _train(
-            policy, reference, pairs, loss, beta, batches, micro_batch_size, optimizer, schedule,
+            policy, reference, data, loss, beta, rows, micro_batch_size, optimizer, schedule,
             max_grad_norm, reduce, precision, accelerator, kept, evaluation, logs, progress,
         )  # fmt: skip
 
@@ -167,7 +292,7 @@ def train_preferences(
 def _train(
     policy: CausalLMPolicy,
     reference: Scores | Scorer,
-    pairs: Pairs,
+    data: Data,
     loss: Callable[..., Tensor],
     beta: float,
     batches: Tensor,
@@ -183,7 +308,7 @@ def _train(
     logs: Sequence[Log],
     progress: Callable[[range], Iterable[int]],
 ) -> History:
-    """The steps of `train_preferences`, whose arguments are checked and whose folder is locked."""
+    """The steps of a run whose arguments are checked and whose folder is locked."""
     rates = [group["lr"] for group in optimizer.param_groups]
     done, history = kept.go_on(optimizer)
     accelerator.wait_for_everyone()  # all have read before one writes the next
@@ -193,8 +318,8 @@ def _train(
     policy.train()
     trained = _trained(accelerator.unwrap_model(policy.model))
     in_one_row = reads_in_one_row(policy, reference)
-    score_reference = ScoreReader(reference, pairs, reduce, precision, in_one_row, trained)
-    read = _PairReader(policy, pairs, score_reference, loss, beta)
+    score_reference = ScoreReader(reference, data, reduce, precision, in_one_row, trained)
+    read = _reader(policy, data, score_reference, loss, beta)
     evaluator = Evaluator(
         evaluation,
         _held_out(evaluation, read, trained) if evaluation else None,
@@ -207,6 +332,7 @@ def _train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step)
         optimizer.zero_grad()
+        read.begin(batches[step], _share(batches[step], micro_batch_size, accelerator), accelerator)
         sums = []
         for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
             losses, seen = read(rows)
@@ -216,7 +342,7 @@ def _train(
             sums.append(torch.stack([values.sum() for values in seen]))
         means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
         norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
-        metrics = dict(zip(read.names, means.tolist(), strict=True))
+        metrics = read.metrics(means.tolist())
         metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
         _check_finite(step, metrics)
         optimizer.step()
@@ -282,7 +408,7 @@ def _micro_batches(
     rows: Tensor, size: int, accelerator: "Accelerator | OneProcess", model: nn.Module
 ) -> Iterator[Tensor]:
     """The rows of a batch that this process reads, `size` at a time."""
-    *others, last = rows.chunk(accelerator.num_processes)[accelerator.process_index].split(size)
+    *others, last = _share(rows, size, accelerator)
     sharded = accelerator.distributed_type == "FSDP"
     for part in others:
         # Processes add up their gradients once, in the last pass. In shards they do it in each: a
@@ -290,6 +416,11 @@ def _micro_batches(
         with nullcontext() if sharded else accelerator.no_sync(model):
             yield part
     yield last
+
+
+def _share(rows: Tensor, size: int, accelerator: "Accelerator | OneProcess") -> tuple[Tensor, ...]:
+    mine = rows.chunk(accelerator.num_processes)[accelerator.process_index]
+    return mine.split(size)
 
 
 class _PairReader:
@@ -308,6 +439,11 @@ class _PairReader:
         self.policy, self.pairs, self.score_reference = policy, pairs, score_reference
         self.loss, self.beta = loss, beta
 
+    def begin(
+        self, batch: Tensor, passes: Iterable[Tensor], accelerator: "Accelerator | OneProcess"
+    ) -> None:
+        """Nothing: no pair needs the others."""
+
     def __call__(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
         scores = pair_logps(self.policy, self.pairs, rows, *self.score_reference.how)
         ref_scores = [values.to(scores[0].device) for values in self.score_reference(rows)]
@@ -320,17 +456,93 @@ class _PairReader:
         margins = (good - bad, (good > bad).to(good))
         return losses, [losses.detach(), good, bad, *margins, chosen, rejected]
 
+    def metrics(self, means: Sequence[float]) -> dict[str, float]:
+        return dict(zip(METRICS, means, strict=True))
+
+
+class _RatingReader:
+    """From rows to the loss of each, after `begin` has the batch's z_0, and numbers of each."""
+
+    names = RATING_METRICS
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        data: RatedBatches,
+        score_reference: ScoreReader,
+        loss: Callable[..., Tensor],
+        beta: float,
+    ) -> None:
+        self.policy, self.data, self.score_reference = policy, data, score_reference
+        self.loss, self.beta = loss, beta
+        self.how = score_reference.how[:2]  # single answers have rows of their own
+
+    def begin(
+        self, batch: Tensor, passes: Iterable[Tensor], accelerator: "Accelerator | OneProcess"
+    ) -> None:
+        """Reads the other answers, and the reference, in all passes; rows follow one another."""
+        self.first = int(batch[0])
+        read = []
+        for rows in passes:
+            # A model in shards is read by all processes at once: one without rows reads along.
+            some = rows if len(rows) else batch[:1]
+            with torch.no_grad():
+                other = self.data.other(self.policy, some, *self.how)
+            ref_own, ref_other = (score.to(other) for score in self.score_reference(some))
+            read.append(torch.stack([other, ref_other, ref_own])[:, : len(rows)])
+        reshard(self.policy)
+        found = torch.cat(read, 1)
+        scores = found.new_zeros(3, len(batch))
+        scores[:, torch.cat([*passes]) - self.first] = found
+        scores = accelerator.reduce(scores, "sum")  # x + 0 is x
+        self.point = kto_reference_point(scores[0], scores[1])
+        self.ref_own = scores[2]
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logps = self.data.own(self.policy, rows, *self.how)
+        ref_logps = self.ref_own[(rows - self.first).to(logps.device)]
+        liked = self.data.labels(rows).to(logps.device)
+        losses = self.loss(logps, ref_logps, liked, beta=self.beta, reference_point=self.point)
+        logps, is_liked = logps.detach(), liked.to(logps)
+        rewards = self.beta * (logps - ref_logps)
+        seen = [weight * each for each in (rewards, logps) for weight in (is_liked, 1 - is_liked)]
+        return losses, [losses.detach(), is_liked, *seen]
+
+    def metrics(self, means: Sequence[float]) -> dict[str, float]:
+        loss, liked, *of_all = means
+        shares = (liked, 1 - liked, liked, 1 - liked)
+        good, bad, logps_good, logps_bad = (
+            mean / share if share else math.nan for mean, share in zip(of_all, shares, strict=True)
+        )
+        values = (loss, good, bad, good - bad, logps_good, logps_bad, float(self.point))
+        return dict(zip(RATING_METRICS, values, strict=True))
+
+
+def _reader(
+    policy: CausalLMPolicy,
+    data: Data,
+    score_reference: ScoreReader,
+    loss: Callable[..., Tensor],
+    beta: float,
+) -> _PairReader | _RatingReader:
+    if isinstance(data, RatedBatches):
+        return _RatingReader(policy, data, score_reference, loss, beta)
+    return _PairReader(policy, data, score_reference, loss, beta)
+
 
 def _held_out(
-    evaluation: Evaluation, read: _PairReader, trained: Mapping[str, nn.Parameter]
-) -> _PairReader:
-    """Reads held-out pairs as those of training are read."""
+    evaluation: Evaluation,
+    read: _PairReader | _RatingReader,
+    trained: Mapping[str, nn.Parameter],
+) -> _PairReader | _RatingReader:
+    """Reads held-out rows as those of training are read."""
+    data = evaluation.data()
     reduce, precision, _ = read.score_reference.how
     in_one_row = reads_in_one_row(read.policy, evaluation.reference)
     score_reference = ScoreReader(
-        evaluation.reference, evaluation.pairs, reduce, precision, in_one_row, trained
+        evaluation.reference, data, reduce, precision, in_one_row, trained
     )
-    return _PairReader(read.policy, evaluation.pairs, score_reference, read.loss, read.beta)
+    return _reader(read.policy, data, score_reference, read.loss, read.beta)
 
 
 def _check_finite(step: int, metrics: Mapping[str, float]) -> None:
@@ -364,13 +576,10 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def _check_run(
     policy: CausalLMPolicy,
     reference: Scores | Scorer,
-    pairs: Pairs,
-    batches: Tensor,
+    data: Data,
     optimizer: Optimizer,
 ) -> None:
-    check_pairs(pairs)
-    check_indices("batches", batches, "[steps, B]", len(pairs[0]))
-    check_reference(reference, pairs)
+    check_reference(reference, data)
     _check_shares_nothing("reference", reference, policy)
     halved = [name for name, w in policy.model.named_parameters() if w.dtype == torch.float16]
     if halved:
@@ -404,6 +613,7 @@ def _check_shares_nothing(
 
 def _check_evaluation(
     evaluation: Evaluation,
+    data: Data,
     policy: CausalLMPolicy,
     reduce: Reduce,
     precision: Precision,
@@ -411,6 +621,10 @@ def _check_evaluation(
 ) -> None:
     if not isinstance(evaluation, Evaluation):
         raise TypeError(f"`evaluation` must be an Evaluation, got a {type(evaluation).__name__}")
+    held_out = evaluation.data()
+    kinds = ["ratings" if type(each) is RatedBatches else "pairs" for each in (data, held_out)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"`evaluation` must have {kinds[0]} as in training, got {kinds[1]}")
     reference = evaluation.reference
     _check_shares_nothing("evaluation.reference", reference, policy)
     for name, want in {"reduce": reduce, "precision": precision}.items():
@@ -423,7 +637,7 @@ def _check_evaluation(
     n_rows = len(evaluation.pairs[0])
     how = "in its order (give reference_logps no batches, and the run's accelerator)"
     check_passes(
-        reference, torch.arange(n_rows)[None], n_rows, accelerator.num_processes,
+        reference, held_out, torch.arange(n_rows)[None], accelerator.num_processes,
         "evaluation.reference", how,
     )  # fmt: skip
     if accelerator.distributed_type == "FSDP":
@@ -443,13 +657,11 @@ def _check_in_shards(name: str, reference: Scores | Scorer) -> None:
 
 
 def _check_settings(
-    loss: Callable[..., Tensor],
     beta: float,
     micro_batch_size: int,
     checkpoint_every: int,
     max_grad_norm: float,
 ) -> None:
-    check_pair_loss(loss, beta=beta)
     check_positive("beta", beta)
     check_count("micro_batch_size", micro_batch_size)
     check_count("checkpoint_every", checkpoint_every)

@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Four `[B]` in the order of `dpo_loss`, one loss per pair out; `functools.partial` binds beta."""
 
 _OTHER_LOSSES = {  # by an argument that only they have
-    "desirable": "single answers and a thumb for each: write a loop of your own, or `fit_table`",
+    "desirable": "single answers and a thumb for each: `real.train_ratings`, or `fit_table`",
     "mismatched_logps": "answers to other prompts: it estimates the z_0 of `kto_loss`",
     "first_rewards": "a score of each answer: `fit_reinforce` learns from scores, or `fit_table`",
     "values": "a score and a value of each answer: write a loop of your own, or `fit_table`",
