@@ -236,7 +236,7 @@ def test_every_question_is_one_of_chapter_17_under_its_title():
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     titles = {int(n): title for n, title in re.findall(r"^### (\d+)\. (.+)$", text, re.MULTILINE)}
     assert symptoms.QUESTIONS.items() <= titles.items()
-    assert symptoms.CHAPTER.endswith(f"/notebooks/{path.name}")
+    assert f"notebooks/{path.name}" == symptoms.CHAPTER
 
 
 def test_findings_are_printed_with_their_question(tokenizer, tmp_path, capsys):
@@ -274,6 +274,32 @@ def test_a_line_that_is_being_written_is_passed_over(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss,rewards/margins\n0,0.6931,0.0\n1,0.69")
     assert symptoms.read_curves(path) == {"loss": [(0, 0.6931)], "rewards/margins": [(0, 0.0)]}
+
+
+def test_a_log_of_few_steps_is_not_called_well(tokenizer, tmp_path, capsys):
+    path = run(tokenizer, tmp_path, lr=1e-9, steps=symptoms.FEWEST - 1)
+    assert doctor.main([str(path.parent)]) == 0  # the folder will do
+    assert "fewer than 20 steps: too short" in capsys.readouterr().out
+
+
+def test_a_run_that_never_got_better(tmp_path):
+    losses = {0: 0.6931, 10: 0.72, 20: 0.7, 30: 0.7101}
+    rows = [{"step": n, "loss": 0.66, "learning_rate": 0.3} for n in range(31)]
+    for n, loss in losses.items():
+        rows[n]["eval_loss"] = loss
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"log_history": rows}))
+    (finding,) = real.diagnose(path)
+    assert finding.question == 2
+    assert "0.6931 before training, never lower since, and is 0.7101 at step 30" in finding.symptom
+    rows[20]["eval_loss"] = 0.69
+    path.write_text(json.dumps({"log_history": rows}))
+    assert real.diagnose(path) == []
+
+
+def test_another_model_as_reference_is_told_from_rounding(tmp_path):
+    row = {"loss": 0.66, "rewards/chosen": 12.77, "rewards/rejected": 12.88}
+    assert questions(trl_log(tmp_path / "trainer_state.json", row)) == [7]
 
 
 def test_the_command_runs(tmp_path):

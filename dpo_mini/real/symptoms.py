@@ -7,7 +7,9 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from statistics import fmean, median
 
@@ -16,10 +18,8 @@ from dpo_mini.real.preferences import AnyPath
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """From the name of a number to its `(step, value)`, in the order of the steps."""
 
-CHAPTER = (
-    "https://github.com/dpo-mini/dpo_mini/blob/main/notebooks/"
-    "17_answer_the_questions_people_ask.ipynb"
-)
+CHAPTER = "notebooks/17_answer_the_questions_people_ask.ipynb"
+"""Where the questions are answered."""
 QUESTIONS = {
     1: "Why do the log-probs of chosen answers go down?",
     2: "My loss is stuck at 0.693",
@@ -55,7 +55,7 @@ class Finding:
 
     def __str__(self) -> str:  # noqa: D105
         title = QUESTIONS[self.question]
-        return f"{self.symptom}\n  question {self.question} of chapter 17: {title}\n  {CHAPTER}"
+        return f"{self.symptom}\n  question {self.question} of chapter 17: {title}\n  {_address()}"
 
 
 def diagnose(path: AnyPath) -> list[Finding]:
@@ -273,6 +273,16 @@ _WHOLE_RUN: tuple[Rule, ...] = (
 
 
 # --- private functions -----------------------------------------------------------------------
+
+
+def _address() -> str:
+    """The chapter's, in the project that this was installed from."""
+    with suppress(PackageNotFoundError):
+        for url in metadata("dpo_mini").get_all("Project-URL") or []:
+            name, _, address = url.partition(", ")
+            if name == "Repository":
+                return f"{address}/blob/main/{CHAPTER}"
+    return CHAPTER
 
 
 def _first(curves: Curves, name: str) -> float | None:
