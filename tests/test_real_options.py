@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import warnings
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -297,7 +299,7 @@ def test_an_adapter_has_a_rate_of_its_own_and_a_small_one_is_warned_of(start, tm
     script.main(
         words(start, tmp_path / "run", lora_rank=2, learning_rate=1e-6, steps=1, checkpoints=None)
     )
-    said = "warning: `learning_rate` should be 1e-05 to 1e-4 for an adapter, whose B begins at 0"
+    said = "warning: `learning_rate` should be 1e-5 to 1e-4 for an adapter, whose B begins at 0"
     assert said in capfd.readouterr().out
 
 
@@ -779,3 +781,25 @@ def test_the_lines_of_trl_in_readme_name_what_trl_has():
     for name in named:
         assert name in SECTION
         assert name in inspect.signature(DPOConfig).parameters
+
+
+def run_script(*words):
+    command = [sys.executable, str(ROOT / "examples" / "train_dpo.py"), *map(str, words)]
+    environment = dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_what_a_user_gave_wrongly_is_one_sentence_without_a_traceback(tmp_path):
+    words = ("--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "out")
+    done = run_script("--model", tmp_path / "nothing", *words)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == f"`--model` must be on this machine, or on the hub, got {tmp_path / 'nothing'}"
+
+
+def test_a_loss_that_nobody_knows_is_told_its_neighbour():
+    with pytest.raises(ValueError, match=r"got 'dop' \(did you mean dpo\?\)"):
+        real.loss_by_name("dop", {})
+    with pytest.raises(ValueError, match=r"got 'kto' \(it takes single answers with a thumb"):
+        real.loss_by_name("kto", {})

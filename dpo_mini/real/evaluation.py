@@ -176,7 +176,7 @@ class Evaluator:
             return {name: history[name][-1] for name in names}
         if step % self.evaluation.every and step != self.steps:
             return {}
-        means = self.read.metrics(self._means(self.read))
+        means = self.read.metrics(self._means(self.evaluation, self.read))
         metrics = {f"eval_{name}": value for name, value in means.items()}
         loss = metrics["eval_loss"]
         if not math.isfinite(loss):
@@ -187,7 +187,7 @@ class Evaluator:
         if self.accelerator.is_main_process:
             if loss < lowest and self.evaluation.best is not None:
                 self._save_best(Path(self.evaluation.best), step, loss)
-            self._report(step, metrics)
+            self._report(self.evaluation, step, metrics)
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -198,10 +198,9 @@ class Evaluator:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.evaluation.patience
 
-    def _means(self, read: ReadRows) -> list[float]:
+    def _means(self, evaluation: Evaluation, read: ReadRows) -> list[float]:
         """Of every number over all rows, to the last bit the same in all processes."""
-        assert self.evaluation is not None
-        n_rows = len(self.evaluation.pairs[0])
+        n_rows = len(evaluation.pairs[0])
         all_passes = evaluation_passes(n_rows, self.micro_batch_size, self.accelerator)
         passes = [rows[rows >= 0] for rows in all_passes[:, self.accelerator.process_index]]
         read.begin(torch.arange(n_rows), passes, self.accelerator)
@@ -223,15 +222,14 @@ class Evaluator:
         model = self.accelerator.unwrap_model(self.policy.model)
         return _digest_of_others(model, self.trained)
 
-    def _report(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _report(self, evaluation: Evaluation, step: int, metrics: Mapping[str, float]) -> None:
         """Lets it read the model that is inside: what is around it waits for other processes."""
-        assert self.evaluation is not None
-        if self.evaluation.report is None:
+        if evaluation.report is None:
             return
         wrapped = self.policy.model
         self.policy.model = self.accelerator.unwrap_model(wrapped)
         try:
-            self.evaluation.report(step, metrics)
+            evaluation.report(step, metrics)
         finally:
             self.policy.model = wrapped
 
