@@ -266,10 +266,10 @@ def _run(
     reduce, precision, micro_batch_size = how
     tensors = data.ratings if isinstance(data, RatedBatches) else data
     check_indices("batches", batches, "[steps, B]", len(tensors[0]))
-    rows = data.steps if isinstance(data, RatedBatches) else batches
+    rows_of = data.steps if isinstance(data, RatedBatches) else batches  # those of each step
     _check_run(policy, reference, data, optimizer)
     _check_accelerator(accelerator, policy, reference, batches, precision, checkpoints)
-    check_passes(reference, data, rows, accelerator.num_processes)
+    check_passes(reference, data, rows_of, accelerator.num_processes)
     _check_settings(beta, micro_batch_size, checkpoint_every, max_grad_norm)
     if evaluation is not None:
         _check_evaluation(evaluation, data, policy, reduce, precision, accelerator)
@@ -283,89 +283,68 @@ def _run(
     trained = _trained(policy.model)
     kept = RunCheckpoints(checkpoints, checkpoint_every, trained, settings, batches, generator)
     with kept.locked(accelerator.is_main_process):
-        return _train(
-            policy, reference, data, loss, beta, rows, micro_batch_size, optimizer, schedule,
-            max_grad_norm, reduce, precision, accelerator, kept, evaluation, logs, progress,
+        rates = [group["lr"] for group in optimizer.param_groups]
+        done, history = kept.go_on(optimizer)
+        accelerator.wait_for_everyone()  # all have read before one writes the next
+        if accelerator.is_main_process:
+            kept.remove_older(done)
+        policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
+        policy.train()
+        trained = _trained(accelerator.unwrap_model(policy.model))
+        in_one_row = reads_in_one_row(policy, reference)
+        score_reference = ScoreReader(reference, data, reduce, precision, in_one_row, trained)
+        read = _reader(policy, data, score_reference, loss, beta)
+        evaluator = Evaluator(
+            evaluation,
+            _held_out(evaluation, read, trained) if evaluation else None,
+            getattr(evaluation and evaluation.reference, "micro_batch_size", micro_batch_size),
+            accelerator, policy, trained, len(rows_of),
         )  # fmt: skip
-
-
-def _train(
-    policy: CausalLMPolicy,
-    reference: Scores | Scorer,
-    data: Data,
-    loss: Callable[..., Tensor],
-    beta: float,
-    batches: Tensor,
-    micro_batch_size: int,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    max_grad_norm: float,
-    reduce: Reduce,
-    precision: Precision,
-    accelerator: "Accelerator | OneProcess",
-    kept: RunCheckpoints,
-    evaluation: Evaluation | None,
-    logs: Sequence[Log],
-    progress: Callable[[range], Iterable[int]],
-) -> History:
-    """The steps of a run whose arguments are checked and whose folder is locked."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    done, history = kept.go_on(optimizer)
-    accelerator.wait_for_everyone()  # all have read before one writes the next
-    if accelerator.is_main_process:
-        kept.remove_older(done)
-    policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
-    policy.train()
-    trained = _trained(accelerator.unwrap_model(policy.model))
-    in_one_row = reads_in_one_row(policy, reference)
-    score_reference = ScoreReader(reference, data, reduce, precision, in_one_row, trained)
-    read = _reader(policy, data, score_reference, loss, beta)
-    evaluator = Evaluator(
-        evaluation,
-        _held_out(evaluation, read, trained) if evaluation else None,
-        getattr(evaluation and evaluation.reference, "micro_batch_size", micro_batch_size),
-        accelerator, policy, trained, len(batches),
-    )  # fmt: skip
-    found = evaluator.at(done, history)  # of the policy before the step, like the step's numbers
-    is_over = evaluator.is_over(history)
-    for step in progress(range(len(batches) if is_over else done, len(batches))):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step)
-        optimizer.zero_grad()
-        read.begin(batches[step], _share(batches[step], micro_batch_size, accelerator), accelerator)
-        sums = []
-        for rows in _micro_batches(batches[step], micro_batch_size, accelerator, policy.model):
-            losses, seen = read(rows)
-            # A sum over the batch's size, and no mean of means: passes may differ in size.
-            # Processes average what they have, so each has its part times their number.
-            accelerator.backward(losses.sum() * (accelerator.num_processes / len(batches[step])))
-            sums.append(torch.stack([values.sum() for values in seen]))
-        means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(batches[step])
-        norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
-        metrics = read.metrics(means.tolist())
-        metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
-        _check_finite(step, metrics)
-        optimizer.step()
-        _check_weights(step, policy.model, accelerator, metrics["lr"])
-        if any(group["lr"] for group in optimizer.param_groups):  # else nothing moved
-            score_reference.check_still()
-        for name, value in metrics.items():
-            history.setdefault(name, []).append(value)
-        if accelerator.is_main_process:
-            for log in logs:
-                log(step, metrics | found)
-        # Before the checkpoint: what goes on from it is told by its history whether to stop.
-        found = evaluator.at(step + 1, history)
+        # Of the policy before the step, as the numbers of the step are.
+        found = evaluator.at(done, history)
         is_over = evaluator.is_over(history)
-        last = is_over or step + 1 == len(batches)
-        if accelerator.is_main_process:
-            for log in logs if last and found else ():
-                log(step + 1, found)
-            kept.save(step + 1, optimizer, history, last=last)
-        if is_over:
-            break
-    accelerator.wait_for_everyone()
-    return history
+        for step in progress(range(len(rows_of) if is_over else done, len(rows_of))):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step)
+            optimizer.zero_grad()
+            read.begin(
+                rows_of[step], _share(rows_of[step], micro_batch_size, accelerator), accelerator
+            )
+            sums = []
+            for rows in _micro_batches(rows_of[step], micro_batch_size, accelerator, policy.model):
+                losses, seen = read(rows)
+                # A sum over the batch's size, and no mean of means: passes may differ in size.
+                # Processes average what they have, so each has its part times their number.
+                accelerator.backward(
+                    losses.sum() * (accelerator.num_processes / len(rows_of[step]))
+                )
+                sums.append(torch.stack([values.sum() for values in seen]))
+            means = accelerator.reduce(sum(sums[1:], sums[0]), "sum") / len(rows_of[step])
+            norm = accelerator.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
+            metrics = read.metrics(means.tolist())
+            metrics |= {"grad_norm": float(norm), "lr": float(optimizer.param_groups[0]["lr"])}
+            _check_finite(step, metrics)
+            optimizer.step()
+            _check_weights(step, policy.model, accelerator, metrics["lr"])
+            if any(group["lr"] for group in optimizer.param_groups):  # else nothing moved
+                score_reference.check_still()
+            for name, value in metrics.items():
+                history.setdefault(name, []).append(value)
+            if accelerator.is_main_process:
+                for log in logs:
+                    log(step, metrics | found)
+            # Before the checkpoint: what goes on from it is told by its history whether to stop.
+            found = evaluator.at(step + 1, history)
+            is_over = evaluator.is_over(history)
+            last = is_over or step + 1 == len(rows_of)
+            if accelerator.is_main_process:
+                for log in logs if last and found else ():
+                    log(step + 1, found)
+                kept.save(step + 1, optimizer, history, last=last)
+            if is_over:
+                break
+        accelerator.wait_for_everyone()
+        return history
 
 
 def save_trained(
