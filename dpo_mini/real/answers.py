@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_mini._arguments import check_count
 from dpo_mini._files import write_whole
+from dpo_mini.real.columns import cut
 from dpo_mini.real.conversations import Messages
 from dpo_mini.real.logs import Log
 from dpo_mini.real.measures import sample_answer
@@ -66,7 +67,7 @@ def report_answers(
                 template=template, chat_arguments=chat_arguments,
             )  # fmt: skip
             asked = prompt if isinstance(prompt, str) else prompt[-1][1]
-            write(f"step {step}, asked {asked[-60:]!r}: {answer[:200]!r}")
+            write(f"step {step}, asked {cut(asked)!r}: {cut(answer)!r}")
             entry = {"step": step, "prompt": prompt, "answer": answer}
             lines.append(json.dumps(entry, ensure_ascii=False))
         write_whole(path, "".join(f"{line}\n" for line in lines).encode())
