@@ -194,9 +194,7 @@ def main() -> None:
     for path in chapters:
         stage_notebook(path)
     shutil.copytree(ROOT / "figures", SOURCE / "figures")
-    examples = [
-        f"examples/{name}.py" for name in ("dpo_in_one_file", "ppo_in_one_file", "train_dpo")
-    ]
+    examples = [f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))]
     for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", *examples):
         (SOURCE / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, SOURCE / name)
