@@ -179,7 +179,6 @@ def test_recomputed_activations_are_read_twice_and_have_the_same_gradient(name):
         policy = CausalLMPolicy(model, end_token=0)
         policy.token_logps(*PAIRS[:2])  # the first text is a test of the model
         layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
-        # Not after the last module of a layer: recomputing stops when it has what it needs.
         first = next(part for part in layers[1].modules() if not list(part.children()))
         seen = []
         first.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
@@ -194,22 +193,20 @@ def test_recomputed_activations_are_read_twice_and_have_the_same_gradient(name):
     assert found[0][1].norm() > 1e-2
 
 
-@pytest.mark.parametrize("early_stop", [True, False])
-@pytest.mark.parametrize("ours", [True, False], ids=["policy", "transformers alone"])
-def test_the_last_part_of_a_layer_is_not_left_a_second_time_unless_torch_is_told_so(
-    ours, early_stop
-):
-    """Who counts after the MLP of a layer counts one pass: torch leaves the second one early."""
-    model, ended = make("Llama"), []
-    recompute(model)
-    policy = CausalLMPolicy(model, end_token=0)
-    policy.token_logps(*PAIRS[:2])  # the first text is a test of the model
-    if not ours:
-        model.train()
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: ended.append(1))
-    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+def test_every_part_of_a_layer_that_recomputes_is_left_twice():
+    """Torch alone leaves the second pass early, before the end of the MLP: its count is 1."""
+    counts = []
+    for on in (False, True):
+        model, ended = make("Llama"), []
+        if on:
+            recompute(model)
+        policy = CausalLMPolicy(model, end_token=0)
+        policy.token_logps(*PAIRS[:2])  # the first text is a test of the model
+        hook = lambda *_, ended=ended: ended.append(1)  # noqa: E731
+        model.model.layers[0].mlp.register_forward_hook(hook)
         policy.logps(*PAIRS[:2]).sum().backward()
-    assert len(ended) == (1 if early_stop else 2)
+        counts.append(len(ended))
+    assert counts == [1, 2]
 
 
 def test_a_step_with_recomputed_activations_is_the_same_step():

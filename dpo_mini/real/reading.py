@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from dpo_mini.logps import PAD, token_logps
 
@@ -39,7 +40,9 @@ def logps_of(
     Raises:
       ValueError: a token without a logit, or a logit that is NaN or +inf.
     """
-    with _only_positions(model, rows, columns, everywhere) as shown:
+    # A layer that recomputes is read to its end again, so that hooks see every part of it twice.
+    whole_layers = set_checkpoint_early_stop(False)
+    with _only_positions(model, rows, columns, everywhere) as shown, whole_layers:
         logits = model(**inputs, use_cache=False).logits
     found = logits[0] if shown else logits[rows, columns]  # [N, V]
     if found.dtype in (torch.float16, torch.bfloat16):
